@@ -1,0 +1,1 @@
+"""Hydra configs, shipped as ``lightning_muonclip.conf`` (``pkg://lightning_muonclip.conf``)."""

@@ -1,0 +1,37 @@
+"""MuonClip for PyTorch Lightning: transformers that do not blow up."""
+
+from lightning_muonclip.attention.attention import Attention
+from lightning_muonclip.attention.latent import MultiheadLatentAttention
+from lightning_muonclip.attention.masks import AttentionMask
+from lightning_muonclip.callback import MuonClipCallback
+from lightning_muonclip.metrics import MaxLogits
+from lightning_muonclip.mixin import MaxLogitsMixin
+from lightning_muonclip.muonclip import MuonClip
+from lightning_muonclip.optim.muon import Muon
+from lightning_muonclip.optim.orthogonalize import orthogonalize
+from lightning_muonclip.optim.routing import split_params
+from lightning_muonclip.qk_clip.clip import QKClip
+from lightning_muonclip.qk_clip.registry import register_attention
+from lightning_muonclip.qk_clip.rule import muonclip_qk_clip, qk_clip_gamma
+from lightning_muonclip.qk_clip.spec import AttentionSpec, Projection
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Attention",
+    "AttentionMask",
+    "AttentionSpec",
+    "MaxLogits",
+    "MaxLogitsMixin",
+    "MultiheadLatentAttention",
+    "Muon",
+    "MuonClip",
+    "MuonClipCallback",
+    "Projection",
+    "QKClip",
+    "muonclip_qk_clip",
+    "orthogonalize",
+    "qk_clip_gamma",
+    "register_attention",
+    "split_params",
+]

@@ -1,0 +1,92 @@
+"""Multi-head attention with separate projections: MHA, GQA and MQA by the number of key heads."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lightning_muonclip.attention.core import attention
+from lightning_muonclip.attention.masks import AttentionMask
+from lightning_muonclip.attention.rotary import RotaryEmbedding, rotate
+from lightning_muonclip.attention.tracking import Tracked
+
+
+class Attention(Tracked):
+    """Causal self-attention with rotary positions; parameters are named and laid out as in Hugging Face Llama.
+
+    Args:
+        hidden_size: Width of the residual stream.
+        num_attention_heads: Number of query heads.
+        num_key_value_heads: Number of key and value heads: as many as queries is MHA (``None``), fewer is GQA, 1 is MQA.
+        head_dim: Channels a head; ``None`` is ``hidden_size / num_attention_heads``.
+        attention_bias: Whether the projections have a bias.
+        qk_norm: RMS-normalises every query and key head after its projection, as Qwen3 does.
+        rope_theta: Base of the rotary wavelengths.
+        rms_norm_eps: Epsilon of ``qk_norm``.
+
+    Raises:
+        ValueError: If the sizes do not divide.
+
+    Example:
+        >>> module = Attention(hidden_size=32, num_attention_heads=4, num_key_value_heads=2)
+        >>> module(torch.randn(2, 10, 32)).shape
+        torch.Size([2, 10, 32])
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_attention_heads: int,
+        num_key_value_heads: int | None = None,
+        head_dim: int | None = None,
+        attention_bias: bool = False,
+        qk_norm: bool = False,
+        rope_theta: float = 10000.0,
+        rms_norm_eps: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        if head_dim is None and hidden_size % num_attention_heads:
+            raise ValueError(
+                f"hidden_size {hidden_size} is not divisible by {num_attention_heads} heads; give head_dim"
+            )
+        self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = num_key_value_heads or num_attention_heads
+        if num_attention_heads % self.num_key_value_heads:
+            raise ValueError(f"{num_attention_heads} heads cannot share {self.num_key_value_heads} key heads evenly")
+        self.head_dim = head_dim or hidden_size // num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        queries, keys = num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(hidden_size, queries, bias=attention_bias)
+        self.k_proj = nn.Linear(hidden_size, keys, bias=attention_bias)
+        self.v_proj = nn.Linear(hidden_size, keys, bias=attention_bias)
+        self.o_proj = nn.Linear(queries, hidden_size, bias=attention_bias)
+        self.q_norm = nn.RMSNorm(self.head_dim, eps=rms_norm_eps) if qk_norm else None
+        self.k_norm = nn.RMSNorm(self.head_dim, eps=rms_norm_eps) if qk_norm else None
+        self.rotary = RotaryEmbedding(self.head_dim, rope_theta)
+
+    def forward(
+        self, hidden_states: Tensor, *, mask: AttentionMask | None = None, position_ids: Tensor | None = None
+    ) -> Tensor:
+        """Attends within the sequence.
+
+        Args:
+            hidden_states: Shape ``(batch, length, hidden_size)``.
+            mask: ``None`` is causal.
+            position_ids: Shape ``(batch, length)`` or ``(1, length)``; ``None`` is 0, 1, 2, ...
+
+        Returns:
+            Tensor of the shape of ``hidden_states``.
+        """
+        if position_ids is None:
+            position_ids = torch.arange(hidden_states.shape[1], device=hidden_states.device)[None]
+        query, key, value = (
+            projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        cos, sin = self.rotary(position_ids)
+        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        output, maxima = attention(query, key, value, scale=self.scaling, mask=mask, track=self.is_tracked)
+        self.report(maxima)
+        return self.o_proj(output.transpose(1, 2).flatten(2))

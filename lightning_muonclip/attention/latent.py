@@ -1,0 +1,114 @@
+"""Multi-head latent attention (MLA) of DeepSeek-V2/V3 and Kimi K2."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lightning_muonclip.attention.core import attention
+from lightning_muonclip.attention.masks import AttentionMask
+from lightning_muonclip.attention.rotary import RotaryEmbedding, rotate_interleaved
+from lightning_muonclip.attention.tracking import Tracked
+
+
+class MultiheadLatentAttention(Tracked):
+    """Attention whose keys and values are made from one small latent; parameters as in Hugging Face DeepSeek-V3.
+
+    A query or key head has two parts: one without rotation, made from the latent, and a rotated one, whose key is shared
+    by all heads.
+
+    Args:
+        hidden_size: Width of the residual stream.
+        num_attention_heads: Number of heads.
+        kv_lora_rank: Width of the latent of keys and values.
+        qk_nope_head_dim: Channels a head without rotation.
+        qk_rope_head_dim: Rotated channels a head.
+        v_head_dim: Channels of a value head.
+        q_lora_rank: Width of the latent of queries; ``None`` projects queries directly.
+        attention_bias: Whether the down-projections and the output projection have a bias.
+        rope_theta: Base of the rotary wavelengths.
+        rms_norm_eps: Epsilon of the norms of the latents.
+
+    Source: DeepSeek-V2, arXiv 2405.04434, section 2.1.
+
+    Example:
+        >>> module = MultiheadLatentAttention(
+        ...     hidden_size=32, num_attention_heads=4, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8
+        ... )
+        >>> module(torch.randn(2, 10, 32)).shape
+        torch.Size([2, 10, 32])
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_attention_heads: int,
+        kv_lora_rank: int,
+        qk_nope_head_dim: int,
+        qk_rope_head_dim: int,
+        v_head_dim: int,
+        q_lora_rank: int | None = None,
+        attention_bias: bool = False,
+        rope_theta: float = 10000.0,
+        rms_norm_eps: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        self.num_attention_heads = num_attention_heads
+        self.q_lora_rank = q_lora_rank
+        self.kv_lora_rank = kv_lora_rank
+        self.qk_nope_head_dim = qk_nope_head_dim
+        self.qk_rope_head_dim = qk_rope_head_dim
+        self.v_head_dim = v_head_dim
+        qk_head_dim = qk_nope_head_dim + qk_rope_head_dim
+        self.scaling = qk_head_dim**-0.5
+        if q_lora_rank is None:
+            self.q_proj = nn.Linear(hidden_size, num_attention_heads * qk_head_dim, bias=False)
+        else:
+            self.q_a_proj = nn.Linear(hidden_size, q_lora_rank, bias=attention_bias)
+            self.q_a_layernorm = nn.RMSNorm(q_lora_rank, eps=rms_norm_eps)
+            self.q_b_proj = nn.Linear(q_lora_rank, num_attention_heads * qk_head_dim, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(hidden_size, kv_lora_rank + qk_rope_head_dim, bias=attention_bias)
+        self.kv_a_layernorm = nn.RMSNorm(kv_lora_rank, eps=rms_norm_eps)
+        self.kv_b_proj = nn.Linear(kv_lora_rank, num_attention_heads * (qk_nope_head_dim + v_head_dim), bias=False)
+        self.o_proj = nn.Linear(num_attention_heads * v_head_dim, hidden_size, bias=attention_bias)
+        self.rotary = RotaryEmbedding(qk_rope_head_dim, rope_theta)
+
+    def forward(
+        self, hidden_states: Tensor, *, mask: AttentionMask | None = None, position_ids: Tensor | None = None
+    ) -> Tensor:
+        """Attends within the sequence.
+
+        Args:
+            hidden_states: Shape ``(batch, length, hidden_size)``.
+            mask: ``None`` is causal.
+            position_ids: Shape ``(batch, length)`` or ``(1, length)``; ``None`` is 0, 1, 2, ...
+
+        Returns:
+            Tensor of the shape of ``hidden_states``.
+        """
+        if position_ids is None:
+            position_ids = torch.arange(hidden_states.shape[1], device=hidden_states.device)[None]
+        cos, sin = self.rotary(position_ids)
+        query = self._heads(self._queries(hidden_states))
+        query_nope, query_rope = query.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
+        query = torch.cat([query_nope, rotate_interleaved(query_rope, cos, sin)], dim=-1)
+
+        latent, key_rope = self.kv_a_proj_with_mqa(hidden_states).split(
+            [self.kv_lora_rank, self.qk_rope_head_dim], dim=-1
+        )
+        key_value = self._heads(self.kv_b_proj(self.kv_a_layernorm(latent)))
+        key_nope, value = key_value.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
+        key_rope = rotate_interleaved(key_rope.unsqueeze(1), cos, sin)
+        key = torch.cat([key_nope, key_rope.expand(-1, self.num_attention_heads, -1, -1)], dim=-1)
+
+        output, maxima = attention(query, key, value, scale=self.scaling, mask=mask, track=self.is_tracked)
+        self.report(maxima)
+        return self.o_proj(output.transpose(1, 2).flatten(2))
+
+    def _queries(self, hidden_states: Tensor) -> Tensor:
+        if self.q_lora_rank is None:
+            return self.q_proj(hidden_states)
+        return self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_attention_heads, -1)).transpose(1, 2)

@@ -1,0 +1,315 @@
+"""MuonClipCallback: arms a Lightning Trainer with Muon and QK-Clip, applies both at every step, and clears up."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_muonclip.mixin import MaxLogitsMixin
+from lightning_muonclip.optim.muon import Muon
+from lightning_muonclip.optim.routing import Route, route_params, routing_table
+from lightning_muonclip.qk_clip.clip import ClipResult, QKClip
+from lightning_muonclip.qk_clip.rule import check_alpha, check_threshold
+from lightning_muonclip.qk_clip.spec import AttentionSpec
+from lightning_muonclip.strategies import check_strategy
+
+_INCOMPATIBLE_CALLBACKS = {
+    "StochasticWeightAveraging": "it rebuilds the schedule of one optimizer; use WeightAveraging",
+    "LearningRateFinder": "it replaces the learning rate of one optimizer; sweep optimizer.lr instead",
+}
+
+
+class MuonClipCallback(Callback):
+    """Trains any transformer with MuonClip: Muon for hidden matrices, the user's optimizer for the rest, QK-Clip.
+
+    When fitting starts, hidden matrices move from the user's optimizer to a :class:`~lightning_muonclip.Muon` in
+    ``trainer.optimizers``, whose groups follow the learning rate and weight decay of the groups that they came from: any
+    scheduler, LearningRateMonitor and checkpoint goes on working. At every step the gradients of both are clipped
+    together if the Trainer clips, Muon steps, and QK-Clip acts once all query and key weights are updated.
+
+    Logs ``muonclip/max_logit``, ``muonclip/min_gamma``, ``muonclip/clipped_heads`` and ``muonclip/nonfinite``.
+
+    Args:
+        threshold: Largest logit that is left alone; ``None`` only monitors.
+        alpha: Share of a clip that the query weight takes, in [0, 1].
+        lr: ``None`` follows the user's groups; a number is Muon's own base rate under the same schedule.
+        weight_decay: ``None`` follows the user's groups; a number is Muon's own.
+        momentum: Muon's momentum.
+        nesterov: Whether the momentum is Nesterov's.
+        ns_coefficients: Newton-Schulz schedule (see :class:`~lightning_muonclip.Muon`).
+        adjust_lr_fn: Update scale; ``"match_rms_adamw"`` lets AdamW's learning rate and weight decay carry over.
+        shared_keys: What happens to a key that several queries share (see :class:`~lightning_muonclip.QKClip`).
+        qk_norm: ``"error"`` refuses attention with QK-norm, ``"monitor"`` only watches it.
+        logits: ``"exact"`` measures every training forward; ``"off"`` leaves QK-Clip out altogether.
+        specs: The user's word on attention modules, by name.
+        exclude: Shell-style patterns of parameter names that stay with the user's optimizer.
+        include: Patterns of matrices that Muon takes although they look like an embedding or an output head.
+        log_heads_every_n_steps: Sends every head's maximum to the loggers at this interval; ``None`` never does.
+
+    Raises:
+        ValueError: If an argument is out of range; when fitting starts, if the Trainer, the optimizer or the model cannot
+            work with it.
+
+    Source: Kimi K2, arXiv 2507.20534, section 2.1 and algorithm 1.
+
+    Example::
+
+        trainer = Trainer(callbacks=[MuonClipCallback()])
+        trainer.fit(model, data)
+    """
+
+    def __init__(
+        self,
+        threshold: float | None = 100.0,
+        alpha: float = 0.5,
+        lr: float | None = None,
+        weight_decay: float | None = None,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        ns_coefficients: str | Sequence[float] | Sequence[Sequence[float]] | None = None,
+        adjust_lr_fn: str | None = "match_rms_adamw",
+        shared_keys: str = "query",
+        qk_norm: str = "error",
+        logits: str = "exact",
+        specs: Mapping[str, AttentionSpec | None] | None = None,
+        exclude: Sequence[str] = (),
+        include: Sequence[str] = (),
+        log_heads_every_n_steps: int | None = None,
+    ) -> None:
+        check_threshold(threshold)
+        check_alpha(alpha)
+        self.lr = lr
+        self.weight_decay = weight_decay
+        self.exclude = tuple(exclude)
+        self.include = tuple(include)
+        self.specs = specs
+        self.log_heads_every_n_steps = log_heads_every_n_steps
+        self._muon_options: dict[str, Any] = {
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "ns_coefficients": ns_coefficients,
+            "adjust_lr_fn": adjust_lr_fn,
+        }
+        self._clip_options: dict[str, Any] = {
+            "threshold": threshold,
+            "alpha": alpha,
+            "shared_keys": shared_keys,
+            "qk_norm": qk_norm,
+            "logits": logits,
+        }
+        self.muon: Muon | None = None
+        self.qk_clip: QKClip | None = None
+        #: What QK-Clip saw and did at the last step; ``None`` before the first, and after a step that was skipped.
+        self.last: ClipResult | None = None
+        self._sources: list[tuple[dict[str, Any], dict[str, Any], float]] = []
+        self._handles: list[Any] = []
+        self._last_step = 0
+
+    # Arm ------------------------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuses what cannot work, before anything runs."""
+        if stage != "fit":
+            return
+        check_strategy(trainer.strategy)
+        if not pl_module.automatic_optimization:
+            raise ValueError(
+                f"{type(pl_module).__name__} uses manual optimization, where no hook surrounds a step; use the optimizer"
+                " MuonClip in configure_optimizers instead of MuonClipCallback"
+            )
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            for cls in type(callback).__mro__:
+                if reason := _INCOMPATIBLE_CALLBACKS.get(cls.__name__):
+                    raise ValueError(
+                        f"{cls.__name__} cannot run beside MuonClipCallback: {reason}, or remove one of them"
+                    )
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Refuses to resume from a checkpoint that was made without the callback."""
+        if trainer.state.fn == "fit" and len(checkpoint.get("optimizer_states", ())) == 1:
+            raise ValueError(
+                "this checkpoint was made without MuonClipCallback: its one optimizer holds the state of all parameters."
+                " Resume without the callback, or start from its weights alone: LightningModule.load_from_checkpoint(path)"
+                " and fit without ckpt_path"
+            )
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Moves the hidden matrices to Muon and starts to observe; optimizers exist, nothing is restored yet."""
+        optimizer = _users_optimizer(trainer)
+        routes = route_params(pl_module, self.exclude, self.include)
+        self.muon = self._take_matrices(optimizer, routes)
+        if _scaler(trainer) is not None and not any(group["params"] for group in optimizer.param_groups):
+            raise ValueError(
+                f"Muon takes every parameter and leaves nothing for {type(optimizer).__name__}, which a GradScaler cannot"
+                " step; keep some parameters from Muon by exclude=[...], or train in bf16-mixed"
+            )
+        trainer.optimizers = [*trainer.optimizers, self.muon]
+        if self._clip_options["logits"] != "off":
+            self._arm_qk_clip(optimizer, pl_module)
+        self._last_step = trainer.global_step
+        rank_zero_info(f"MuonClip: who steps what\n{routing_table(routes)}")
+
+    def _take_matrices(self, optimizer: Optimizer, routes: Sequence[Route]) -> Muon:
+        """Drops Muon's matrices from the user's groups, of which even an emptied one stays, and gives them to a Muon."""
+        names = {route.param: route.name for route in routes if route.algorithm == "muon"}
+        taken = []
+        for source in optimizer.param_groups:
+            matrices = [(names[p], p) for p in source["params"] if p in names]
+            if matrices:
+                taken.append((source, matrices))
+        if not taken:
+            raise ValueError(
+                f"no hidden matrix is left for Muon in {type(optimizer).__name__}. This is where parameters went:\n"
+                f"{routing_table(routes)}\nTake a look at exclude=, or remove the callback"
+            )
+        groups = [{"params": matrices, "name": f"muon_{i}" if i else "muon"} for i, (_, matrices) in enumerate(taken)]
+        muon = Muon(groups, lr=taken[0][0]["lr"], **self._muon_options)
+        self._sources = []
+        for (source, _), group in zip(taken, muon.param_groups):
+            source["params"] = [p for p in source["params"] if p not in names]
+            if "param_names" in source:
+                source["param_names"] = [n for n in source["param_names"] if n not in names.values()]
+            self._sources.append((source, group, float(source.get("initial_lr", source["lr"]))))
+        self._follow_user(muon)
+        return muon
+
+    def _arm_qk_clip(self, optimizer: Optimizer, pl_module: pl.LightningModule) -> None:
+        observer = None
+        if isinstance(pl_module, MaxLogitsMixin):
+            if self.specs is not None:
+                pl_module.stop_observing()
+                pl_module.attention_specs = self.specs
+            observer = pl_module.observe()
+        self.qk_clip = QKClip(pl_module, specs=self.specs, observer=observer, **self._clip_options)
+        # Clip after the last update of a query or key weight; the user's optimizer steps after Muon.
+        users = {p for group in optimizer.param_groups for p in group["params"]}
+        last = optimizer if any(p in users for p in self.qk_clip.params) else self.muon
+        assert last is not None
+        self._handles.append(last.register_step_post_hook(self._apply_qk_clip))
+
+    # Apply ----------------------------------------------------------------------------------------------------------
+
+    def on_before_zero_grad(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
+        """Clears the gradients of Muon's matrices when Lightning clears the user's."""
+        if self.muon is not None:
+            self.muon.zero_grad()
+
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Under a GradScaler, lets a non-finite gradient of either optimizer make the scaler skip both."""
+        if _scaler(trainer) is None:
+            return
+        grads = [[p.grad for p in _params(o) if p.grad is not None] for o in trainer.optimizers]
+        # 0 where all is finite, else NaN: added to one gradient of each optimizer it shows up where the scaler looks.
+        poison = 0 * torch.nn.utils.get_total_norm([g for own in grads for g in own], norm_type=float("inf"))
+        for own in grads:
+            if own:
+                own[0].add_(poison.to(own[0].device))
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Clips the gradients of both optimizers together and steps Muon; QK-Clip follows by a hook after the step."""
+        assert self.muon is not None
+        self.last = None
+        self._follow_user(self.muon)
+        scaler = _scaler(trainer)
+        if scaler is not None:
+            scaler.unscale_(self.muon)
+        self._clip_gradients(trainer, pl_module)
+        if scaler is not None:
+            scaler.step(self.muon)
+        else:
+            self.muon.step()
+
+    def _follow_user(self, muon: Muon) -> None:
+        for source, group, base in self._sources:
+            group["lr"] = source["lr"] if self.lr is None else self.lr * (source["lr"] / base if base else 1.0)
+            group["weight_decay"] = source.get("weight_decay", 0.0) if self.weight_decay is None else self.weight_decay
+
+    def _clip_gradients(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Clips over all parameters; Lightning's own clip of the user's share then finds nothing left to do."""
+        if not trainer.gradient_clip_val:
+            return
+        owned = {p for o in trainer.optimizers for p in _params(o)}
+        params = [p for p in pl_module.parameters() if p in owned]
+        if trainer.gradient_clip_algorithm == "value":
+            torch.nn.utils.clip_grad_value_(params, trainer.gradient_clip_val)
+        else:
+            torch.nn.utils.clip_grad_norm_(params, trainer.gradient_clip_val)
+
+    def _apply_qk_clip(self, *_: Any) -> None:
+        assert self.qk_clip is not None
+        self.last = self.qk_clip.step()
+
+    # Clear ----------------------------------------------------------------------------------------------------------
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Logs what a step did; forgets what was seen if the step was skipped."""
+        if trainer.global_step == self._last_step:
+            return  # gradients are being accumulated
+        self._last_step = trainer.global_step
+        if self.last is not None:
+            self._log(trainer, pl_module, self.last)
+        elif self.qk_clip is not None:
+            self.qk_clip.discard()
+
+    def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule, result: ClipResult) -> None:
+        assert self.qk_clip is not None
+        pl_module.log("muonclip/max_logit", result.max_logit, prog_bar=True)
+        pl_module.log("muonclip/clipped_heads", result.clipped_heads.float(), prog_bar=True)
+        pl_module.log("muonclip/min_gamma", result.min_gamma)
+        pl_module.log("muonclip/nonfinite", result.nonfinite.float())
+        every = self.log_heads_every_n_steps
+        if every and trainer.global_step % every == 0:
+            rows = zip(self.qk_clip.layers, self.qk_clip.observer.ledger.heads, result.max_logits.tolist())
+            heads = {f"max_logits/{name}/{h}": row[h] for name, heads, row in rows for h in range(heads)}
+            for logger in trainer.loggers:
+                logger.log_metrics(heads, step=trainer.global_step)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Stops observing; the optimizers stay in the Trainer, so that a checkpoint can still be saved."""
+        self._disarm()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Leaves model and torch as they were, also when training breaks off."""
+        self._disarm()
+
+    def _disarm(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        if self.qk_clip is not None:
+            self.qk_clip.close()
+
+
+def _users_optimizer(trainer: pl.Trainer) -> Optimizer:
+    optimizers = trainer.optimizers
+    if len(optimizers) != 1 or not optimizers[0].param_groups:
+        raise ValueError(
+            "MuonClipCallback needs the one optimizer that configure_optimizers returns, to step what Muon does not;"
+            f" it found {len(optimizers)}. Return torch.optim.AdamW(self.parameters(), ...)"
+        )
+    if isinstance(optimizers[0], Muon):
+        raise ValueError(
+            f"configure_optimizers returns {type(optimizers[0]).__name__} already; use either the callback or the optimizer"
+        )
+    return optimizers[0]
+
+
+def _params(optimizer: Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _scaler(trainer: pl.Trainer) -> torch.amp.GradScaler | None:
+    return getattr(trainer.precision_plugin, "scaler", None)

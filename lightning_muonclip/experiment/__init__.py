@@ -1,0 +1,1 @@
+"""The example application: a byte-level GPT trained by ``muonclip-train``."""

@@ -1,0 +1,163 @@
+"""Typed configuration: every key that a run understands, and an error with the nearest right one for every other."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
+from typing import Any, Optional
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+# OmegaConf reads these annotations at run time and knows Optional, not the bar, on Python 3.10.
+# ruff: noqa: UP045
+
+
+@dataclass
+class MuonClipConfig:
+    """Arguments of :class:`~lightning_muonclip.MuonClipCallback`."""
+
+    _target_: str = "lightning_muonclip.MuonClipCallback"
+    threshold: Optional[float] = 100.0
+    alpha: float = 0.5
+    lr: Optional[float] = None
+    weight_decay: Optional[float] = None
+    momentum: float = 0.95
+    nesterov: bool = True
+    ns_coefficients: Any = None
+    adjust_lr_fn: Optional[str] = "match_rms_adamw"
+    shared_keys: str = "query"
+    qk_norm: str = "error"
+    logits: str = "exact"
+    specs: Any = None
+    exclude: list[str] = field(default_factory=list)
+    include: list[str] = field(default_factory=list)
+    log_heads_every_n_steps: Optional[int] = None
+
+
+@dataclass
+class AttentionConfig:
+    """Arguments of :class:`~lightning_muonclip.Attention`; ``hidden_size`` comes from the model."""
+
+    _target_: str = "lightning_muonclip.Attention"
+    _partial_: bool = True
+    num_attention_heads: int = MISSING
+    num_key_value_heads: Optional[int] = None
+    head_dim: Optional[int] = None
+    attention_bias: bool = False
+    qk_norm: bool = False
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-6
+
+
+@dataclass
+class LatentAttentionConfig:
+    """Arguments of :class:`~lightning_muonclip.MultiheadLatentAttention`; ``hidden_size`` comes from the model."""
+
+    _target_: str = "lightning_muonclip.MultiheadLatentAttention"
+    _partial_: bool = True
+    num_attention_heads: int = MISSING
+    kv_lora_rank: int = MISSING
+    qk_nope_head_dim: int = MISSING
+    qk_rope_head_dim: int = MISSING
+    v_head_dim: int = MISSING
+    q_lora_rank: Optional[int] = None
+    attention_bias: bool = False
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-6
+
+
+@dataclass
+class ModelConfig:
+    """Arguments of :class:`~lightning_muonclip.experiment.gpt.GPT`; ``vocab_size`` comes from the data if it is null."""
+
+    _target_: str = "lightning_muonclip.experiment.gpt.GPT"
+    attention: Any = MISSING
+    vocab_size: Optional[int] = None
+    hidden_size: int = 128
+    num_hidden_layers: int = 4
+    intermediate_size: Optional[int] = None
+    mlp: str = "relu2"
+
+
+@dataclass
+class ScheduleConfig:
+    """Learning-rate schedule and compilation of :class:`~lightning_muonclip.experiment.lit.LitGPT`."""
+
+    _target_: str = "lightning_muonclip.experiment.lit.LitGPT"
+    warmup_steps: int = 0
+    final_lr: float = 0.1
+    compile: bool = False
+
+
+@dataclass
+class SampleConfig:
+    """The text generated at the end of a run."""
+
+    prompt: str = "def "
+    length: int = 200
+
+
+@dataclass
+class TrainConfig:
+    """A whole run of ``muonclip-train``. Data, optimizer, trainer, loggers and callbacks are objects by ``_target_``."""
+
+    name: str = "run"
+    seed: int = 0
+    ckpt_path: Optional[str] = None
+    optimized_metric: str = "val/loss"
+    data: Any = MISSING
+    model: Any = MISSING
+    lit: ScheduleConfig = field(default_factory=ScheduleConfig)
+    optimizer: Any = MISSING
+    muonclip: Optional[MuonClipConfig] = None
+    trainer: Any = MISSING
+    logger: Any = None
+    callbacks: Any = None
+    sample: SampleConfig = field(default_factory=SampleConfig)
+
+
+#: Which schemas may stand where; a node whose ``_target_`` is that of none of them belongs to somebody else.
+_SCHEMAS: tuple[tuple[str, type], ...] = (
+    ("", TrainConfig),
+    ("muonclip", MuonClipConfig),
+    ("lit", ScheduleConfig),
+    ("sample", SampleConfig),
+    ("model", ModelConfig),
+    ("model.attention", AttentionConfig),
+    ("model.attention", LatentAttentionConfig),
+)
+
+
+def check_config(config: DictConfig) -> None:
+    """Checks names and types of everything that has a schema.
+
+    Raises:
+        ValueError: Names the key, where it stands, and the nearest right one or what is wrong with its value.
+    """
+    for path, schema in _SCHEMAS:
+        node = OmegaConf.select(config, path) if path else config
+        if OmegaConf.is_dict(node) and node.get("_target_") == getattr(schema, "_target_", None):
+            _check_node(node, schema, path)
+
+
+def _check_node(node: DictConfig, schema: type, path: str) -> None:
+    known = [f.name for f in fields(schema)]
+    for key in node:
+        if key not in known:
+            raise ValueError(unknown_key(f"{path}.{key}".lstrip("."), str(key), known))
+    try:
+        values = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
+        OmegaConf.merge(OmegaConf.structured(schema), values)
+    except OmegaConfBaseException as error:
+        full_key = f"{path}.{error.full_key or ''!s}".strip(".")
+        raise ValueError(f"{full_key}: {str(error).splitlines()[0]}") from error
+
+
+def unknown_key(path: str, key: str, known: Iterable[str]) -> str:
+    """Says that a key is unknown, and which one was probably meant."""
+    known = sorted(k for k in map(str, known) if not k.startswith("_"))
+    nearest = difflib.get_close_matches(key, known, n=1)
+    hint = f"did you mean {nearest[0]!r}?" if nearest else f"known here: {', '.join(known)}"
+    return f"unknown key {path!r}; {hint}"

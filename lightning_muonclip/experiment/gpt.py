@@ -1,0 +1,122 @@
+"""A small GPT: RoPE, pre-norm, squared-ReLU or SwiGLU, and whatever attention it is given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class GPT(nn.Module):
+    """Decoder-only transformer over tokens.
+
+    Args:
+        attention: Makes the attention of a layer from ``hidden_size``, such as
+            ``functools.partial(Attention, num_attention_heads=4)``.
+        vocab_size: Number of tokens; 256 for bytes.
+        hidden_size: Width of the residual stream.
+        num_hidden_layers: Number of layers.
+        intermediate_size: Width of the MLP; ``None`` is four times ``hidden_size``.
+        mlp: ``"relu2"`` (squared ReLU) or ``"swiglu"``.
+
+    Raises:
+        ValueError: If ``mlp`` is unknown.
+    """
+
+    def __init__(
+        self,
+        attention: Callable[..., nn.Module],
+        vocab_size: int = 256,
+        hidden_size: int = 128,
+        num_hidden_layers: int = 4,
+        intermediate_size: int | None = None,
+        mlp: str = "relu2",
+    ) -> None:
+        super().__init__()
+        if mlp not in _MLPS:
+            raise ValueError(f"unknown mlp {mlp!r}; known: {', '.join(_MLPS)}")
+        width = intermediate_size or 4 * hidden_size
+        self.embed_tokens = nn.Embedding(vocab_size, hidden_size)
+        self.layers = nn.ModuleList(
+            Block(attention(hidden_size=hidden_size), _MLPS[mlp](hidden_size, width), hidden_size)
+            for _ in range(num_hidden_layers)
+        )
+        self.norm = nn.RMSNorm(hidden_size)
+        self.lm_head = nn.Linear(hidden_size, vocab_size, bias=False)
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.02)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits of the next token, shape ``(batch, length, vocab_size)``, for tokens of shape ``(batch, length)``."""
+        hidden_states = self.embed_tokens(tokens)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states)
+        return self.lm_head(self.norm(hidden_states))
+
+    @torch.no_grad()
+    def generate(self, tokens: Tensor, length: int, context: int, generator: torch.Generator) -> Tensor:
+        """Continues a sequence by sampling.
+
+        Args:
+            tokens: The prompt, shape ``(1, at least one)``.
+            length: Number of tokens to add.
+            context: Most tokens that the model looks back on.
+            generator: Source of randomness, on the CPU.
+
+        Returns:
+            Prompt and continuation, shape ``(1, prompt + length)``.
+        """
+        for _ in range(length):
+            probabilities = self(tokens[:, -context:])[:, -1].float().softmax(-1).cpu()
+            drawn = torch.multinomial(probabilities, 1, generator=generator)
+            tokens = torch.cat([tokens, drawn.to(tokens.device)], dim=1)
+        return tokens
+
+
+class Block(nn.Module):
+    """Attention and MLP, each behind an RMSNorm and added to the residual stream."""
+
+    def __init__(self, attention: nn.Module, mlp: nn.Module, hidden_size: int) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(hidden_size)
+        self.self_attn = attention
+        self.post_attention_layernorm = nn.RMSNorm(hidden_size)
+        self.mlp = mlp
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Maps ``(batch, length, hidden_size)`` to the same."""
+        hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states))
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class SquaredReLU(nn.Module):
+    """MLP with a squared ReLU, So et al., arXiv 2109.08668."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps ``(..., hidden_size)`` to the same."""
+        return self.down_proj(F.relu(self.up_proj(x)).square())
+
+
+class SwiGLU(nn.Module):
+    """Gated MLP, Shazeer, arXiv 2002.05202."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps ``(..., hidden_size)`` to the same."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+_MLPS: dict[str, Callable[[int, int], nn.Module]] = {"relu2": SquaredReLU, "swiglu": SwiGLU}

@@ -1,0 +1,58 @@
+"""Ctrl-C ends a run at the end of a batch, with a checkpoint that resumes exactly there."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+
+class StopOnInterrupt(Callback):
+    """At the first Ctrl-C, finishes the batch, saves ``interrupted.ckpt`` and stops; a second one stops at once.
+
+    An interrupt taken in the middle of a step would leave weights of which some have been updated and some have not.
+
+    Args:
+        dirpath: Folder of the checkpoint.
+    """
+
+    def __init__(self, dirpath: str) -> None:
+        self.path = Path(dirpath) / "interrupted.ckpt"
+        self._interrupted = False
+        self._previous: Any = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Takes over SIGINT."""
+        self._interrupted = False
+        self._previous = signal.signal(signal.SIGINT, self._on_interrupt)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Saves and stops if an interrupt came, on any rank."""
+        if trainer.strategy.reduce_boolean_decision(self._interrupted, all=False):
+            trainer.save_checkpoint(self.path)
+            rank_zero_info(f"Interrupted. To go on from here: ckpt_path={self.path}")
+            trainer.should_stop = True
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Gives SIGINT back."""
+        self._restore()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Gives SIGINT back."""
+        self._restore()
+
+    def _on_interrupt(self, signum: int, frame: FrameType | None) -> None:
+        self._interrupted = True
+        self._restore()
+
+    def _restore(self) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)
+            self._previous = None

@@ -1,0 +1,111 @@
+"""The LightningModule of the example: a language model as a user of the library would write it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+from torch.distributed.fsdp import fully_shard
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from lightning_muonclip.experiment.gpt import GPT
+from lightning_muonclip.mixin import MaxLogitsMixin
+
+
+class LitGPT(MaxLogitsMixin):
+    """Trains a GPT to predict the next token, and reports bits per byte.
+
+    Args:
+        model: The network.
+        optimizer: Makes the optimizer from parameter groups. MuonClipCallback takes the hidden matrices from it.
+        warmup_steps: Steps of linear warm-up, followed by a cosine down to ``final_lr`` of the peak.
+        final_lr: Share of the peak learning rate that is left at the last step.
+        compile: Whether to compile the network.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        optimizer: Callable[[Iterable[Any]], Optimizer],
+        warmup_steps: int = 0,
+        final_lr: float = 0.1,
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.make_optimizer = optimizer
+        self.warmup_steps = warmup_steps
+        self.final_lr = final_lr
+        if compile:
+            self.model.compile()
+
+    def configure_model(self) -> None:
+        """Shards layer by layer under ModelParallelStrategy."""
+        mesh = self.device_mesh
+        if mesh is not None and not hasattr(self.model, "unshard"):
+            for layer in self.model.layers:
+                fully_shard(layer, mesh=mesh["data_parallel"])
+            fully_shard(self.model, mesh=mesh["data_parallel"])
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits of the next token, shape ``(batch, length, vocab_size)``."""
+        return self.model(tokens)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Cross-entropy in nats per token."""
+        loss = self._loss(batch)
+        self.log("train/loss", loss.detach(), prog_bar=True)
+        self.log("train/bits_per_byte", self._bits_per_byte(loss.detach()), prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Logs loss and bits per byte, averaged over all batches and ranks."""
+        loss = self._loss(batch)
+        self.log("val/loss", loss, sync_dist=True)
+        self.log("val/bits_per_byte", self._bits_per_byte(loss), prog_bar=True, sync_dist=True)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """One optimizer, weight decay on matrices only, warm-up and cosine."""
+        matrices = [(name, p) for name, p in self.named_parameters() if p.ndim >= 2]
+        vectors = [(name, p) for name, p in self.named_parameters() if p.ndim < 2]
+        optimizer = self.make_optimizer([{"params": matrices}, {"params": vectors, "weight_decay": 0.0}])
+        scheduler = LambdaLR(optimizer, self._lr_factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        tokens, targets = batch
+        return F.cross_entropy(self(tokens).flatten(0, 1).float(), targets.flatten())
+
+    def _bits_per_byte(self, nats_per_token: Tensor) -> Tensor:
+        bytes_per_token = getattr(self.trainer.datamodule, "bytes_per_token", 1.0)  # type: ignore[attr-defined]
+        return nats_per_token / (math.log(2) * bytes_per_token)
+
+    def _lr_factor(self, step: int) -> float:
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        total = float(self.trainer.estimated_stepping_batches)
+        progress = min(1.0, (step - self.warmup_steps) / max(1.0, total - self.warmup_steps))
+        return self.final_lr + (1 - self.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def sample_text(
+    lit: LitGPT,
+    encode: Callable[[str], list[int]],
+    decode: Callable[[list[int]], str],
+    prompt: str,
+    length: int,
+    context: int,
+) -> str:
+    """Continues ``prompt`` by ``length`` tokens, the same at every call with the same weights."""
+    was_training = lit.training
+    lit.eval()
+    tokens = torch.tensor([encode(prompt)], device=lit.device)
+    continued = lit.model.generate(tokens, length, context, torch.Generator().manual_seed(0))
+    lit.train(was_training)
+    return decode(continued[0].tolist())

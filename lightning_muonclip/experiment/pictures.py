@@ -1,0 +1,133 @@
+"""Pictures of a run's attention logits, and of several runs side by side."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from hydra.experimental.callback import Callback as HydraCallback
+from lightning.pytorch.callbacks import Callback
+from omegaconf import DictConfig
+from torch import Tensor
+
+from lightning_muonclip.callback import MuonClipCallback
+from lightning_muonclip.metrics import MaxLogits
+from lightning_muonclip.mixin import MaxLogitsMixin
+
+
+class LogitPictures(Callback):
+    """Remembers every head's largest logit at every step; draws ``max_logits.png`` and ``heads.png`` when fitting ends.
+
+    Works for any LightningModule with a :class:`~lightning_muonclip.MaxLogitsMixin`, with or without MuonClipCallback.
+    The history is part of checkpoints, so that the pictures of a resumed run are whole.
+
+    Args:
+        dirpath: Folder of the pictures.
+    """
+
+    def __init__(self, dirpath: str) -> None:
+        self.dirpath = Path(dirpath)
+        self.metric: MaxLogits | None = None
+        #: One tensor of shape (layers, heads) a step.
+        self.history: list[Tensor] = []
+        self._last_step = 0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Makes the metric; a resumed run fills it with what it has seen before."""
+        assert isinstance(pl_module, MaxLogitsMixin)
+        clip = _muonclip_callback(trainer)
+        threshold = clip.qk_clip.threshold if clip is not None and clip.qk_clip is not None else None
+        layers, heads = pl_module.max_logits.shape
+        self.metric = MaxLogits(layers, heads, threshold).to(pl_module.device)
+        for maxima in self.history:
+            self.metric.update(maxima.to(pl_module.device))
+        self._last_step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Takes the maxima of the step just made."""
+        assert isinstance(pl_module, MaxLogitsMixin)
+        assert self.metric is not None
+        if trainer.global_step == self._last_step:
+            return
+        self._last_step = trainer.global_step
+        clip = _muonclip_callback(trainer)
+        if clip is None:
+            maxima = pl_module.max_logits
+            pl_module.log("max_logit", maxima.max(), prog_bar=True)
+        elif clip.last is not None:
+            maxima = clip.last.max_logits
+        else:
+            return
+        self.metric.update(maxima)
+        self.history.append(maxima)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Draws."""
+        if self.metric is None or not self.history:
+            return
+        peak = self.metric.compute()
+        if trainer.is_global_zero:
+            self.dirpath.mkdir(parents=True, exist_ok=True)
+            trajectory, _ = self.metric.plot(self.history)
+            trajectory.savefig(self.dirpath / "max_logits.png", dpi=150)
+            heads, _ = self.metric.plot(peak)
+            heads.savefig(self.dirpath / "heads.png", dpi=150)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The history, the same on every rank under MuonClipCallback."""
+        return {"history": torch.stack(self.history).cpu()} if self.history else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores the history."""
+        self.history = list(state_dict.get("history", ()))
+
+
+class CompareRuns(HydraCallback):
+    """After a sweep (``muonclip-train -m ...``), draws the largest logit of every run into one picture."""
+
+    def __init__(self) -> None:
+        self.runs: list[tuple[str, Path]] = []
+
+    def on_job_end(self, config: DictConfig, job_return: Any, **kwargs: Any) -> None:
+        """Remembers where the run wrote."""
+        hydra = job_return.hydra_cfg.hydra
+        self.runs.append((hydra.job.override_dirname, Path(hydra.runtime.output_dir)))
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Draws ``max_logits.png`` into the folder of the sweep."""
+        curves = {label or path.name: read_curve(path / "metrics.csv") for label, path in self.runs}
+        curves = {label: curve for label, curve in curves.items() if curve[0]}
+        if curves:
+            draw_curves(curves, Path(config.hydra.sweep.dir) / "max_logits.png")
+
+
+def read_curve(path: Path) -> tuple[list[int], list[float]]:
+    """Steps and largest logits of a run from its ``metrics.csv``; empty if it has none."""
+    if not path.is_file():
+        return [], []
+    with path.open(newline="") as file:
+        rows = [(row["step"], row.get("muonclip/max_logit") or row.get("max_logit")) for row in csv.DictReader(file)]
+    points = [(int(step), float(value)) for step, value in rows if value]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def draw_curves(curves: dict[str, tuple[list[int], list[float]]], path: Path) -> None:
+    """Draws one curve a run, on a logarithmic scale, and saves the picture."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for label, (steps, values) in curves.items():
+        axes.plot(steps, values, lw=1.2, label=label)
+    axes.set(xlabel="step", ylabel="max logit", yscale="log", title="Largest attention logit of the model")
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=150)
+
+
+def _muonclip_callback(trainer: pl.Trainer) -> MuonClipCallback | None:
+    return next((c for c in trainer.callbacks if isinstance(c, MuonClipCallback)), None)  # type: ignore[attr-defined]

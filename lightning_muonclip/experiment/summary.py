@@ -1,0 +1,110 @@
+"""The table at the end of a run: how good, how calm, how fast, and where the time went."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from rich.console import Console
+from rich.table import Table
+
+from lightning_muonclip.callback import MuonClipCallback
+from lightning_muonclip.experiment.pictures import LogitPictures
+
+#: What the library marks for torch.profiler, and what the table calls it.
+_SPANS = {"muonclip::muon": "Muon", "muonclip::qk_clip": "QK-Clip", "muonclip::max_logits": "tracking"}
+
+
+class RunSummary(Callback):
+    """Prints validation bits per byte, peak logit, head-clips, tokens per second, and the time of Muon and QK-Clip.
+
+    Times come from :mod:`torch.profiler` over a few steps in the middle of the warm run.
+
+    Args:
+        profile_from: Batch of this fit at which profiling starts.
+        profile_batches: Number of batches profiled.
+    """
+
+    def __init__(self, profile_from: int = 20, profile_batches: int = 10) -> None:
+        self.profile_from = profile_from
+        self.profile_batches = profile_batches
+        self._batches = 0
+        self._tokens = 0
+        self._seconds = 0.0
+        self._started = 0.0
+        self._profiler: torch.profiler.profile | None = None
+        self._profiled: dict[str, float] = {}
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Starts from zero."""
+        self._batches, self._tokens, self._seconds, self._profiled = 0, 0, 0.0, {}
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Starts the clock, and the profiler when it is time."""
+        if self._batches == self.profile_from:
+            # The profiler sees host and device, but slows the host: profiled batches do not count for the speed.
+            self._profiler = torch.profiler.profile(acc_events=True)
+            self._profiler.start()
+        self._started = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Stops them."""
+        self._batches += 1
+        if self._profiler is None:
+            self._seconds += time.perf_counter() - self._started
+            self._tokens += batch[0].numel() * trainer.world_size
+        elif self._batches == self.profile_from + self.profile_batches:
+            self._read_profile(pl_module.device)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Prints the table."""
+        self._print(trainer)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Leaves no profiler running."""
+        if self._profiler is not None:
+            self._profiler.stop()
+            self._profiler = None
+
+    def _read_profile(self, device: torch.device) -> None:
+        assert self._profiler is not None
+        self._profiler.stop()
+        for event in self._profiler.key_averages():
+            if event.key in _SPANS:
+                microseconds = event.cpu_time_total if device.type == "cpu" else event.device_time_total
+                self._profiled[event.key] = microseconds / 1e3 / self.profile_batches
+        self._profiler = None
+
+    @rank_zero_only
+    def _print(self, trainer: pl.Trainer) -> None:
+        table = Table(title="MuonClip run", show_header=False, title_justify="left")
+        for label, value in self.rows(trainer):
+            table.add_row(label, value)
+        Console().print(table)
+
+    def rows(self, trainer: pl.Trainer) -> list[tuple[str, str]]:
+        """The rows of the table, as text."""
+        rows = []
+        if "val/bits_per_byte" in trainer.callback_metrics:
+            rows.append(("validation bits per byte", f"{float(trainer.callback_metrics['val/bits_per_byte']):.4f}"))
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, LogitPictures) and callback.history:
+                rows.append(("peak max logit", f"{float(torch.stack(callback.history).max()):.2f}"))
+            if isinstance(callback, MuonClipCallback) and callback.qk_clip is not None:
+                rows.append(("head-clips", f"{int(callback.qk_clip.clips.sum())}"))
+        if self._seconds:
+            per_batch = self._seconds / max(1, self._batches - self.profile_batches * bool(self._profiled)) * 1e3
+            rows.append(("tokens per second", f"{self._tokens / self._seconds:,.0f}"))
+            for span, name in _SPANS.items():
+                if span in self._profiled:
+                    milliseconds = self._profiled[span]
+                    rows.append((f"time in {name}", f"{milliseconds:.2f} ms a batch ({milliseconds / per_batch:.1%})"))
+        return rows

@@ -1,0 +1,107 @@
+"""``muonclip-train``: one run, or a sweep, configured by Hydra."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import hydra
+import lightning.pytorch as pl
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.utils import instantiate
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+from lightning_muonclip.experiment.config import check_config, unknown_key
+from lightning_muonclip.experiment.lit import LitGPT, sample_text
+
+
+def train(config: DictConfig) -> float:
+    """Trains as configured, and writes everything that a run leaves behind.
+
+    Args:
+        config: A composed ``train`` config.
+
+    Returns:
+        The metric that ``optimized_metric`` names, for a sweeper.
+
+    Raises:
+        ValueError: If the config has an unknown key or a wrong type, or ``optimized_metric`` was not logged.
+    """
+    check_config(config)
+    pl.seed_everything(config.seed, workers=True)
+    data = _build(config.data)
+    lit = _build_module(config, data.vocab_size)
+    trainer: pl.Trainer = _build(
+        config.trainer, logger=_build_all(config.logger), callbacks=_build_all(config.callbacks)
+    )
+    for logger in trainer.loggers:
+        logger.log_hyperparams(OmegaConf.to_container(config, resolve=True))  # type: ignore[arg-type]
+    trainer.fit(lit, datamodule=data, ckpt_path=config.ckpt_path)
+    if trainer.is_global_zero:
+        _write_sample(config, lit, data)
+    if config.optimized_metric not in trainer.callback_metrics:
+        raise ValueError(
+            f"optimized_metric={config.optimized_metric} was not logged;"
+            f" logged: {', '.join(sorted(trainer.callback_metrics))}"
+        )
+    return float(trainer.callback_metrics[config.optimized_metric])
+
+
+def _build(node: DictConfig, **kwargs: Any) -> Any:
+    # Plain lists and dicts: ListConfig in an optimizer's state could not be loaded with weights_only.
+    return instantiate(node, _convert_="all", **kwargs)
+
+
+def _build_all(nodes: DictConfig | None) -> list[Any]:
+    return [_build(node) for node in (nodes or {}).values() if node is not None]
+
+
+def _build_module(config: DictConfig, vocab_size: int) -> LitGPT:
+    vocab_size = config.model.vocab_size or vocab_size
+    model = _build(config.model, vocab_size=vocab_size)
+    lit: LitGPT = _build(config.lit, model=model, optimizer=_build(config.optimizer))
+    return lit
+
+
+def _write_sample(config: DictConfig, lit: LitGPT, data: Any) -> None:
+    text = sample_text(lit, data.encode, data.decode, config.sample.prompt, config.sample.length, data.block_size)
+    path = _output_dir() / "sample.txt"
+    path.write_text(text)
+    rank_zero_info(f"{text}\n\nEverything is in {path.parent}")
+
+
+def _output_dir() -> Path:
+    return Path(HydraConfig.get().runtime.output_dir)
+
+
+@hydra.main(version_base="1.3", config_path="pkg://lightning_muonclip.conf", config_name="train")
+def _hydra_main(config: DictConfig) -> float:
+    OmegaConf.save(config, _output_dir() / "config.yaml", resolve=True)
+    return train(config)
+
+
+def main() -> None:
+    """Entry point; a mistake in the configuration is one line, with the nearest right key."""
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # hand errors on instead of printing them
+    try:
+        _hydra_main()
+    except (HydraException, OmegaConfBaseException) as error:
+        sys.exit(f"muonclip-train: {_explain(error)}")
+
+
+def _explain(error: Exception) -> str:
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, (ConfigKeyError, ConfigAttributeError)) and cause.parent_node is not None:
+            return unknown_key(str(cause.full_key), str(cause.key), cause.parent_node)
+        cause = cause.__cause__ or cause.__context__
+    return str(error)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""MaxLogitsMixin: per-head maxima of the attention logits as an attribute of a LightningModule."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import lightning.pytorch as pl
+from torch import Tensor
+
+from lightning_muonclip.qk_clip.observe import Observer
+from lightning_muonclip.qk_clip.spec import AttentionSpec
+
+
+class MaxLogitsMixin(pl.LightningModule):
+    """Collects each attention head's largest logit while the module is trained.
+
+    Under a Trainer it attaches itself when fitting starts, shared with a
+    :class:`~lightning_muonclip.MuonClipCallback` if there is one. Outside of a Trainer, call :meth:`observe` once before
+    the first forward.
+
+    Attributes:
+        attention_specs: The user's word on attention modules, by name; ``None`` relies on recognition alone.
+
+    Example::
+
+        class LitGPT(MaxLogitsMixin):
+            def training_step(self, batch, batch_idx):
+                loss = self.model(*batch)
+                self.log("max_logit", self.max_logits.max())
+                return loss
+    """
+
+    attention_specs: Mapping[str, AttentionSpec | None] | None = None
+    _observer: Observer | None = None
+
+    @property
+    def max_logits(self) -> Tensor:
+        """Largest logits on this rank, shape (layers, most heads), on the device.
+
+        Of the step under way; before its first forward, of the step before. ``-inf`` where there is no such head or
+        nothing was seen.
+        """
+        return self.observe().ledger.latest
+
+    @property
+    def max_logits_layers(self) -> list[str]:
+        """Names of the attention modules: the rows of :attr:`max_logits`."""
+        return self.observe().layers
+
+    def observe(self) -> Observer:
+        """The observer of this module's attention; attached by the first call.
+
+        Raises:
+            ValueError: If there is no attention, or one that cannot be read.
+        """
+        if self._observer is None:
+            self._observer = Observer(self, self.attention_specs)
+        return self._observer
+
+    def stop_observing(self) -> None:
+        """Detaches from the attention modules."""
+        if self._observer is not None:
+            self._observer.close()
+            self._observer = None
+
+    def on_fit_start(self) -> None:
+        """Attaches, and ends a window of maxima with every optimizer step. Overriding it? Call ``super()``."""
+        super().on_fit_start()
+        ledger = self.observe().ledger
+        optimizers = self.trainer.optimizers
+        if len(optimizers) == 1:  # else the callback's QK-Clip ends the window
+            optimizers[0].register_step_post_hook(lambda *_: ledger.close_step())

@@ -1,0 +1,113 @@
+"""MuonClip: Muon, AdamW and QK-Clip as one torch optimizer, for training loops without Lightning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_muonclip.optim.muon import Muon
+from lightning_muonclip.optim.routing import split_params
+from lightning_muonclip.qk_clip.clip import ClipResult, QKClip
+from lightning_muonclip.qk_clip.spec import AttentionSpec
+
+
+class MuonClip(Muon):
+    """The optimizer of Kimi K2 for a whole model: hidden matrices by Muon, the rest by AdamW, then QK-Clip.
+
+    Watches the model's attention logits from construction until :meth:`close`.
+
+    Args:
+        model: The model; frozen parameters are left out.
+        lr: Learning rate of all groups.
+        weight_decay: Decoupled weight decay of all groups.
+        momentum: Muon's momentum.
+        nesterov: Whether the momentum is Nesterov's.
+        ns_coefficients: Newton-Schulz schedule (see :class:`~lightning_muonclip.Muon`).
+        eps: Guards the division by a matrix's norm.
+        ns_steps: Number of Newton-Schulz iterations.
+        adjust_lr_fn: Update scale; ``"match_rms_adamw"`` lets AdamW's learning rate and weight decay carry over.
+        betas: AdamW's.
+        adamw_eps: AdamW's.
+        threshold: Largest logit that is left alone; ``None`` only monitors.
+        alpha: Share of a clip that the query weight takes, in [0, 1].
+        specs: The user's word on attention modules, by name.
+        shared_keys: What happens to a key that several queries share (see :class:`~lightning_muonclip.QKClip`).
+        qk_norm: ``"error"`` refuses attention with QK-norm, ``"monitor"`` only watches it.
+        logits: ``"exact"`` observes; ``"off"`` expects the maxima in :meth:`step`.
+        exclude: Shell-style patterns of parameter names that are kept from Muon.
+        include: Patterns of matrices that Muon takes although they look like an embedding or an output head.
+        dtype: Working dtype of Newton-Schulz.
+
+    Raises:
+        ValueError: If an argument is out of range, or the attention cannot be read.
+
+    Source: Kimi K2, arXiv 2507.20534, algorithm 1.
+
+    Example:
+        >>> from lightning_muonclip import Attention
+        >>> model = Attention(hidden_size=8, num_attention_heads=2)
+        >>> optimizer = MuonClip(model, lr=3e-4)
+        >>> model(torch.randn(2, 5, 8)).square().mean().backward()
+        >>> optimizer.step()
+        >>> optimizer.last.max_logits.shape
+        torch.Size([1, 2])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float | Tensor = 1e-3,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        ns_coefficients: str | Sequence[float] | Sequence[Sequence[float]] | None = None,
+        eps: float = 1e-7,
+        ns_steps: int | None = None,
+        adjust_lr_fn: str | None = "match_rms_adamw",
+        *,
+        betas: tuple[float, float] = (0.9, 0.95),
+        adamw_eps: float = 1e-8,
+        threshold: float | None = 100.0,
+        alpha: float = 0.5,
+        specs: Mapping[str, AttentionSpec | None] | None = None,
+        shared_keys: str = "query",
+        qk_norm: str = "error",
+        logits: str = "exact",
+        exclude: Sequence[str] = (),
+        include: Sequence[str] = (),
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        groups = split_params(model, exclude, include)
+        for group in groups:
+            if group["algorithm"] == "adamw":
+                group.update(betas=tuple(betas), eps=adamw_eps)
+        super().__init__(
+            groups, lr, weight_decay, momentum, nesterov, ns_coefficients, eps, ns_steps, adjust_lr_fn, dtype=dtype
+        )
+        self.qk_clip = QKClip(model, threshold, alpha, specs, shared_keys, qk_norm, logits)
+        #: What QK-Clip saw and did at the last step.
+        self.last: ClipResult | None = None
+
+    @torch.no_grad()
+    def step(
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        max_logits: Tensor | Sequence[Sequence[float]] | None = None,
+    ) -> Any:
+        """Steps Muon and AdamW, then clips by what was observed, or by the caller's ``max_logits``.
+
+        Args:
+            closure: Evaluates the model again and returns the loss.
+            max_logits: One list of numbers a layer, or a tensor of shape (layers, heads).
+        """
+        loss = super().step(closure)
+        self.last = self.qk_clip.step(max_logits)
+        return loss
+
+    def close(self) -> None:
+        """Stops observing."""
+        self.qk_clip.close()

@@ -1,0 +1,1 @@
+"""Muon and what it stands on: orthogonalisation, schedules, routing, sharding. Plain PyTorch."""

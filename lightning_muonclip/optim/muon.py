@@ -1,0 +1,224 @@
+"""Muon: momentum, orthogonalised, for the hidden matrices of a network; AdamW groups may live in the same optimizer."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.adamw import adamw
+from torch.optim.optimizer import ParamsT
+
+from lightning_muonclip.optim.coefficients import resolve_schedule
+from lightning_muonclip.optim.orthogonalize import orthogonalize
+from lightning_muonclip.optim.sharding import gather_matrix, shard_like
+
+#: Update scale by shape (m, n) of the weight, m being fan-out. Names are those of torch.optim.Muon.
+LR_ADJUSTMENTS: dict[str, Callable[[int, int], float]] = {
+    "original": lambda m, n: math.sqrt(max(1.0, m / n)),  # Keller Jordan (2024)
+    "match_rms_adamw": lambda m, n: 0.2 * math.sqrt(max(m, n)),  # Moonlight, arXiv 2502.16982, section 2.2
+    "spectral_unclamped": lambda m, n: math.sqrt(m / n),  # the muP scale: Yang et al., arXiv 2310.17813
+}
+
+ADAMW_DEFAULTS: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8}
+
+#: Most elements stacked into one batched product. On a CPU only small matrices gain from it; a GPU is launch-bound.
+STACK_NUMEL = {"cpu": 2**18, "cuda": 2**26}
+
+
+class Muon(Optimizer):
+    r"""torch.optim.Muon's signature, state and update rule; same-shape matrices are orthogonalised together.
+
+    .. math::
+        B_t = \mu B_{t-1} + (1 - \mu) G_t, \quad
+        U_t = \mu B_t + (1 - \mu) G_t, \quad
+        W_t = (1 - \eta\lambda) W_{t-1} - \eta\, s(m, n)\, \mathrm{orthogonalize}(U_t)
+
+    A group with ``algorithm="adamw"`` is stepped by AdamW exactly as :class:`torch.optim.AdamW` would, so that one
+    optimizer can own a whole model (see :func:`~lightning_muonclip.split_params`).
+
+    Args:
+        params: Matrices, or parameter groups. Named parameters are named in error messages.
+        lr: Learning rate :math:`\eta`.
+        weight_decay: Decoupled weight decay :math:`\lambda`.
+        momentum: :math:`\mu`.
+        nesterov: ``False`` takes :math:`U_t = B_t`.
+        ns_coefficients: A schedule's name, one ``(a, b, c)`` or a sequence of them; ``None`` is the library's default.
+            ``"jordan"`` is torch's own.
+        eps: Guards the division by a matrix's norm; relative to its largest entry, so tiny gradients keep their step.
+        ns_steps: Number of Newton-Schulz iterations; ``None`` is the schedule's own.
+        adjust_lr_fn: The scale :math:`s(m, n)`: ``"original"`` (``None``) :math:`\sqrt{\max(1, m/n)}`,
+            ``"match_rms_adamw"`` :math:`0.2\sqrt{\max(m, n)}`, ``"spectral_unclamped"`` :math:`\sqrt{m/n}`.
+        dtype: Working dtype of Newton-Schulz; ``None`` is bfloat16 where the device has it in hardware, else float32.
+
+    Raises:
+        ValueError: If a hyperparameter is out of range, or a parameter is not a matrix.
+
+    Source: Keller Jordan (2024); Kimi K2, arXiv 2507.20534, algorithm 1.
+
+    Example:
+        >>> layer = torch.nn.Linear(4, 4, bias=False)
+        >>> optimizer = Muon(layer.named_parameters(), lr=0.02)
+        >>> layer(torch.randn(2, 4)).sum().backward()
+        >>> optimizer.step()
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        ns_coefficients: str | Sequence[float] | Sequence[Sequence[float]] | None = None,
+        eps: float = 1e-7,
+        ns_steps: int | None = None,
+        adjust_lr_fn: str | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if isinstance(lr, Tensor) and lr.numel() != 1:
+            raise ValueError(f"a tensor lr must have one element, got shape {tuple(lr.shape)}")
+        for name, value in {"lr": lr, "weight_decay": weight_decay, "eps": eps}.items():
+            if not value >= 0:
+                raise ValueError(f"{name} must be >= 0, got {value}")
+        if not 0 <= momentum < 1:
+            raise ValueError(f"momentum must be in [0, 1), got {momentum}")
+        if adjust_lr_fn is not None and adjust_lr_fn not in LR_ADJUSTMENTS:
+            raise ValueError(f"unknown adjust_lr_fn {adjust_lr_fn!r}; known: {', '.join(LR_ADJUSTMENTS)}")
+        schedule = resolve_schedule(ns_coefficients, ns_steps)
+        self.dtype = dtype
+        defaults = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            # A constant schedule is kept as torch.optim.Muon keeps it, so that checkpoints go both ways.
+            "ns_coefficients": schedule[0] if len(set(schedule)) == 1 else schedule,
+            "eps": eps,
+            "ns_steps": len(schedule),
+            "adjust_lr_fn": adjust_lr_fn,
+        }
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group; ``algorithm`` is ``"muon"`` (default: matrices only) or ``"adamw"`` (any shape)."""
+        algorithm = param_group.setdefault("algorithm", "muon")
+        if algorithm not in ("muon", "adamw"):
+            raise ValueError(f"unknown algorithm {algorithm!r} in a parameter group; known: muon, adamw")
+        if algorithm == "adamw":
+            for key, value in ADAMW_DEFAULTS.items():
+                param_group.setdefault(key, value)
+        super().add_param_group(param_group)
+        if algorithm == "muon":
+            _require_matrices(self.param_groups[-1])
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("algorithm", "muon")  # absent in a checkpoint of torch.optim.Muon
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One optimization step. Parameters without a gradient are left alone. No host synchronisation."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if params and group["algorithm"] == "adamw":
+                self._adamw_step(group, params)
+            elif params:
+                self._muon_step(group, params)
+        return loss
+
+    @torch.profiler.record_function("muonclip::muon")
+    def _muon_step(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        lr, momentum = group["lr"], group["momentum"]
+        grads = [_dense_gradient(p) for p in params]
+        buffers = [self._momentum_buffer(p) for p in params]
+        torch._foreach_lerp_(buffers, grads, 1 - momentum)
+        updates = torch._foreach_lerp(grads, buffers, momentum) if group["nesterov"] else buffers
+        torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+        for indices in _stackable(updates):
+            stack = torch.stack([gather_matrix(updates[i]) for i in indices])
+            directions = orthogonalize(
+                stack,
+                coefficients=group["ns_coefficients"],
+                steps=group["ns_steps"],
+                dtype=self.dtype,
+                eps=group["eps"],
+            )
+            targets = [params[i] for i in indices]
+            scale = lr * LR_ADJUSTMENTS[group["adjust_lr_fn"] or "original"](*stack.shape[-2:])
+            _add_scaled(targets, [shard_like(d, p) for d, p in zip(directions, targets)], -scale)
+
+    def _momentum_buffer(self, param: Tensor) -> Tensor:
+        state = self.state[param]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(_dense_gradient(param), memory_format=torch.preserve_format)
+        return state["momentum_buffer"]
+
+    def _adamw_step(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        for p in params:
+            if not self.state[p]:
+                zeros = torch.zeros_like(p, memory_format=torch.preserve_format)
+                self.state[p] = {"step": torch.zeros(()), "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
+        states = [self.state[p] for p in params]
+        beta1, beta2 = group["betas"]
+        adamw(
+            params,
+            [_dense_gradient(p) for p in params],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            [state["step"] for state in states],
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+
+def _require_matrices(group: dict[str, Any]) -> None:
+    names = group.get("param_names") or [f"parameter {i}" for i in range(len(group["params"]))]
+    for name, p in zip(names, group["params"]):
+        if p.ndim != 2 or p.is_complex():
+            raise ValueError(
+                f"Muon orthogonalises real matrices, but {name} has shape {tuple(p.shape)} and dtype {p.dtype};"
+                " put it into a group with algorithm='adamw' (split_params does so)"
+            )
+
+
+def _dense_gradient(param: Tensor) -> Tensor:
+    assert param.grad is not None
+    if param.grad.is_sparse:
+        raise ValueError(
+            f"a parameter of shape {tuple(param.shape)} has a sparse gradient; make it dense (sparse=False)"
+        )
+    return param.grad
+
+
+def _stackable(matrices: Sequence[Tensor]) -> Iterator[list[int]]:
+    """Indices of matrices that share shape, dtype and device, in runs within the stack's bound."""
+    alike: dict[Any, list[int]] = defaultdict(list)
+    for i, matrix in enumerate(matrices):
+        alike[matrix.shape, matrix.dtype, matrix.device].append(i)
+    for (shape, _, device), indices in alike.items():
+        size = max(1, STACK_NUMEL.get(device.type, 0) // max(1, shape.numel()))
+        yield from (indices[start : start + size] for start in range(0, len(indices), size))
+
+
+def _add_scaled(params: list[Tensor], directions: list[Tensor], scale: float | Tensor) -> None:
+    if isinstance(scale, Tensor):  # a tensor learning rate must not be read on the host
+        directions = list(torch._foreach_mul(directions, scale.to(directions[0].device)))
+        scale = 1.0
+    torch._foreach_add_(params, directions, alpha=scale)

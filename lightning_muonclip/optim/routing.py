@@ -1,0 +1,131 @@
+"""Which parameter goes to which optimizer, and why: hidden matrices to Muon, everything else to AdamW."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+_HEADS = {"lm_head", "head", "classifier", "score", "embed_out", "unembed", "unembedding", "to_logits", "qa_outputs"}
+_EMBEDDING = re.compile(r"embed|(^|\.)w[tp]e(\.|$)")
+
+
+@dataclass(frozen=True)
+class Route:
+    """Where one parameter goes: ``algorithm`` is ``"muon"``, ``"adamw"`` or ``"frozen"``."""
+
+    name: str
+    param: Parameter
+    algorithm: str
+    reason: str
+
+
+def route_params(module: nn.Module, exclude: Sequence[str] = (), include: Sequence[str] = ()) -> list[Route]:
+    """Decides for every parameter of a module, in its own order, tied parameters once.
+
+    Args:
+        module: The model.
+        exclude: Shell-style patterns of parameter names that are kept from Muon, such as ``"*.router.weight"``.
+        include: Patterns of matrices that Muon takes although they look like an embedding or an output head.
+
+    Raises:
+        ValueError: If a pattern matches no parameter, or ``include`` names one that is not a matrix.
+    """
+    names = [name for name, _ in module.named_parameters()]
+    for pattern in (*exclude, *include):
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(
+                f"the pattern {pattern!r} matches no parameter of {type(module).__name__}; check its spelling"
+            )
+    embeddings = [m.weight for m in module.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))]
+    return [
+        Route(name, param, *_decide(name, param, embeddings, exclude, include))
+        for name, param in module.named_parameters()
+    ]
+
+
+def split_params(module: nn.Module, exclude: Sequence[str] = (), include: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Splits a model into named parameter groups for :class:`~lightning_muonclip.Muon`.
+
+    Args:
+        module: The model. Frozen parameters are left out.
+        exclude: Shell-style patterns of parameter names that are kept from Muon.
+        include: Patterns of matrices that Muon takes although they look like an embedding or an output head.
+
+    Returns:
+        Up to two groups, ``{"name": "muon", "algorithm": "muon", "params": [(name, parameter), ...]}`` and the same
+        for ``"adamw"``. ``print(routing_table(route_params(module)))`` shows who went where and why.
+
+    Example:
+        >>> groups = split_params(nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 4)))
+        >>> [(g["algorithm"], [name for name, _ in g["params"]]) for g in groups]
+        [('muon', ['1.weight']), ('adamw', ['0.weight', '1.bias'])]
+    """
+    routes = route_params(module, exclude, include)
+    groups = []
+    for algorithm in ("muon", "adamw"):
+        params = [(route.name, route.param) for route in routes if route.algorithm == algorithm]
+        if params:
+            groups.append({"params": params, "algorithm": algorithm, "name": algorithm})
+    return groups
+
+
+def routing_table(routes: Iterable[Route]) -> str:
+    """A table of routes for people; the same parameter of repeated blocks is one row, its index written ``*``."""
+    rows: dict[tuple[str, ...], list[Route]] = {}
+    for route in routes:
+        pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", route.name)
+        shape = "x".join(map(str, route.param.shape)) or "scalar"
+        rows.setdefault((route.algorithm, pattern, shape, route.reason), []).append(route)
+    order = {"muon": 0, "adamw": 1, "frozen": 2}
+    cells = [("goes to", "parameter", "shape", "count", "elements", "why")]
+    for (algorithm, pattern, shape, reason), members in sorted(rows.items(), key=lambda row: order.get(row[0][0], 1)):
+        elements = sum(route.param.numel() for route in members)
+        cells.append((algorithm, pattern, shape, str(len(members)), f"{elements:,}", reason))
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    right = {3, 4}
+    return "\n".join(
+        "  ".join(c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths))).rstrip()
+        for row in cells
+    )
+
+
+def _decide(
+    name: str, param: Parameter, embeddings: list[Tensor], exclude: Sequence[str], include: Sequence[str]
+) -> tuple[str, str]:
+    is_matrix = param.ndim == 2 and min(param.shape) > 1
+    if not param.requires_grad:
+        return "frozen", "requires no gradient"
+    if any(fnmatchcase(name, pattern) for pattern in exclude):
+        return "adamw", "excluded by name"
+    if any(fnmatchcase(name, pattern) for pattern in include):
+        if param.ndim != 2:
+            raise ValueError(
+                f"include names {name}, whose shape {tuple(param.shape)} is no matrix; Muon cannot take it"
+            )
+        return "muon", "included by name"
+    if any(param is weight for weight in embeddings) or (_EMBEDDING.search(name) and not _in_block(name)):
+        return "adamw", "embedding"
+    if not is_matrix:
+        return "adamw", "vector" if param.squeeze().ndim < 2 else f"{param.ndim}-D tensor"
+    if _is_head(name, param, embeddings):
+        return "adamw", "output head"
+    return "muon", "hidden matrix"
+
+
+def _in_block(name: str) -> bool:
+    """Whether an indexed module holds the parameter's own: ``layers.3.mlp.up_proj.weight``, but not ``2.weight``."""
+    return any(part.isdigit() for part in name.split(".")[:-2])
+
+
+def _is_head(name: str, param: Parameter, embeddings: list[Tensor]) -> bool:
+    if _in_block(name):
+        return False
+    path = name.split(".")[:-1]
+    named_so = not _HEADS.isdisjoint(path) or path[-1:] == ["output"]
+    return named_so or any(param.shape == weight.shape for weight in embeddings)

@@ -1,0 +1,34 @@
+"""Which Lightning strategies MuonClip works under; the only file that knows their names.
+
+A strategy is recognised by the names of its classes, so that none of them has to be imported.
+"""
+
+from __future__ import annotations
+
+_SUPPORTED = ("SingleDeviceStrategy", "DDPStrategy", "ModelParallelStrategy")
+
+_REFUSED = {
+    "FSDPStrategy": (
+        "FSDP1 flattens matrices into shards that cannot be orthogonalised",
+        "ModelParallelStrategy with fully_shard (FSDP2)",
+    ),
+    "DeepSpeedStrategy": ("DeepSpeed owns the optimizer and its gradients", "DDP, or ModelParallelStrategy (FSDP2)"),
+    "XLAStrategy": ("XLA runs neither the kernels nor the hooks", "a CPU or CUDA accelerator"),
+    "XLAFSDPStrategy": ("XLA runs neither the kernels nor the hooks", "a CPU or CUDA accelerator"),
+    "DataParallelStrategy": ("replicas are rebuilt at every forward", "DDP"),
+}
+
+
+def check_strategy(strategy: object) -> None:
+    """Refuses a strategy under which the callback would be wrong.
+
+    Raises:
+        ValueError: With the strategy, the reason, and what to use instead.
+    """
+    names = [cls.__name__ for cls in type(strategy).__mro__]
+    for name in names:
+        if name in _REFUSED:
+            reason, instead = _REFUSED[name]
+            raise ValueError(f"MuonClipCallback does not work under {names[0]}: {reason}. Use {instead} instead")
+    if not any(name in _SUPPORTED for name in names):
+        raise ValueError(f"MuonClipCallback does not know {names[0]}; use one of {', '.join(_SUPPORTED)}")
