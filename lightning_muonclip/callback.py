@@ -7,8 +7,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -171,7 +171,7 @@ class MuonClipCallback(Callback):
                 f"no hidden matrix is left for Muon in {type(optimizer).__name__}. This is where parameters went:\n"
                 f"{routing_table(routes)}\nTake a look at exclude=, or remove the callback"
             )
-        groups = [{"params": matrices, "name": f"muon_{i}" if i else "muon"} for i, (_, matrices) in enumerate(taken)]
+        groups = [{"params": matrices, **_name_of(source)} for source, matrices in taken]
         muon = Muon(groups, lr=taken[0][0]["lr"], **self._muon_options)
         self._sources = []
         for (source, _), group in zip(taken, muon.param_groups):
@@ -256,6 +256,8 @@ class MuonClipCallback(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Logs what a step did; forgets what was seen if the step was skipped."""
+        assert self.muon is not None
+        self._follow_user(self.muon)  # schedulers have stepped: monitors and checkpoints see the rate of the next step
         if trainer.global_step == self._last_step:
             return  # gradients are being accumulated
         self._last_step = trainer.global_step
@@ -305,6 +307,10 @@ def _users_optimizer(trainer: pl.Trainer) -> Optimizer:
             f"configure_optimizers returns {type(optimizers[0]).__name__} already; use either the callback or the optimizer"
         )
     return optimizers[0]
+
+
+def _name_of(group: dict[str, Any]) -> dict[str, Any]:
+    return {"name": group["name"]} if "name" in group else {}
 
 
 def _params(optimizer: Optimizer) -> list[Tensor]:

@@ -104,7 +104,7 @@ class MuonClip(Muon):
             closure: Evaluates the model again and returns the loss.
             max_logits: One list of numbers a layer, or a tensor of shape (layers, heads).
         """
-        loss = super().step(closure)
+        loss = self._update(closure)
         self.last = self.qk_clip.step(max_logits)
         return loss
 

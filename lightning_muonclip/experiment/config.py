@@ -144,9 +144,9 @@ def check_config(config: DictConfig) -> None:
 
 def _check_node(node: DictConfig, schema: type, path: str) -> None:
     known = [f.name for f in fields(schema)]
-    for key in node:
+    for key in map(str, node):
         if key not in known:
-            raise ValueError(unknown_key(f"{path}.{key}".lstrip("."), str(key), known))
+            raise ValueError(unknown_key(f"{path}.{key}".lstrip("."), key, known))
     try:
         values = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
         OmegaConf.merge(OmegaConf.structured(schema), values)

@@ -1,8 +1,8 @@
-"""Where the text comes from: the sources of a language model's tokens, each a frozen dataclass with one method, ``load``.
+"""Where the text comes from: the sources of a language model's tokens, each a frozen dataclass with a method ``load``.
 
 A corpus reads real text, holds a part of it out for validation and turns both parts into one-dimensional tensors of
-tokens. Nothing here knows about batches, Lightning or the network; the optional packages are imported when a corpus that
-needs them is loaded.
+tokens. Nothing here knows about batches or Lightning; optional packages are imported when a corpus that needs them is
+loaded.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ HELD_OUT = 20
 """One part in this many is validation: by file where there are several, else the end of the text."""
 
 # Installed packages are not the standard library; tests are half of its bytes, much of it data and deliberately broken
-# code; encodings and pydoc_data are generated tables; config-* and _sysconfigdata* describe one build of Python, so they
-# differ from machine to machine.
+# code; encodings and pydoc_data are generated tables; config-* and _sysconfigdata* describe one build of Python, so
+# they differ from machine to machine.
 NOT_LIBRARY = (
     *("site-packages", "dist-packages", "test", "tests", "idle_test"),
     *("encodings", "pydoc_data", "config-*", "_sysconfigdata*"),
@@ -196,8 +196,8 @@ class Shakespeare:
 class TextFiles:
     """A text file, or the text files of a folder; bytes are the tokens.
 
-    Several files are held out by whole files, chosen by a hash of the relative path, so that adding a file moves no other;
-    of a single file the end is held out.
+    Of several files whole ones are held out, chosen by a hash of the relative path, so that adding a file does not
+    move another; of a single file the end is held out.
 
     Args:
         path: The file or the folder.
@@ -226,8 +226,8 @@ class TextFiles:
 class HuggingFace:
     """A dataset of the Hugging Face Hub, or files on disk in any format that ``datasets`` reads.
 
-    The documents are tokenized in their order, each followed by the tokenizer's end-of-text token (a newline where it has
-    none), and packed without padding. The end of the token sequence is held out.
+    The documents are tokenized in their order, each followed by the tokenizer's end-of-text token (a newline where it
+    has none), and packed without padding. The end of the token sequence is held out.
 
     Args:
         path: The dataset's name, or a format (``json``, ``text``, ``parquet``) together with ``data_files``.
@@ -252,11 +252,6 @@ class HuggingFace:
     def load(self) -> Text:
         """Reads and tokenizes the documents.
 
-        Streaming, too, reads ``max_tokens`` into memory once, at 4 bytes a token or less, instead of streaming through the
-        training. A live stream has no length, so Lightning prefetches a batch and saves a position one batch late; its
-        resumed shuffle buffer is not the one that was saved; and it shards evenly only over a number of ranks and workers
-        that divides the dataset's files. Tokens in memory are shuffled fully, resume exactly and shard over any number.
-
         Raises:
             ImportError: If ``datasets``, or the ``transformers`` that a tokenizer needs, is not installed.
             ValueError: If there is no such column, or no text in it.
@@ -267,6 +262,10 @@ class HuggingFace:
         end_tokens = [] if tokenizer.end_of_text is None else [tokenizer.end_of_text]
         limit = sys.maxsize if self.max_tokens is None else self.max_tokens
 
+        # Streaming, too, reads max_tokens into memory once, at 4 bytes a token or less, and trains from there. A live
+        # stream has no length, so Lightning prefetches a batch and saves a position one batch too late; a resumed
+        # shuffle buffer is not the one that was saved; and a stream shards evenly only over a number of ranks and
+        # workers that divides its files. Tokens in memory shuffle fully, resume exactly and shard over any number.
         dataset = datasets.load_dataset(
             self.path, self.name, data_files=self.data_files, split=self.split, streaming=self.streaming
         )
@@ -276,7 +275,8 @@ class HuggingFace:
         for rows in dataset.iter(batch_size=256):
             if self.text_column not in rows:
                 raise ValueError(
-                    f"the dataset {self.path!r} has no column {self.text_column!r}, only {sorted(rows)}: set text_column"
+                    f"the dataset {self.path!r} has no column {self.text_column!r}, only {sorted(rows)}: "
+                    "set text_column to one of them"
                 )
             texts = [text + end for text in rows[self.text_column] if text]
             if texts:

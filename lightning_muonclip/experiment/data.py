@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import islice
 
-import lightning as L
+import lightning.pytorch as pl
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
@@ -25,7 +25,7 @@ class Windows(Dataset[Batch]):
         block_size: The number of tokens that a model sees.
 
     Shapes:
-        - Each item is ``(inputs, targets)``, both int64 of shape (block_size,): the targets are the inputs, one token on.
+        - Each item is ``(inputs, targets)``, int64 of shape (block_size,): the targets are the inputs, one token on.
     """
 
     def __init__(self, tokens: Tensor, starts: Tensor, block_size: int) -> None:
@@ -45,8 +45,8 @@ class Windows(Dataset[Batch]):
 class ShuffledShard(DistributedSampler[int]):
     """One rank's share of a shuffle that depends on the seed and the epoch alone, and that may begin in its middle.
 
-    As it is a ``DistributedSampler``, Lightning keeps it, where it would replace another under DDP by one that is seeded
-    with the global seed, and calls ``set_epoch`` before each epoch.
+    As it is a ``DistributedSampler``, Lightning calls ``set_epoch`` before each epoch and keeps it under DDP, where it
+    would replace any other by one that is seeded with the global seed.
 
     Attributes:
         start: How many of this rank's items the next iteration leaves out.
@@ -61,14 +61,14 @@ class ShuffledShard(DistributedSampler[int]):
 class ResumableLoader(DataLoader[Batch]):
     """A ``DataLoader`` over a :class:`ShuffledShard` that continues in mid-epoch, at the very next batch.
 
-    Lightning saves and restores a train loader that has ``state_dict`` and ``load_state_dict``. The state is the epoch and
-    the number of its batches that have been handed out, so it is the same on every rank (Lightning saves that of rank 0)
-    and does not depend on what the workers have prefetched.
+    Lightning saves and restores a train loader that has ``state_dict`` and ``load_state_dict``. The state is the epoch
+    and the number of its batches that have been handed out, so it is the same on every rank (Lightning saves that of
+    rank 0) and does not depend on what the workers have prefetched.
     """
 
-    # torchdata's StatefulDataLoader was tried first. With torchdata 0.11 under Lightning 2.6 a checkpoint of an epoch's
-    # last batch resumes without the epoch that follows, and one of a later epoch resumes in the first epoch's order (with
-    # workers, or with the sampler that Lightning injects).
+    # Why not torchdata's StatefulDataLoader: with torchdata 0.11 under Lightning 2.6 a checkpoint of an epoch's last
+    # batch resumes without the epoch that follows, and one of a later epoch resumes in a wrong order (with workers, or
+    # with the sampler that Lightning injects).
 
     _epoch = 0
     _batch = 0
@@ -99,11 +99,11 @@ class ResumableLoader(DataLoader[Batch]):
             self.sampler.set_epoch(self._epoch)
 
 
-class TextDataModule(L.LightningDataModule):
+class TextDataModule(pl.LightningDataModule):
     """Next-token batches of real text.
 
-    Training batches are shuffled windows that do not overlap, determined by ``seed`` and the epoch, split over the ranks,
-    and resumed exactly from a checkpoint in mid-epoch. Validation is a fixed set of evenly spaced windows.
+    Training batches are shuffled windows that do not overlap, determined by ``seed`` and the epoch, split over the
+    ranks, and resumed exactly from a checkpoint in mid-epoch. Validation is a fixed set of evenly spaced windows.
 
     Args:
         corpus: Where the text comes from; read once, on first use. None: :class:`StandardLibrary`.
@@ -114,7 +114,7 @@ class TextDataModule(L.LightningDataModule):
         val_batches: Batches of validation, over all devices; fewer if the held-out text is too short.
 
     Shapes:
-        - Each batch is ``(inputs, targets)``, both int64 of shape (batch_size, block_size): the targets are the inputs, one
+        - Each batch is ``(inputs, targets)``, int64 of shape (batch_size, block_size): the targets are the inputs, one
           token on.
 
     Raises:
@@ -124,7 +124,7 @@ class TextDataModule(L.LightningDataModule):
 
         data = TextDataModule(TextFiles("notes"), block_size=512)
         model = Transformer(vocab_size=data.vocab_size)
-        L.Trainer(max_steps=1000).fit(model, datamodule=data)
+        pl.Trainer(max_steps=1000).fit(model, datamodule=data)
     """
 
     def __init__(
@@ -188,8 +188,8 @@ class TextDataModule(L.LightningDataModule):
         shard = shard or {"num_replicas": 1, "rank": 0}
         if len(windows) < self.batch_size * shard["num_replicas"]:
             raise ValueError(
-                f"{self.corpus!r} is too small: its training part has {len(windows)} windows of {self.block_size} tokens, "
-                f"and one batch takes {self.batch_size} on each of {shard['num_replicas']} ranks: "
+                f"{self.corpus!r} is too small: its training part has {len(windows)} windows of {self.block_size} "
+                f"tokens, and one batch takes {self.batch_size} on each of {shard['num_replicas']} ranks: "
                 "give more text, a smaller block_size or a smaller batch_size"
             )
         return ResumableLoader(

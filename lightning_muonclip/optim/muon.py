@@ -115,7 +115,14 @@ class Muon(Optimizer):
                 param_group.setdefault(key, value)
         super().add_param_group(param_group)
         if algorithm == "muon":
-            _require_matrices(self.param_groups[-1])
+            try:
+                _require_matrices(self.param_groups[-1])
+            except ValueError:
+                self.param_groups.pop()
+                raise
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"dtype": self.dtype}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -125,6 +132,10 @@ class Muon(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One optimization step. Parameters without a gradient are left alone. No host synchronisation."""
+        return self._update(closure)
+
+    def _update(self, closure: Callable[[], Any] | None) -> Any:
+        # For a subclass's step to call: torch wraps step() of every class in the optimizer's hooks.
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -140,6 +151,8 @@ class Muon(Optimizer):
     @torch.profiler.record_function("muonclip::muon")
     def _muon_step(self, group: dict[str, Any], params: list[Tensor]) -> None:
         lr, momentum = group["lr"], group["momentum"]
+        if isinstance(lr, Tensor):
+            lr = lr.reshape(())  # a foreach product takes no other one-element tensor
         grads = [_dense_gradient(p) for p in params]
         buffers = [self._momentum_buffer(p) for p in params]
         torch._foreach_lerp_(buffers, grads, 1 - momentum)

@@ -38,7 +38,8 @@ def orthogonalize(
         Tensor of the shape and dtype of ``x``.
 
     Raises:
-        ValueError: If ``x`` has fewer than two dimensions, or the schedule or method is unknown.
+        ValueError: If ``x`` has fewer than two dimensions or is not of real floating point, or the schedule or method
+            is unknown.
 
     Source: Keller Jordan (2024); Kimi K2, arXiv 2507.20534, algorithm 1.
 
@@ -50,6 +51,8 @@ def orthogonalize(
     """
     if x.ndim < 2:
         raise ValueError(f"orthogonalize needs a matrix or a batch of them, got shape {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise ValueError(f"orthogonalize needs real floating-point numbers, got {x.dtype}")
     if method not in ("auto", "direct"):
         raise ValueError(f"unknown method {method!r}; known: auto, direct")
     schedule = resolve_schedule(coefficients, steps)

@@ -1,0 +1,374 @@
+"""The callback against a hand-written loop, and beside what Lightning users have in their Trainer."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from helpers import QUERIES_AND_KEYS, LitTiny, loader, next_token_loss, tiny_gpt, token_batches, trainer
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    LearningRateFinder,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins import MixedPrecision
+from torch import nn
+
+from lightning_muonclip import Attention, MaxLogitsMixin, Muon, MuonClip, MuonClipCallback, QKClip, split_params
+
+OPTIMIZERS = {
+    "adamw": lambda params: torch.optim.AdamW(params, lr=3e-3, weight_decay=0.1),
+    "sgd": lambda params: torch.optim.SGD(params, lr=3e-2, momentum=0.9, weight_decay=0.01),
+}
+
+
+def plain_loop(model: nn.Module, tokens: Any, make: Any, clip: float | None, accumulate: int, exclude: Any) -> int:
+    """Backward, clip of all gradients together, Muon, AdamW or SGD, QK-Clip; returns the number of head-clips."""
+    groups = split_params(model, exclude=exclude)
+    matrices = {p for g in groups if g["algorithm"] == "muon" for _, p in g["params"]}
+    user = make([p for p in model.parameters() if p not in matrices])
+    muon = Muon(
+        [p for p in model.parameters() if p in matrices],
+        lr=user.param_groups[0]["lr"],
+        weight_decay=user.param_groups[0]["weight_decay"],
+        adjust_lr_fn="match_rms_adamw",
+    )
+    qk_clip = QKClip(model, threshold=1.0)
+    clips = 0
+    for i, batch in enumerate(tokens):
+        if i % accumulate == 0:
+            model.zero_grad()
+        (next_token_loss(model, batch) / accumulate).backward()
+        if i % accumulate == accumulate - 1:
+            if clip:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+            muon.step()
+            user.step()
+            clips += int(qk_clip.step().clipped_heads)
+    qk_clip.close()
+    return clips
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("clip", [None, 0.3])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("exclude", [(), QUERIES_AND_KEYS], ids=["callback_owns_qk", "user_owns_qk"])
+def test_bitwise_equal_to_a_plain_loop(exclude: Any, optimizer: str, clip: float | None, accumulate: int) -> None:
+    model = tiny_gpt()
+    start = copy.deepcopy(model.state_dict())
+    by_hand = copy.deepcopy(model)
+    tokens = token_batches(6 * accumulate)
+    clips = plain_loop(by_hand, tokens, OPTIMIZERS[optimizer], clip, accumulate, exclude)
+    assert clips > 0
+
+    callback = MuonClipCallback(threshold=1.0, exclude=exclude)
+    fit = trainer([callback], gradient_clip_val=clip, accumulate_grad_batches=accumulate)
+    fit.fit(LitTiny(model, OPTIMIZERS[optimizer]), loader(tokens))
+
+    assert fit.global_step == 6
+    assert int(callback.qk_clip.clips.sum()) == clips
+    for (name, ours), theirs in zip(model.state_dict().items(), by_hand.state_dict().values()):
+        assert torch.equal(ours, theirs), name
+        assert not torch.equal(ours, start[name]), name
+
+
+def test_user_owning_only_keys_still_clips_after_both() -> None:
+    model = tiny_gpt()
+    by_hand = copy.deepcopy(model)
+    tokens = token_batches(4)
+    plain_loop(by_hand, tokens, OPTIMIZERS["adamw"], None, 1, ("*k_proj*",))
+    trainer([MuonClipCallback(threshold=1.0, exclude=["*k_proj*"])]).fit(
+        LitTiny(model, OPTIMIZERS["adamw"]), loader(tokens)
+    )
+    for ours, theirs in zip(model.parameters(), by_hand.parameters()):
+        assert torch.equal(ours, theirs)
+
+
+def test_value_clipping_covers_both_optimizers() -> None:
+    seen: list[float] = []
+
+    class Watch(pl.Callback):
+        def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+            seen.append(max(float(p.grad.abs().max()) for p in pl_module.parameters()))
+
+    fit = trainer([MuonClipCallback(), Watch()], gradient_clip_val=1e-3, gradient_clip_algorithm="value")
+    fit.fit(LitTiny(tiny_gpt(), OPTIMIZERS["adamw"]), loader(token_batches(2)))
+    assert seen == pytest.approx([1e-3, 1e-3])
+
+
+def test_threshold_none_only_monitors() -> None:
+    model = tiny_gpt()
+    by_hand = copy.deepcopy(model)
+    tokens = token_batches(3)
+    callback = MuonClipCallback(threshold=None)
+    fit = trainer([callback])
+    fit.fit(LitTiny(model, OPTIMIZERS["adamw"]), loader(tokens))
+    assert float(fit.callback_metrics["muonclip/max_logit"]) > 1
+    assert float(fit.callback_metrics["muonclip/min_gamma"]) == 1
+
+    unclipped = MuonClipCallback(logits="off")
+    trainer([unclipped]).fit(LitTiny(by_hand, OPTIMIZERS["adamw"]), loader(tokens))
+    assert unclipped.qk_clip is None
+    for ours, theirs in zip(model.parameters(), by_hand.parameters()):
+        assert torch.equal(ours, theirs)
+
+
+def test_logs_and_works_beside_the_usual_callbacks(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path)
+    callbacks = [
+        LearningRateMonitor(),
+        MuonClipCallback(threshold=1.0, log_heads_every_n_steps=2),
+        ModelCheckpoint(tmp_path, monitor="muonclip/max_logit", every_n_train_steps=2, save_top_k=1),
+        EarlyStopping("val_loss"),
+    ]
+    fit = trainer(
+        callbacks, logger=logger, enable_checkpointing=True, log_every_n_steps=1, max_epochs=2, precision="bf16-mixed"
+    )
+    tokens = loader(token_batches(4))
+    fit.fit(LitTiny(tiny_gpt(), OPTIMIZERS["adamw"], schedule=True), tokens, tokens)
+    logger.save()
+    header, *rows = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()
+    columns = header.split(",")
+    for name in ("muonclip/max_logit", "muonclip/min_gamma", "muonclip/clipped_heads", "muonclip/nonfinite"):
+        assert name in columns
+    assert "max_logits/model.layers.1.self_attn/1" in columns
+    user, muon = columns.index("lr-AdamW"), columns.index("lr-Muon")
+    cells = [row.split(",") for row in rows]
+    rates = [(row[user], row[muon]) for row in cells if row[user]]
+    assert len(set(rates)) > 2
+    assert all(ours == theirs for theirs, ours in rates)
+    assert list(tmp_path.glob("*.ckpt"))
+
+
+def test_lr_is_its_own_base_under_the_same_schedule() -> None:
+    callback = MuonClipCallback(lr=0.5, weight_decay=0.25)
+    lit = LitTiny(tiny_gpt(), OPTIMIZERS["adamw"], schedule=True)
+    fit = trainer([callback])
+    fit.fit(lit, loader(token_batches(5)))
+    user, muon = fit.optimizers
+    group = muon.param_groups[0]
+    assert group["weight_decay"] == 0.25
+    assert user.param_groups[0]["lr"] == pytest.approx(3e-3 * (1 + math.cos(5 * math.pi / 20)) / 2)
+    assert group["lr"] == pytest.approx(0.5 * (1 + math.cos(5 * math.pi / 20)) / 2)
+
+
+def test_groups_keep_their_own_rates_and_emptied_groups_stay() -> None:
+    model = tiny_gpt(layers=1)
+
+    def make(params: Any) -> torch.optim.Optimizer:
+        del params
+        queries = [p for n, p in model.named_parameters() if "q_proj" in n]
+        others = [p for n, p in model.named_parameters() if "q_proj" not in n]
+        return torch.optim.AdamW([{"params": queries, "lr": 1e-2}, {"params": others, "lr": 1e-3}], weight_decay=0.2)
+
+    fit = trainer([MuonClipCallback()])
+    fit.fit(LitTiny(model, make), loader(token_batches(1)))
+    user, muon = fit.optimizers
+    assert [group["params"] for group in user.param_groups][0] == []
+    assert [(g["lr"], g["weight_decay"], len(g["params"])) for g in muon.param_groups] == [(1e-2, 0.2, 1), (1e-3, 0.2, 5)]
+
+
+def test_prints_the_routing_table_once(capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    trainer([MuonClipCallback()]).fit(LitTiny(tiny_gpt(), OPTIMIZERS["adamw"]), loader(token_batches(3)))
+    text = capsys.readouterr().err + caplog.text
+    assert text.count("who steps what") == 1
+    assert "model.layers.*.self_attn.q_proj.weight" in text
+
+
+def test_mixin_shares_its_observer_with_the_callback() -> None:
+    class LitMixed(MaxLogitsMixin, LitTiny):
+        seen: list[float]
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = super().training_step(batch, batch_idx)
+            self.seen.append(float(self.max_logits.max()))
+            return loss
+
+    callback = MuonClipCallback(threshold=1.0)
+    lit = LitMixed(tiny_gpt(), OPTIMIZERS["adamw"])
+    lit.seen = []
+    ends: list[float] = []
+
+    class Ends(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            ends.append(float(pl_module.max_logits.max()))
+            assert float(callback.last.max_logit) == ends[-1]
+
+    trainer([callback, Ends()]).fit(lit, loader(token_batches(3)))
+    assert lit.seen == ends
+    assert len(set(ends)) == 3
+
+
+def scaled(scale: float) -> Any:
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=1000)
+    return trainer, {"plugins": [MixedPrecision("16-mixed", "cpu", scaler=scaler)]}
+
+
+class InfAt(pl.Callback):
+    """Puts an infinity into one parameter's gradient at one batch."""
+
+    def __init__(self, name: str, batch_idx: int) -> None:
+        self.name = name
+        self.batch_idx = batch_idx
+        self.batch = -1
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.batch = batch_idx
+        if batch_idx == self.batch_idx:
+            self.before = copy.deepcopy(pl_module.state_dict())
+
+    def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
+        if self.batch == self.batch_idx:
+            pl_module.get_parameter(self.name).grad[0, 0] = float("inf")
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == self.batch_idx:
+            self.unchanged = all(torch.equal(v, self.before[k]) for k, v in pl_module.state_dict().items())
+
+
+@pytest.mark.parametrize("exclude", [(), QUERIES_AND_KEYS], ids=["callback_owns_qk", "user_owns_qk"])
+@pytest.mark.parametrize("name", ["model.layers.0.mlp.up_proj.weight", "model.lm_head.weight"])
+def test_an_infinity_in_either_optimizer_skips_both(name: str, exclude: Any) -> None:
+    model = tiny_gpt()
+    inf = InfAt(name, 2)
+    callback = MuonClipCallback(threshold=1.0, exclude=exclude)
+    make, options = scaled(2.0**10)
+    fit = make([inf, callback], **options)
+    fit.fit(LitTiny(model, OPTIMIZERS["adamw"]), loader(token_batches(5)))
+    assert inf.unchanged
+    assert all(p.isfinite().all() for p in model.parameters())
+    user, muon = fit.optimizers
+    assert {int(state["step"]) for state in user.state.values()} == {4}
+    assert int(callback.qk_clip.clips.max()) <= 4
+    assert fit.precision_plugin.scaler.get_scale() == 2.0**9
+
+
+def test_scaled_gradients_are_unscaled_before_they_are_clipped() -> None:
+    plain, scaled_model = tiny_gpt(), tiny_gpt()
+    scaled_model.load_state_dict(plain.state_dict())
+    tokens = token_batches(4)
+    trainer([MuonClipCallback(threshold=1.0)], gradient_clip_val=0.3, precision="bf16-mixed").fit(
+        LitTiny(plain, OPTIMIZERS["adamw"]), loader(tokens)
+    )
+    make, options = scaled(2.0**8)
+    make([MuonClipCallback(threshold=1.0)], gradient_clip_val=0.3, **options).fit(
+        LitTiny(scaled_model, OPTIMIZERS["adamw"]), loader(tokens)
+    )
+    for a, b in zip(plain.parameters(), scaled_model.parameters()):
+        torch.testing.assert_close(a, b, atol=0.02, rtol=0.05)  # bf16 against fp16 autocast
+
+
+def test_observation_ends_with_the_fit_also_after_an_exception() -> None:
+    original = torch.nn.functional.scaled_dot_product_attention
+
+    class Crash(pl.Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 1:
+                raise RuntimeError("crash")
+
+    model = tiny_gpt()
+    with pytest.raises(RuntimeError, match="crash"):
+        trainer([MuonClipCallback(), Crash()]).fit(LitTiny(model, OPTIMIZERS["adamw"]), loader(token_batches(3)))
+    assert all(m.recorder is None for m in model.modules() if isinstance(m, Attention))
+    trainer([MuonClipCallback()]).fit(LitTiny(model, OPTIMIZERS["adamw"]), loader(token_batches(3)))
+    assert torch.nn.functional.scaled_dot_product_attention is original
+
+
+def test_fitting_twice_with_one_callback() -> None:
+    callback = MuonClipCallback(threshold=1.0)
+    lit = LitTiny(tiny_gpt(), OPTIMIZERS["adamw"])
+    for _ in range(2):
+        fit = trainer([callback])
+        fit.fit(lit, loader(token_batches(2)))
+        assert len(fit.optimizers) == 2
+
+
+class TestRefusals:
+    """Each names the thing, the reason and the way out."""
+
+    def fit(self, callbacks: Any = None, lit: Any = None, ckpt_path: Any = None, **options: Any) -> None:
+        lit = lit or LitTiny(tiny_gpt(), OPTIMIZERS["adamw"])
+        trainer(callbacks or [MuonClipCallback()], **options).fit(lit, loader(token_batches(2)), ckpt_path=ckpt_path)
+
+    @pytest.mark.parametrize("threshold", [0, -1.0, float("nan")])
+    def test_threshold(self, threshold: float) -> None:
+        with pytest.raises(ValueError, match="threshold must be positive, or None to only monitor"):
+            MuonClipCallback(threshold=threshold)
+
+    @pytest.mark.parametrize("alpha", [-0.1, 1.1])
+    def test_alpha(self, alpha: float) -> None:
+        with pytest.raises(ValueError, match=r"alpha.*\[0, 1\]"):
+            MuonClipCallback(alpha=alpha)
+
+    def test_unknown_attention(self) -> None:
+        class Odd(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.embed = nn.Embedding(17, 16)
+                self.attn = nn.MultiheadAttention(16, 2, batch_first=True)
+                self.head = nn.Linear(16, 17)
+
+            def forward(self, tokens: Any) -> Any:
+                x = self.embed(tokens)
+                return self.head(self.attn(x, x, x, need_weights=False)[0])
+
+        with pytest.raises(ValueError, match=r"attn.*MultiheadAttention[\s\S]*specs="):
+            self.fit(lit=LitTiny(Odd(), OPTIMIZERS["adamw"]))
+
+    def test_qk_norm(self) -> None:
+        with pytest.raises(ValueError, match=r"layers.0.self_attn.*QK-norm[\s\S]*monitor"):
+            self.fit(lit=LitTiny(tiny_gpt(qk_norm=True), OPTIMIZERS["adamw"]))
+        self.fit([MuonClipCallback(qk_norm="monitor")], LitTiny(tiny_gpt(qk_norm=True), OPTIMIZERS["adamw"]))
+
+    def test_no_hidden_matrix(self) -> None:
+        with pytest.raises(ValueError, match=r"no hidden matrix is left for Muon[\s\S]*exclude"):
+            self.fit([MuonClipCallback(exclude=["*"])])
+
+    def test_nothing_for_the_user_under_a_scaler(self) -> None:
+        model = tiny_gpt()
+        lit = LitTiny(model, lambda _: torch.optim.AdamW(p for n, p in model.named_parameters() if "proj" in n))
+        _, options = scaled(2.0)
+        with pytest.raises(ValueError, match=r"leaves nothing for AdamW.*GradScaler.*exclude"):
+            self.fit(lit=lit, **options)
+        self.fit(lit=lit)  # without a scaler an emptied optimizer is no harm
+
+    @pytest.mark.parametrize(("name", "way_out"), [("FSDPStrategy", "FSDP2"), ("DeepSpeedStrategy", "DDP"), ("XLAStrategy", "CUDA")])
+    def test_strategies(self, name: str, way_out: str) -> None:
+        callback = MuonClipCallback()
+        fit = trainer([callback])
+        fit.strategy.__class__ = type(name, (type(fit.strategy),), {})
+        with pytest.raises(ValueError, match=rf"{name}.*Use .*{way_out}"):
+            fit.fit(LitTiny(tiny_gpt(), OPTIMIZERS["adamw"]), loader(token_batches(2)))
+
+    def test_swa_and_learning_rate_finder(self) -> None:
+        with pytest.raises(ValueError, match="StochasticWeightAveraging cannot run beside MuonClipCallback"):
+            self.fit([StochasticWeightAveraging(1e-3), MuonClipCallback()])
+        with pytest.raises(ValueError, match="LearningRateFinder cannot run beside MuonClipCallback"):
+            self.fit([LearningRateFinder(), MuonClipCallback()])
+
+    def test_manual_optimization(self) -> None:
+        lit = LitTiny(tiny_gpt(), OPTIMIZERS["adamw"])
+        lit.automatic_optimization = False
+        with pytest.raises(ValueError, match=r"manual optimization.*MuonClip in configure_optimizers"):
+            self.fit(lit=lit)
+
+    def test_optimizer_is_muonclip_already(self) -> None:
+        model = tiny_gpt()
+        with pytest.raises(ValueError, match=r"returns MuonClip already.*either"):
+            self.fit(lit=LitTiny(model, lambda _: MuonClip(model)))
+
+    def test_checkpoint_without_the_callback(self, tmp_path: Path) -> None:
+        fit = trainer()
+        fit.fit(LitTiny(tiny_gpt(), OPTIMIZERS["adamw"]), loader(token_batches(2)))
+        fit.save_checkpoint(tmp_path / "plain.ckpt")
+        with pytest.raises(ValueError, match=r"made without MuonClipCallback.*load_from_checkpoint"):
+            self.fit(ckpt_path=tmp_path / "plain.ckpt")
