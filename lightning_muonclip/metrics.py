@@ -117,5 +117,5 @@ def _draw_heat_map(values: Tensor, threshold: float | None, axes: Any) -> None:
     axes.set_xticks(range(values.shape[1]))
     axes.set_yticks(range(values.shape[0]))
     if threshold is not None:
-        for layer, head in (values > threshold).nonzero().tolist():
+        for layer, head in (values.isfinite() & (values > threshold)).nonzero().tolist():
             axes.text(head, layer, "clipped", ha="center", va="center", color="white", fontsize="x-small")

@@ -35,7 +35,9 @@ def tiny_gpt(layers: int = 2, heads: int = 2, **attention: Any) -> GPT:
 class LitTiny(pl.LightningModule):
     """A LightningModule that knows nothing of MuonClip."""
 
-    def __init__(self, model: nn.Module, optimizer: Callable[[Any], torch.optim.Optimizer], schedule: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, optimizer: Callable[[Any], torch.optim.Optimizer], schedule: bool = False
+    ) -> None:
         super().__init__()
         self.model = model
         self.make_optimizer = optimizer

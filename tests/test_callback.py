@@ -173,7 +173,10 @@ def test_groups_keep_their_own_rates_and_emptied_groups_stay() -> None:
     fit.fit(LitTiny(model, make), loader(token_batches(1)))
     user, muon = fit.optimizers
     assert [group["params"] for group in user.param_groups][0] == []
-    assert [(g["lr"], g["weight_decay"], len(g["params"])) for g in muon.param_groups] == [(1e-2, 0.2, 1), (1e-3, 0.2, 5)]
+    assert [(g["lr"], g["weight_decay"], len(g["params"])) for g in muon.param_groups] == [
+        (1e-2, 0.2, 1),
+        (1e-3, 0.2, 5),
+    ]
 
 
 def test_prints_the_routing_table_once(capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
@@ -341,7 +344,9 @@ class TestRefusals:
             self.fit(lit=lit, **options)
         self.fit(lit=lit)  # without a scaler an emptied optimizer is no harm
 
-    @pytest.mark.parametrize(("name", "way_out"), [("FSDPStrategy", "FSDP2"), ("DeepSpeedStrategy", "DDP"), ("XLAStrategy", "CUDA")])
+    @pytest.mark.parametrize(
+        ("name", "way_out"), [("FSDPStrategy", "FSDP2"), ("DeepSpeedStrategy", "DDP"), ("XLAStrategy", "CUDA")]
+    )
     def test_strategies(self, name: str, way_out: str) -> None:
         callback = MuonClipCallback()
         fit = trainer([callback])

@@ -17,18 +17,18 @@ class RotaryEmbedding(nn.Module):
         ValueError: If ``dim`` is odd.
     """
 
-    inv_freq: Tensor
-
     def __init__(self, dim: int, theta: float = 10000.0) -> None:
         super().__init__()
         if dim % 2:
             raise ValueError(f"rotary embedding turns pairs of channels, so their number must be even; got {dim}")
-        exponents = torch.arange(0, dim, 2, dtype=torch.float32) / dim
-        self.register_buffer("inv_freq", theta**-exponents, persistent=False)
+        self.dim = dim
+        self.theta = theta
 
     def forward(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines, float32, shape ``(batch, 1, length, dim)``, of positions of shape ``(batch, length)``."""
-        angles = position_ids.unsqueeze(-1).float() * self.inv_freq.float()
+        # Made anew each time: a buffer of frequencies would lose its precision in ``module.bfloat16()``.
+        exponents = torch.arange(0, self.dim, 2, dtype=torch.float32, device=position_ids.device) / self.dim
+        angles = position_ids.unsqueeze(-1).float() * self.theta**-exponents
         angles = torch.cat([angles, angles], dim=-1).unsqueeze(1)
         return angles.cos(), angles.sin()
 

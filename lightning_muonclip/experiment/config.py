@@ -118,23 +118,30 @@ class TrainConfig:
     sample: SampleConfig = field(default_factory=SampleConfig)
 
 
-#: Which schemas may stand where; a node whose ``_target_`` is that of none of them belongs to somebody else.
+#: Which schemas may stand where, innermost first; a node whose ``_target_`` is another one belongs to somebody else.
 _SCHEMAS: tuple[tuple[str, type], ...] = (
-    ("", TrainConfig),
     ("muonclip", MuonClipConfig),
     ("lit", ScheduleConfig),
     ("sample", SampleConfig),
-    ("model", ModelConfig),
     ("model.attention", AttentionConfig),
     ("model.attention", LatentAttentionConfig),
+    ("model", ModelConfig),
+    ("", TrainConfig),
 )
+
+#: Groups that only override others and leave no key of their own.
+_GROUPS = ("experiment", "hparams_search")
+
+
+class ConfigError(ValueError):
+    """A mistake in the configuration, said in one line."""
 
 
 def check_config(config: DictConfig) -> None:
     """Checks names and types of everything that has a schema.
 
     Raises:
-        ValueError: Names the key, where it stands, and the nearest right one or what is wrong with its value.
+        ConfigError: Names the key, where it stands, and the nearest right one or what is wrong with its value.
     """
     for path, schema in _SCHEMAS:
         node = OmegaConf.select(config, path) if path else config
@@ -146,18 +153,23 @@ def _check_node(node: DictConfig, schema: type, path: str) -> None:
     known = [f.name for f in fields(schema)]
     for key in map(str, node):
         if key not in known:
-            raise ValueError(unknown_key(f"{path}.{key}".lstrip("."), key, known))
+            raise ConfigError(unknown_key(f"{path}.{key}".lstrip("."), known))
     try:
         values = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
         OmegaConf.merge(OmegaConf.structured(schema), values)
     except OmegaConfBaseException as error:
         full_key = f"{path}.{error.full_key or ''!s}".strip(".")
-        raise ValueError(f"{full_key}: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"{full_key}: {str(error).splitlines()[0]}") from error
 
 
-def unknown_key(path: str, key: str, known: Iterable[str]) -> str:
-    """Says that a key is unknown, and which one was probably meant."""
-    known = sorted(k for k in map(str, known) if not k.startswith("_"))
+def unknown_key(path: str, known: Iterable[str]) -> str:
+    """Says that the key at ``path`` is unknown, and which one of those known there was probably meant."""
+    parent, _, key = path.rpartition(".")
+    known = sorted(name for name in known if not name.startswith("_"))
+    if not parent:
+        known += _GROUPS
+    if not known:
+        return f"{path!r} cannot be set: {parent!r} is null in this configuration"
     nearest = difflib.get_close_matches(key, known, n=1)
     hint = f"did you mean {nearest[0]!r}?" if nearest else f"known here: {', '.join(known)}"
     return f"unknown key {path!r}; {hint}"

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from lightning_muonclip.experiment.config import check_config, unknown_key
+from lightning_muonclip.experiment.config import ConfigError, check_config, unknown_key
 from lightning_muonclip.experiment.lit import LitGPT, sample_text
 
 
@@ -30,7 +30,7 @@ def train(config: DictConfig) -> float:
         The metric that ``optimized_metric`` names, for a sweeper.
 
     Raises:
-        ValueError: If the config has an unknown key or a wrong type, or ``optimized_metric`` was not logged.
+        ConfigError: If the config has an unknown key or a wrong type, or ``optimized_metric`` was not logged.
     """
     check_config(config)
     pl.seed_everything(config.seed, workers=True)
@@ -45,7 +45,7 @@ def train(config: DictConfig) -> float:
     if trainer.is_global_zero:
         _write_sample(config, lit, data)
     if config.optimized_metric not in trainer.callback_metrics:
-        raise ValueError(
+        raise ConfigError(
             f"optimized_metric={config.optimized_metric} was not logged;"
             f" logged: {', '.join(sorted(trainer.callback_metrics))}"
         )
@@ -90,7 +90,7 @@ def main() -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # hand errors on instead of printing them
     try:
         _hydra_main()
-    except (HydraException, OmegaConfBaseException) as error:
+    except (ConfigError, HydraException, OmegaConfBaseException) as error:
         sys.exit(f"muonclip-train: {_explain(error)}")
 
 
@@ -98,7 +98,7 @@ def _explain(error: Exception) -> str:
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, (ConfigKeyError, ConfigAttributeError)) and cause.parent_node is not None:
-            return unknown_key(str(cause.full_key), str(cause.key), cause.parent_node)
+            return unknown_key(str(cause.full_key), map(str, cause.parent_node))
         cause = cause.__cause__ or cause.__context__
     return str(error)
 

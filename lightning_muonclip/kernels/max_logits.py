@@ -51,12 +51,12 @@ def max_logits(
     key_heads, key_length = key.shape[-3:-1]
     if heads % key_heads:
         raise ValueError(f"{heads} query heads cannot share {key_heads} key heads evenly")
-    query = _as_batch(query).unflatten(1, (key_heads, heads // key_heads))
-    key = _as_batch(key)
-    visible = None if mask is None else _visible(mask, heads, key_heads)
     maximum = torch.full((heads,), float("-inf"), device=query.device)
     if query.numel() == 0 or key.numel() == 0:
         return maximum
+    visible = None if mask is None else _visible(mask, query.shape[:-3], heads, key_heads)
+    query = _as_batch(query).unflatten(1, (key_heads, heads // key_heads))
+    key = _as_batch(key)
     # Half-precision inputs are multiplied in float32, as attention itself accumulates; autocast would undo that.
     with torch.autocast(query.device.type, enabled=False):
         for start in range(0, length, QUERY_BLOCK):
@@ -81,11 +81,13 @@ def _as_batch(x: Tensor) -> Tensor:
     return x.detach().reshape(-1, *x.shape[-3:])
 
 
-def _visible(mask: Tensor, heads: int, key_heads: int) -> Tensor:
+def _visible(mask: Tensor, batch: torch.Size, heads: int, key_heads: int) -> Tensor:
     """The mask as booleans of shape (batch or 1, key heads or 1, group or 1, L or 1, S or 1)."""
     if mask.dtype is not torch.bool:
         mask = mask > torch.finfo(mask.dtype).min
-    mask = mask[(None,) * (4 - mask.ndim)] if mask.ndim < 4 else mask.reshape(-1, *mask.shape[-3:])
+    if len(batch) > 1 and mask.ndim > 3:
+        mask = mask.expand(*batch, *mask.shape[-3:]).flatten(0, -4)
+    mask = mask[(None,) * (4 - mask.ndim)]
     if mask.shape[1] == 1:
         return mask.unsqueeze(2)
     return mask.unflatten(1, (key_heads, heads // key_heads))

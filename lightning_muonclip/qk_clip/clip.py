@@ -115,7 +115,12 @@ class QKClip:
         #: Number of times that each head was clipped, int64, shape (layers, most heads).
         self.clips = torch.zeros_like(self.observer.ledger.values, dtype=torch.int64)
         self._handles: list[Any] = []
-        self._plan = None if threshold is None else _ClipPlan(self.observer, qk_norm)
+        self._owns_observer = observer is None
+        try:
+            self._plan = None if threshold is None else _ClipPlan(self.observer, qk_norm)
+        except ValueError:
+            self.close()
+            raise
 
     @property
     def layers(self) -> list[str]:
@@ -160,7 +165,7 @@ class QKClip:
             ledger.close_step()
             gamma = qk_clip_gamma(reduced, self.threshold)
             if self._plan is not None:
-                self._plan.apply(gamma, self.alpha, self.shared_keys)
+                gamma = self._plan.apply(gamma, self.alpha, self.shared_keys)
                 self.clips = self.clips.to(gamma.device).add_(gamma < 1)
             return ClipResult(reduced, gamma)
 
@@ -169,8 +174,9 @@ class QKClip:
         self.observer.ledger.values.fill_(float("-inf"))
 
     def close(self) -> None:
-        """Stops observing and detaches from optimizers. May be called twice."""
-        self.observer.close()
+        """Stops observing, unless the observer is shared, and detaches from optimizers. May be called twice."""
+        if self._owns_observer:
+            self.observer.close()
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -203,14 +209,14 @@ class QKClip:
 
     def _as_table(self, max_logits: Tensor | Sequence[Sequence[float]]) -> Tensor:
         ledger = self.observer.ledger
-        rows = list(max_logits)
-        given = [len(row) for row in rows]
-        widest = ledger.values.shape[1]
-        if given != list(ledger.heads) and given != [widest] * len(ledger.heads):
-            raise ValueError(f"max_logits must have {list(ledger.heads)} heads, one row a layer; got {given}")
         table = torch.full_like(ledger.values, float("-inf"))
+        rows = [torch.as_tensor(row, dtype=table.dtype, device=table.device) for row in max_logits]
+        given = [tuple(row.shape) for row in rows]
+        layers, widest = table.shape
+        if given not in ([(heads,) for heads in ledger.heads], [(widest,)] * layers):
+            raise ValueError(f"max_logits must have {list(ledger.heads)} heads, one row a layer; got rows of {given}")
         for target, heads, row in zip(table, ledger.heads, rows):
-            target[:heads] = torch.as_tensor(row, dtype=table.dtype, device=table.device)[:heads]
+            target[:heads] = row[:heads]
         return table
 
 
@@ -235,8 +241,8 @@ class _ClipPlan:
                     " would shrink its weights and leave its logits as they are; pass qk_norm='monitor' to only watch it"
                 )
             for path, dim, layout in [] if spec.qk_norm else _parameters(module, spec):
-                param = module.get_parameter(path)
-                _require_clippable(param, path, display_name(name), owners)
+                param = _require_clippable(module, path, display_name(name), owners)
+                dim %= param.ndim
                 channels = compile_layout(layout, param.shape[dim], spec.sizes)
                 index = 1 + (channels.kinds * layers + row) * heads + channels.heads
                 indices.append(index.masked_fill(channels.kinds == KINDS.index("*"), 0))
@@ -244,23 +250,27 @@ class _ClipPlan:
         self._index = torch.cat(indices) if indices else torch.empty(0, dtype=torch.int64)
         self._lengths = [len(index) for index in indices]
         self._alike = {shape: torch.tensor(rows) for shape, rows in alike.items()}
+        self._watched = torch.tensor([[spec.qk_norm] for _, spec in observer.attention.values()])
 
     @property
     def params(self) -> list[Tensor]:
         # Looked up anew each time: FSDP2 and Module.to may replace a parameter after construction.
         return [module.get_parameter(path) for module, path, _ in self._weights]
 
-    def apply(self, gamma: Tensor, alpha: float, shared_keys: str) -> None:
-        if not self._weights:
-            return
+    def apply(self, gamma: Tensor, alpha: float, shared_keys: str) -> Tensor:
+        """Scales the weights; returns gamma with 1 for the heads that are only watched."""
         if self._index.device != gamma.device:
-            self._index = self._index.to(gamma.device)
+            self._index, self._watched = self._index.to(gamma.device), self._watched.to(gamma.device)
             self._alike = {shape: rows.to(gamma.device) for shape, rows in self._alike.items()}
+        gamma = gamma.masked_fill(self._watched, 1.0)
+        if not self._weights:
+            return gamma
         flat = torch.cat([gamma.new_ones(1), self._factors(gamma, alpha, shared_keys).flatten()])
         params = self.params
         factors = flat[self._index].split(self._lengths)
         dims = [dim for _, _, dim in self._weights]
         torch._foreach_mul_(params, [_aligned(f, p, dim) for f, p, dim in zip(factors, params, dims)])
+        return gamma
 
     def _factors(self, gamma: Tensor, alpha: float, shared_keys: str) -> Tensor:
         """Factors of every head, shape (kinds, layers, heads), in the order of :data:`KINDS`."""
@@ -280,7 +290,14 @@ def _aligned(factor: Tensor, param: Tensor, dim: int) -> Tensor:
     return DTensor.from_local(factor, mesh, [Replicate()] * mesh.ndim, run_check=False)
 
 
-def _require_clippable(param: Tensor, path: str, name: str, owners: dict[Tensor, str]) -> None:
+def _require_clippable(module: nn.Module, path: str, name: str, owners: dict[Tensor, str]) -> Tensor:
+    try:
+        param = module.get_parameter(path)
+    except AttributeError as error:
+        raise ValueError(
+            f"attention {name!r} has no parameter {path!r} that QK-Clip could scale (wrapped, parametrized and quantized"
+            f" weights it cannot): {error}"
+        ) from error
     if param in owners:
         raise ValueError(f"attention {name!r} and {owners[param]!r} share {path}; a clip of both would scale it twice")
     if not param.requires_grad:
@@ -288,6 +305,7 @@ def _require_clippable(param: Tensor, path: str, name: str, owners: dict[Tensor,
             f"{name}.{path} is frozen, and QK-Clip would change it; train it, or pass threshold=None to watch"
         )
     owners[param] = name
+    return param
 
 
 def _parameters(module: nn.Module, spec: AttentionSpec) -> Iterator[tuple[str, int, str]]:

@@ -99,6 +99,8 @@ def compile_layout(text: str, channels: int, sizes: Mapping[str, int]) -> Channe
 def _piece_heads(piece: Piece, head: int, text: str, sizes: Mapping[str, int]) -> list[int]:
     """Query channels inside a block over key heads belong to the query heads that share that key, in turn."""
     channels = _size(piece.size, text, sizes)
+    if piece.axis == "H" and piece.kind in ("k", "kn") and sizes.get("G", sizes["H"]) != sizes["H"]:
+        raise ValueError(f"layout {text!r} has a key for each of {sizes['H']} query heads, but they share {sizes['G']}")
     if piece.axis != "G" or piece.kind not in ("q", "qn", "qr"):
         return [head] * channels
     group = sizes["H"] // sizes["G"]
@@ -158,6 +160,7 @@ class _Parser:
         return tuple(blocks)
 
     def block(self) -> Block:
+        start = self.tokens[self.next][1]
         kind = "" if self.peek() == "(" else self.take(*KINDS)
         if kind == "*" and self.peek() != "(":
             return Block("", (Piece("*", "", ()),))
@@ -165,7 +168,7 @@ class _Parser:
         axis = self.take("H", "G")
         pieces = self.pieces(axis) if self.peek() == "[" and not kind else (Piece(kind, axis, self.size()),)
         if not kind and not pieces[0].kind:
-            raise self.error("a head's channels need a kind: write q(H d) or (H [q:d, ...])", 0)
+            raise self.error("a head's channels need a kind: write q(H d) or (H [q:d, ...])", start)
         self.take(")")
         return Block(axis, pieces)
 
@@ -190,6 +193,6 @@ class _Parser:
 
     def factor(self) -> str:
         token, position = self.tokens[self.next]
-        if not token.isalnum():
+        if not re.fullmatch(r"\w+", token):
             raise self.error(f"expected the name of a size or a number, found {token or 'the end'!r}", position)
         return self.take()

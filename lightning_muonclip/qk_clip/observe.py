@@ -40,6 +40,10 @@ class Recorder:
         self.reported = True
         self.ledger.record(self.row, maxima)
 
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        # A copy of an observed module, by deepcopy or pickle, is not observed: its recorder is None.
+        return type(None), ()
+
 
 class Observer:
     """Finds the attention modules of a model and keeps the ledger of their logits, from construction to ``close()``.
@@ -64,6 +68,11 @@ class Observer:
         self.ledger = Ledger([spec.num_heads for _, spec in self.attention.values()], device)
         self._handles: list[Any] = []
         self._reporting: list[Any] = []
+        for name, (module, _) in self.attention.items():
+            if watch and _is_observed(module):
+                raise ValueError(
+                    f"attention {display_name(name)!r} is observed already; close() the other QKClip first"
+                )
         for row, (name, (module, _)) in enumerate(self.attention.items() if watch else ()):
             self._watch(module, Recorder(self.ledger, row, display_name(name)))
         if self._handles:
@@ -87,12 +96,10 @@ class Observer:
     def _watch(self, module: Any, recorder: Recorder) -> None:
         if not hasattr(module, "recorder"):
             self._handles.append(module.register_forward_pre_hook(_Enter(recorder)))
-            self._handles.append(module.register_forward_hook(_leave))
-        elif module.recorder is None:
+            self._handles.append(module.register_forward_hook(_leave, always_call=True))
+        else:
             module.recorder = recorder
             self._reporting.append(module)
-        else:
-            raise ValueError(f"attention {recorder.name!r} is observed already; close() the other QKClip first")
 
 
 class _Calls:
@@ -118,15 +125,26 @@ _calls = _Calls()
 
 class _Enter:
     def __init__(self, recorder: Recorder) -> None:
-        self.recorder = recorder
+        self.recorder: Recorder | None = recorder  # None in a copy of the module
 
     def __call__(self, module: nn.Module, args: Any) -> None:
-        self.recorder.reported = False
-        _calls.inside.append(self.recorder if module.training else None)
+        recorder = self.recorder if module.training else None
+        if recorder is not None:
+            recorder.reported = False
+        _calls.inside.append(recorder)
+
+
+def _is_observed(module: nn.Module) -> bool:
+    hooks = module._forward_pre_hooks.values()
+    return getattr(module, "recorder", None) is not None or any(
+        isinstance(hook, _Enter) and hook.recorder is not None for hook in hooks
+    )
 
 
 def _leave(module: nn.Module, args: Any, output: Any) -> None:
     recorder = _calls.inside.pop()
+    if output is None:
+        return  # the forward broke off: an error, or a recomputation under checkpointing that had all it needed
     if recorder is not None and not recorder.reported:
         raise RuntimeError(
             f"attention {recorder.name!r} ({type(module).__name__}) did not call"

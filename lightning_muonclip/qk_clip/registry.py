@@ -144,7 +144,7 @@ def _separate_spec(module: nn.Module, query: str, key: str) -> AttentionSpec:
 
 def _weight_rows(module: nn.Module, name: str) -> int:
     """Output channels of a plain linear submodule of that name; 0 if there is none."""
-    child = getattr(module, name, None)
+    child = module._modules.get(name)  # not getattr: a compiled module passes on its original's attributes
     return child.weight.shape[0] if isinstance(child, nn.Linear) else 0
 
 

@@ -109,7 +109,7 @@ def muonclip_qk_clip(
     """
     check_threshold(t)
     check_alpha(alpha)
-    query, key, inputs = (torch.as_tensor(value, dtype=torch.float64) for value in (W_q, W_k, x))
+    query, key, inputs = (torch.as_tensor(value, dtype=torch.float64).detach() for value in (W_q, W_k, x))
     if query.ndim != 2 or query.shape != key.shape:
         raise ValueError(f"W_q and W_k must be two matrices alike, got {tuple(query.shape)} and {tuple(key.shape)}")
     if inputs.numel() == 0:

@@ -3,7 +3,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import multiprocessing
 import os
 import socket
 import sys
@@ -17,6 +16,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf.errors import MissingMandatoryValue
 from torch import Tensor
+from torch.multiprocessing.spawn import spawn
 
 from lightning_muonclip.experiment import corpora
 from lightning_muonclip.experiment.corpora import HuggingFace, Shakespeare, StandardLibrary, TextFiles
@@ -214,14 +214,14 @@ def digests(folder: str) -> list[str]:
     return [hashlib.sha256(part.numpy().tobytes()).hexdigest() for part in parts if isinstance(part, Tensor)]
 
 
-def train_on_rank(rank: int, folder: Path, port: int) -> tuple[Seen, Seen, list[str]]:
-    """Returns what an uninterrupted run saw, what a resumed one saw, and the digests."""
+def train_on_rank(rank: int, folder: Path, port: int) -> None:
+    """Saves what an uninterrupted run saw, what a resumed one saw, and the digests."""
     os.environ |= {"LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     settings: dict[str, Any] = {"strategy": "ddp", "devices": 2, "max_epochs": 2, "limit_train_batches": 3}
     corpus = TextFiles(str(folder))
     whole = fit(small(corpus), callbacks=[SaveEveryStep(folder)], **settings)
     resumed = fit(small(corpus), ckpt_path=folder / "4.ckpt", **settings)
-    return whole.seen, resumed.seen, digests(str(folder))
+    torch.save((whole.seen, resumed.seen, digests(str(folder))), folder / f"{rank}.pt")
 
 
 @pytest.fixture(scope="module")
@@ -239,8 +239,8 @@ def ranks(folder: Path) -> list[tuple[Seen, Seen, list[str]]]:
         port = probe.getsockname()[1]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONHASHSEED", "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2")
-        with multiprocessing.get_context("spawn").Pool(2) as pool:
-            return pool.starmap(train_on_rank, [(rank, folder, port) for rank in (0, 1)], chunksize=1)
+        spawn(train_on_rank, (folder, port), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
 
 def test_corpora_are_the_same_in_processes_with_different_hash_seeds(ranks: Any, folder: Path) -> None:

@@ -1,0 +1,73 @@
+"""Two real processes through Lightning's strategies, against one process on the whole batch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import LitTiny, loader, tiny_gpt, token_batches, trainer
+
+from lightning_muonclip import MuonClipCallback
+from lightning_muonclip.optim import orthogonalize
+
+TOLERANCE = 2e-5
+
+WORKER = Path(__file__).with_name("worker.py")
+
+
+def run(strategy: str, folder: Path) -> list[dict[str, Any]]:
+    subprocess.run([sys.executable, str(WORKER), strategy, str(folder)], check=True, timeout=240, capture_output=True)
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def ddp(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return run("ddp", tmp_path_factory.mktemp("ddp"))
+
+
+def single_process(clip: float | None, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    monkeypatch.setattr(orthogonalize, "working_dtype", lambda device: torch.float32)
+    torch.manual_seed(0)
+    model = tiny_gpt()
+    callback = MuonClipCallback(threshold=1.0)
+    lit = LitTiny(model, lambda params: torch.optim.AdamW(params, lr=3e-3))
+    trainer([callback], gradient_clip_val=clip).fit(lit, loader(token_batches(10, batch_size=4)))
+    return dict(lit.named_parameters()), callback.qk_clip.clips
+
+
+def test_ddp_ranks_are_bitwise_equal_after_ten_steps(ddp: list[dict[str, Any]]) -> None:
+    first, second = ddp
+    assert int(first["clips"].sum()) > 0
+    for key in ("max_logits", "clips"):
+        assert torch.equal(first[key], second[key])
+    for name, weight in first["weights"].items():
+        assert torch.equal(weight, second["weights"][name]), name
+
+
+def test_ddp_equals_one_process_on_the_whole_batch(ddp: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    weights, clips = single_process(0.3, monkeypatch)
+    assert torch.equal(ddp[0]["clips"], clips)
+    for name, weight in ddp[0]["weights"].items():
+        # The mean of two halves is rounded otherwise than the mean of the whole.
+        torch.testing.assert_close(weight, weights[name], atol=TOLERANCE, rtol=TOLERANCE)
+
+
+def test_ddp_step_has_one_collective_and_no_host_synchronisation(ddp: list[dict[str, Any]]) -> None:
+    for rank in ddp:
+        calls = rank["calls"]
+        assert [name for name in calls if name.startswith("c10d")] == ["c10d.allreduce_.default"]
+        assert "aten._local_scalar_dense.default" not in calls
+        assert "aten.bmm.default" in calls  # the watch did see Muon's step
+
+
+def test_fsdp2_equals_one_process_on_the_whole_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = run("fsdp2", tmp_path)
+    weights, clips = single_process(None, monkeypatch)
+    assert torch.equal(first["clips"], clips)
+    for name, weight in first["weights"].items():
+        assert torch.equal(weight, second["weights"][name]), name
+        torch.testing.assert_close(weight, weights[name], atol=TOLERANCE, rtol=TOLERANCE)

@@ -1,0 +1,198 @@
+"""max_logits against the whole logit matrix in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracles import INF, brute_max_logits, causal
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_muonclip.kernels.max_logits import max_logits
+
+LENGTHS = st.one_of(st.sampled_from([1, 63, 64, 65, 127, 128, 129]), st.integers(1, 150))
+
+
+def normal(shape: tuple[int, ...], seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@st.composite
+def inputs(draw: Any) -> tuple[Tensor, Tensor, float, bool]:
+    batch = draw(st.sampled_from([(), (1,), (3,), (2, 2)]))
+    key_heads, group, dim = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.sampled_from([1, 3, 8]))
+    length = draw(LENGTHS)
+    key_length = length if draw(st.booleans()) else draw(LENGTHS)
+    seed = draw(st.integers(0, 2**20))
+    query = normal((*batch, key_heads * group, length, dim), seed)
+    key = normal((*batch, key_heads, key_length, dim), seed + 1)
+    return query, key, draw(st.sampled_from([dim**-0.5, 1.7, -0.4])), draw(st.booleans())
+
+
+@st.composite
+def broadcast_shape(draw: Any, full: tuple[int, ...]) -> tuple[int, ...]:
+    """Any shape that broadcasts to ``full``: dimensions of 1, and leading ones left out."""
+    shape = tuple(size if draw(st.booleans()) else 1 for size in full)
+    leading = next((i for i, size in enumerate(shape) if size != 1), len(shape))
+    return shape[draw(st.integers(0, leading)) :]
+
+
+def check(query: Tensor, key: Tensor, scale: float, is_causal: bool, mask: Tensor | None, visible: Any) -> None:
+    full = (*query.shape[:-1], key.shape[-2])
+    allowed = torch.ones(full, dtype=torch.bool) if visible is None else visible.expand(full)
+    if is_causal:
+        allowed = allowed & causal(*full[-2:])
+    expected = brute_max_logits(query, key, scale, allowed)
+    found = max_logits(query, key, scale=scale, is_causal=is_causal, mask=mask)
+    assert found.dtype is torch.float32
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@settings(deadline=None, max_examples=60)
+@given(inputs())
+def test_without_a_mask(drawn: tuple[Tensor, Tensor, float, bool]) -> None:
+    check(*drawn, mask=None, visible=None)
+
+
+@settings(deadline=None, max_examples=80)
+@given(inputs(), st.data())
+def test_with_a_boolean_mask_broadcast_in_any_way(drawn: tuple[Tensor, Tensor, float, bool], data: Any) -> None:
+    query, key, _, _ = drawn
+    shape = data.draw(broadcast_shape((*query.shape[:-1], key.shape[-2])))
+    visible = normal(shape, seed=7) > data.draw(st.sampled_from([-1.0, 0.5, 2.0, 9.0]))
+    check(*drawn, mask=visible, visible=visible)
+
+
+@settings(deadline=None, max_examples=60)
+@given(inputs(), st.data())
+def test_an_additive_mask_hides_but_does_not_count(drawn: tuple[Tensor, Tensor, float, bool], data: Any) -> None:
+    query, key, _, _ = drawn
+    shape = data.draw(broadcast_shape((*query.shape[:-1], key.shape[-2])))
+    dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+    hidden = data.draw(st.sampled_from([-INF, torch.finfo(dtype).min]))
+    visible = normal(shape, seed=7) > 0.5
+    bias = (100 * normal(shape, seed=8)).to(dtype)
+    check(*drawn, mask=bias.masked_fill(~visible, hidden), visible=visible)
+
+
+def test_a_large_negative_bias_does_not_hide() -> None:
+    query = key = torch.ones(1, 1, 1, 1)
+    assert max_logits(query, key, scale=3.0, mask=torch.full((1, 1), -1e9)).tolist() == [3.0]
+
+
+@pytest.mark.parametrize("hidden", [False, -INF, torch.finfo(torch.float32).min])
+def test_a_head_that_sees_nothing_is_minus_infinity(hidden: Any) -> None:
+    query = normal((2, 4, 70, 3))
+    mask = torch.full((1, 4, 70, 70), True if hidden is False else 0.0)
+    mask[:, 2] = hidden
+    maxima = max_logits(query, query, scale=1.0, mask=mask)
+    assert maxima[2] == -INF
+    assert maxima[[0, 1, 3]].isfinite().all()
+
+
+def test_causality_starts_at_the_first_key_also_where_lengths_differ() -> None:
+    key = torch.tensor([1.0, 2.0, 4.0, 8.0]).reshape(1, 1, 4, 1)
+    assert max_logits(torch.ones(1, 1, 2, 1), key, scale=1.0, is_causal=True).tolist() == [2.0]
+    assert max_logits(torch.ones(1, 1, 9, 1), key, scale=1.0, is_causal=True).tolist() == [8.0]
+
+
+def test_maxima_are_signed() -> None:
+    query = torch.ones(1, 2, 3, 1)
+    assert max_logits(query, -query, scale=2.0).tolist() == [-2.0, -2.0]
+
+
+def test_a_visible_nan_shows_and_a_hidden_one_does_not() -> None:
+    query, key = normal((2, 3, 130, 4)), normal((2, 3, 130, 4), seed=1)
+    key[1, 1, 129, 0] = torch.nan
+    maxima = max_logits(query, key, scale=1.0, is_causal=True)
+    assert maxima.isnan().tolist() == [False, True, False]
+    mask = torch.ones(130, dtype=torch.bool)
+    mask[129] = False
+    assert not max_logits(query, key, scale=1.0, is_causal=True, mask=mask).isnan().any()
+    assert not max_logits(query[..., :129, :], key, scale=1.0, is_causal=True).isnan().any()
+
+
+def test_an_infinite_logit_is_infinite() -> None:
+    query = torch.full((1, 1, 2, 1), 3e38)
+    assert max_logits(query, query, scale=1.0).tolist() == [INF]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_multiplied_in_float32(dtype: torch.dtype) -> None:
+    query, key = normal((2, 4, 65, 16)).to(dtype), normal((2, 2, 65, 16), seed=1).to(dtype)
+    maxima = max_logits(query, key, scale=0.25)
+    assert torch.equal(maxima, max_logits(query.float(), key.float(), scale=0.25))
+    torch.testing.assert_close(maxima.double(), brute_max_logits(query, key, 0.25), rtol=1e-6, atol=0)
+    in_half = (0.25 * query @ key.repeat_interleave(2, 1).mT).amax((0, 2, 3)).float()
+    assert not torch.equal(maxima, in_half)
+
+
+def test_autocast_changes_nothing() -> None:
+    query, key = normal((2, 4, 65, 16)), normal((2, 2, 65, 16), seed=1)
+    outside = max_logits(query, key, scale=0.25)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (query @ query.mT).dtype is torch.bfloat16
+        assert torch.equal(max_logits(query, key, scale=0.25), outside)
+
+
+@pytest.mark.parametrize("mask", [None, torch.ones(1, 1, 1, 1, dtype=torch.bool)])
+@pytest.mark.parametrize("shape", [(0, 2, 5, 4), (2, 2, 0, 4)], ids=["no batch", "no queries"])
+def test_nothing_to_see(shape: tuple[int, ...], mask: Tensor | None) -> None:
+    key = normal((shape[0], 2, 5, 4))
+    assert max_logits(torch.empty(shape), key, scale=1.0, mask=mask).tolist() == [-INF, -INF]
+
+
+def test_no_keys() -> None:
+    assert max_logits(normal((2, 2, 5, 4)), torch.empty(2, 2, 0, 4), scale=1.0).tolist() == [-INF, -INF]
+
+
+def test_inputs_need_not_be_contiguous() -> None:
+    query = normal((2, 70, 6, 4)).transpose(1, 2)
+    shared = normal((2, 70, 2, 8), seed=1)[..., ::2].transpose(1, 2)
+    expanded = normal((2, 1, 70, 4), seed=2).expand(-1, 6, -1, -1)
+    mask = (normal((70, 70), seed=3) > 0).T
+    for key in (shared, expanded):
+        assert not key.is_contiguous()
+        check(query, key, 0.5, True, mask, mask)
+
+
+def test_keeps_no_graph_and_changes_no_input() -> None:
+    query, key = normal((1, 2, 5, 4)).requires_grad_(), normal((1, 2, 5, 4), seed=1).requires_grad_()
+    before = query.detach().clone(), key.detach().clone()
+    maxima = max_logits(query, key, scale=1.0, is_causal=True)
+    assert not maxima.requires_grad and maxima.grad_fn is None
+    assert torch.equal(query, before[0]) and torch.equal(key, before[1])
+
+
+class Products(TorchDispatchMode):
+    """Sizes of all matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in (torch.ops.aten.bmm.default, torch.ops.aten.mm.default):
+            self.sizes.append(result.numel())
+        return result
+
+
+def test_the_whole_logit_matrix_is_never_made_and_the_future_is_skipped() -> None:
+    query = normal((1, 2, 512, 4))
+    whole = 2 * 512 * 512
+    with Products() as products:
+        max_logits(query, query, scale=1.0)
+    assert max(products.sizes) <= whole // 8 and sum(products.sizes) == whole
+    with Products() as products:
+        max_logits(query, query, scale=1.0, is_causal=True)
+    assert sum(products.sizes) < 0.6 * whole
+
+
+def test_heads_that_cannot_share_keys_are_refused() -> None:
+    with pytest.raises(ValueError, match="3 query heads cannot share 2 key heads"):
+        max_logits(normal((1, 3, 5, 4)), normal((1, 2, 5, 4)), scale=1.0)

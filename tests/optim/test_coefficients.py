@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_muonclip.optim.coefficients import SCHEDULES, Schedule, resolve_schedule
+
+JORDAN = (3.4445, -4.7750, 2.0315)
+
+
+def scalar_map(schedule: Schedule, values: torch.Tensor) -> torch.Tensor:
+    """What a schedule does to singular values, in exact enough arithmetic."""
+    values = values.double()
+    for a, b, c in schedule:
+        values = a * values + b * values**3 + c * values**5
+    return values
+
+
+@pytest.mark.parametrize("steps", [1, 3, 5, 12])
+def test_one_triple_is_repeated(steps: int) -> None:
+    assert resolve_schedule(JORDAN, steps) == (JORDAN,) * steps
+    assert resolve_schedule("jordan", steps) == (JORDAN,) * steps
+
+
+def test_names_and_single_triples_take_five_steps() -> None:
+    assert resolve_schedule(JORDAN, None) == (JORDAN,) * 5
+    assert resolve_schedule([2, -1.5, 0.5], None) == ((2.0, -1.5, 0.5),) * 5
+    assert all(len(resolve_schedule(name, None)) == 5 for name in SCHEDULES)
+
+
+def test_the_default_is_polar_express() -> None:
+    assert resolve_schedule(None, None) == resolve_schedule("polar_express", 5)
+
+
+def test_jordan_is_the_default_of_torch() -> None:
+    torch_default = inspect.signature(torch.optim.Muon).parameters["ns_coefficients"].default
+    assert resolve_schedule("jordan", None)[0] == torch_default
+
+
+def test_a_sequence_gives_its_own_number_of_steps() -> None:
+    entries = [[1.0, 2.0, 3.0], (4.0, 5.0, 6.0)]
+    assert resolve_schedule(entries, None) == ((1.0, 2.0, 3.0), (4.0, 5.0, 6.0))
+
+
+@pytest.mark.parametrize("steps", range(1, 12))
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_fewer_steps_take_the_first_entries_and_more_repeat_the_last(name: str, steps: int) -> None:
+    schedule, entries = resolve_schedule(name, steps), SCHEDULES[name]
+    assert len(schedule) == steps
+    assert all(schedule[i] == entries[min(i, len(entries) - 1)] for i in range(steps))
+
+
+def test_a_resolved_schedule_resolves_to_itself() -> None:
+    for name in SCHEDULES:
+        schedule = resolve_schedule(name, 4)
+        assert resolve_schedule(schedule, 4) == schedule
+
+
+# Ranges of the five-step maps over all singular values from 1e-3, computed apart from this code.
+@pytest.mark.parametrize(
+    ("name", "low", "high"), [("jordan", 0.4705, 1.2024), ("you", 0.4749, 1.1451), ("polar_express", 0.8461, 1.1236)]
+)
+def test_five_steps_bring_singular_values_near_one(name: str, low: float, high: float) -> None:
+    values = scalar_map(resolve_schedule(name, 5), torch.logspace(-3, 0, 100_001, dtype=torch.float64))
+    assert low < values.min() < low + 2e-4
+    assert high - 2e-4 < values.max() < high
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_norm_rounded_above_one_does_not_run_away(name: str) -> None:
+    values = torch.linspace(0, 1.01, 10_001)
+    assert all(scalar_map(resolve_schedule(name, steps), values).max() < 2 for steps in range(1, 20))
+
+
+def test_polar_express_converges() -> None:
+    values = torch.logspace(-3, 0, 10_001, dtype=torch.float64)
+    errors = [(scalar_map(resolve_schedule("polar_express", n), values) - 1).abs().max() for n in (5, 6, 7, 8)]
+    assert all(error < bound for error, bound in zip(errors, (0.16, 6e-3, 1e-5, 1e-14)))
+
+
+@pytest.mark.parametrize(
+    ("coefficients", "steps", "message"),
+    [
+        ("Jordan", None, "unknown schedule 'Jordan'.*jordan, you, polar_express"),
+        ("jordan", 0, "at least 1 and below 100, got 0"),
+        ("jordan", -1, "got -1"),
+        (None, 100, "got 100"),
+        ((), None, "empty"),
+        ((), 5, "empty"),
+        ((1.0, 2.0), None, r"three coefficients \(a, b, c\), got \(1.0, 2.0\)"),
+        ((1.0, 2.0, 3.0, 4.0), None, "three coefficients"),
+        ((JORDAN, (1.0, 2.0)), None, r"got \(1.0, 2.0\)"),
+        (("abc",), None, "got 'abc'"),
+    ],
+)
+def test_errors(coefficients: Any, steps: int | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        resolve_schedule(coefficients, steps)

@@ -1,0 +1,293 @@
+from __future__ import annotations
+
+import io
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lightning_muonclip import orthogonalize
+from lightning_muonclip.optim.coefficients import SCHEDULES, Schedule, resolve_schedule
+from lightning_muonclip.optim.orthogonalize import _cpu_has_bfloat16, working_dtype
+
+# Rounding of the first step (one unit of the working precision) is amplified by at most the slope of the whole
+# schedule at zero, 976 for polar_express and less for the others; the sums of a product add a small factor.
+SLOPE = 1000
+
+
+def rounding(dtype: torch.dtype) -> float:
+    return 4 * SLOPE * torch.finfo(dtype).eps
+
+
+def gaussian(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def polar_factor(x: Tensor) -> Tensor:
+    u, _, vh = torch.linalg.svd(x.double(), full_matrices=False)
+    return u @ vh
+
+
+def scalar_map(schedule: Schedule, values: Tensor) -> Tensor:
+    for a, b, c in schedule:
+        values = a * values + b * values**3 + c * values**5
+    return values
+
+
+def mapped_by_svd(x: Tensor, schedule: Schedule) -> Tensor:
+    """A Newton-Schulz schedule in exact arithmetic: it acts on the singular values over their norm, and only on them."""
+    u, s, vh = torch.linalg.svd(x.double(), full_matrices=False)
+    return (u * scalar_map(schedule, s / s.norm(dim=-1, keepdim=True)).unsqueeze(-2)) @ vh
+
+
+shapes = st.one_of(
+    st.tuples(st.integers(1, 12), st.integers(1, 12)),
+    st.tuples(st.integers(1, 4), st.integers(1, 12), st.integers(1, 12)),
+    st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 8), st.integers(1, 8)),
+)
+seeds = st.integers(0, 2**31 - 1)
+quick = settings(max_examples=40, deadline=None, derandomize=True)
+
+
+@quick
+@given(shapes, seeds, st.sampled_from([*SCHEDULES, (1.875, -1.25, 0.375)]), st.integers(1, 8))
+def test_acts_on_the_singular_values_alone(shape: tuple[int, ...], seed: int, name: Any, steps: int) -> None:
+    x = gaussian(*shape, seed=seed)
+    result = orthogonalize(x, coefficients=name, steps=steps, dtype=torch.float64, eps=0.0)
+    torch.testing.assert_close(result, mapped_by_svd(x, resolve_schedule(name, steps)), rtol=0, atol=1e-10)
+
+
+# Twelve steps of polar_express are within 1e-14 of 1 from any singular value above 1e-3 of the norm, which leaves
+# rounding, amplified by 1 / 1e-3 at most: 1e-12.
+@pytest.mark.parametrize("shape", [(8, 8), (20, 7), (7, 20), (3, 9, 4), (2, 3, 4, 9), (5, 1), (1, 5), (1, 1)])
+def test_many_steps_are_the_polar_factor(shape: tuple[int, ...]) -> None:
+    x = gaussian(*shape)
+    singular = torch.linalg.svdvals(x)
+    assert (singular > 1e-3 * singular.norm(dim=-1, keepdim=True)).all()
+    result = orthogonalize(x, steps=12, dtype=torch.float64)
+    torch.testing.assert_close(result, polar_factor(x), rtol=0, atol=1e-12)
+
+
+def test_the_result_has_orthonormal_rows_or_columns() -> None:
+    wide = orthogonalize(gaussian(6, 15), steps=12, dtype=torch.float64)
+    tall = orthogonalize(gaussian(15, 6), steps=12, dtype=torch.float64)
+    torch.testing.assert_close(wide @ wide.mT, torch.eye(6, dtype=torch.float64))
+    torch.testing.assert_close(tall.mT @ tall, torch.eye(6, dtype=torch.float64))
+
+
+@quick
+@given(shapes, seeds)
+def test_a_batch_is_its_matrices_one_by_one(shape: tuple[int, ...], seed: int) -> None:
+    x = gaussian(*shape, seed=seed)
+    together = orthogonalize(x, dtype=torch.float64)
+    matrices = x.reshape(-1, *shape[-2:])
+    one_by_one = torch.stack([orthogonalize(matrix, dtype=torch.float64) for matrix in matrices]).reshape(shape)
+    torch.testing.assert_close(together, one_by_one, rtol=0, atol=1e-10)
+
+
+@quick
+@given(shapes, seeds)
+def test_a_transposed_view_gives_the_transposed_result(shape: tuple[int, ...], seed: int) -> None:
+    x = gaussian(*shape, seed=seed)
+    torch.testing.assert_close(
+        orthogonalize(x.mT, dtype=torch.float64), orthogonalize(x, dtype=torch.float64).mT, rtol=0, atol=1e-10
+    )
+
+
+def test_strided_input() -> None:
+    x = gaussian(9, 4, 6)
+    for view in (x[::2], x[:, ::2], x[..., ::3], x.permute(1, 2, 0), x[:1].expand(3, 4, 6)):
+        torch.testing.assert_close(
+            orthogonalize(view, dtype=torch.float64), orthogonalize(view.clone(), dtype=torch.float64)
+        )
+
+
+@pytest.mark.parametrize("exponent", [-100, -60, -1, 1, 60, 120])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_power_of_two_changes_no_bit(exponent: int, dtype: torch.dtype) -> None:
+    x = gaussian(3, 6, 10).float()
+    assert torch.equal(orthogonalize(x * 2.0**exponent, dtype=dtype), orthogonalize(x, dtype=dtype))
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e20])
+def test_scale_invariance_in_float32(scale: float) -> None:
+    x = gaussian(6, 10).float()
+    result = orthogonalize(x * scale, dtype=torch.float32)
+    torch.testing.assert_close(result, orthogonalize(x, dtype=torch.float32), rtol=0, atol=rounding(torch.float32))
+
+
+@quick
+@given(shapes, seeds, st.floats(-150, 150))
+def test_scale_invariance_in_float64(shape: tuple[int, ...], seed: int, exponent: float) -> None:
+    x = gaussian(*shape, seed=seed)
+    torch.testing.assert_close(
+        orthogonalize(x * 10.0**exponent, dtype=torch.float64),
+        orthogonalize(x, dtype=torch.float64),
+        rtol=0,
+        atol=rounding(torch.float64),
+    )
+
+
+def test_a_negated_matrix_gives_the_negated_result() -> None:
+    x = gaussian(5, 8)
+    assert torch.equal(orthogonalize(-x), -orthogonalize(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_zero_matrix_stays_zero_and_leaves_its_batch_alone(dtype: torch.dtype) -> None:
+    x = gaussian(3, 4, 7).float()
+    with_zero = x.clone()
+    with_zero[1] = 0
+    result = orthogonalize(with_zero, dtype=dtype)
+    assert torch.equal(result[1], torch.zeros(4, 7))
+    assert torch.equal(result[[0, 2]], orthogonalize(x, dtype=dtype)[[0, 2]])
+    assert torch.equal(orthogonalize(torch.zeros(4, 7), dtype=dtype), torch.zeros(4, 7))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(3, 4, 7), (3, 7, 4)])
+def test_a_non_finite_matrix_is_alone_in_it(bad: float, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    x = gaussian(*shape).float()
+    with_bad = x.clone()
+    with_bad[1, 2, 3] = bad
+    result = orthogonalize(with_bad, dtype=dtype)
+    assert not result[1].isfinite().any()
+    assert torch.equal(result[[0, 2]], orthogonalize(x, dtype=dtype)[[0, 2]])
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0), (0, 0), (0, 4, 5), (2, 0, 5), (2, 4, 0)])
+def test_empty(shape: tuple[int, ...]) -> None:
+    result = orthogonalize(torch.empty(shape))
+    assert result.shape == shape
+    assert result.dtype == torch.float32
+
+
+@pytest.mark.parametrize("shape", [(1, 9), (9, 1), (1, 1)])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_vector_becomes_its_direction_times_the_image_of_one(shape: tuple[int, int], name: str) -> None:
+    x = gaussian(*shape)
+    length = scalar_map(resolve_schedule(name, None), torch.ones((), dtype=torch.float64))
+    result = orthogonalize(x, coefficients=name, dtype=torch.float64, eps=0.0)
+    torch.testing.assert_close(result, x / x.norm() * length)
+
+
+@pytest.mark.parametrize("shape", [(4, 7), (7, 4), (2, 5, 5)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_the_input_is_not_modified(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x = gaussian(*shape).to(dtype)
+    before = x.clone()
+    result = orthogonalize(x, dtype=dtype)
+    result.add_(1)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_the_result_has_the_dtype_of_the_input(dtype: torch.dtype) -> None:
+    x = (100 * gaussian(6, 9)).to(dtype)
+    result = orthogonalize(x, dtype=torch.float32)
+    assert result.dtype == dtype
+    atol = rounding(torch.float32) + torch.finfo(dtype).eps
+    torch.testing.assert_close(result.double(), mapped_by_svd(x, resolve_schedule(None, None)), rtol=0, atol=atol)
+
+
+def test_the_working_dtype_is_the_one_asked_for() -> None:
+    x = gaussian(16, 16).float()
+    exact = mapped_by_svd(x, resolve_schedule(None, None))
+    errors = {
+        dtype: float((orthogonalize(x, dtype=dtype) - exact).abs().max())
+        for dtype in (torch.float64, torch.float32, torch.bfloat16)
+    }
+    assert errors[torch.float32] < rounding(torch.float32)
+    assert 1e-3 < errors[torch.bfloat16] < 0.1
+    default = orthogonalize(x)
+    assert torch.equal(default, orthogonalize(x, dtype=working_dtype(x.device)))
+
+
+def test_the_largest_float16_numbers_do_not_overflow() -> None:
+    x = torch.full((4, 4), 65504.0, dtype=torch.float16)
+    result = orthogonalize(x, steps=12, dtype=torch.float32)
+    torch.testing.assert_close(result, torch.full_like(x, 0.25), rtol=0, atol=2e-3)
+
+
+# The extra room of 0.05 in bfloat16 is about 13 of its units; one unit is 2^-8.
+@pytest.mark.parametrize(("dtype", "room"), [(torch.float64, 1e-10), (torch.float32, 1e-4), (torch.bfloat16, 0.05)])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_schedule_keeps_singular_values_in_its_range(name: str, dtype: torch.dtype, room: float) -> None:
+    x = gaussian(2, 48, 80)
+    singular = torch.linalg.svdvals(x) / torch.linalg.matrix_norm(x).unsqueeze(-1)
+    interval = torch.linspace(float(singular.min()), float(singular.max()), 20_001, dtype=torch.float64)
+    images = scalar_map(resolve_schedule(name, None), interval)
+    result = torch.linalg.svdvals(orthogonalize(x, coefficients=name, dtype=dtype))
+    assert result.min() > images.min() - room
+    assert result.max() < images.max() + room
+    assert 0.6 < images.min() < images.max() < 1.3
+
+
+def test_no_gradient_flows() -> None:
+    x = gaussian(3, 4).requires_grad_()
+    assert not orthogonalize(x).requires_grad
+
+
+def test_direct_is_a_method() -> None:
+    x = gaussian(5, 9)
+    torch.testing.assert_close(
+        orthogonalize(x, method="direct", dtype=torch.float64), orthogonalize(x, dtype=torch.float64)
+    )
+
+
+@pytest.mark.parametrize(
+    ("x", "options", "message"),
+    [
+        (torch.ones(3), {}, r"needs a matrix.*\(3,\)"),
+        (torch.ones(()), {}, r"needs a matrix.*\(\)"),
+        (torch.ones(2, 2), {"coefficients": "newton"}, "unknown schedule 'newton'"),
+        (torch.ones(2, 2), {"coefficients": (1.0, 2.0)}, "three coefficients"),
+        (torch.ones(2, 2), {"method": "fast"}, "unknown method 'fast'"),
+        (torch.ones(2, 2), {"steps": 0}, "got 0"),
+        (torch.ones(2, 2), {"steps": 100}, "got 100"),
+        (torch.ones(2, 2, dtype=torch.complex64), {}, "real floating-point numbers, got torch.complex64"),
+        (torch.ones(2, 2, dtype=torch.int64), {}, "got torch.int64"),
+    ],
+)
+def test_errors(x: Tensor, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        orthogonalize(x, **options)
+
+
+@pytest.mark.parametrize(
+    ("flags", "has_bfloat16"),
+    [
+        ("flags\t: fpu sse2 avx2 avx512f", False),
+        ("flags\t: fpu avx512f avx512_bf16", True),
+        ("flags\t: fpu amx_bf16 amx_tile", True),
+        ("Features\t: fp asimd bf16", True),
+        ("Features\t: fp asimd", False),
+        ("", False),
+    ],
+)
+def test_bfloat16_is_chosen_by_the_flags_of_the_cpu(
+    flags: str, has_bfloat16: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("builtins.open", lambda *_: io.StringIO(flags))
+    found = _cpu_has_bfloat16()
+    monkeypatch.undo()
+    assert found is has_bfloat16
+
+
+def test_a_cpu_that_does_not_tell_works_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise FileNotFoundError
+
+    monkeypatch.setattr("builtins.open", refuse)
+    found = _cpu_has_bfloat16()
+    monkeypatch.undo()
+    assert not found
+
+
+def test_other_devices_work_in_float32() -> None:
+    assert working_dtype(torch.device("meta")) == torch.float32
