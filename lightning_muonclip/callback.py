@@ -108,7 +108,9 @@ class MuonClipCallback(Callback):
         self.qk_clip: QKClip | None = None
         #: What QK-Clip saw and did at the last step; ``None`` before the first, and after a step that was skipped.
         self.last: ClipResult | None = None
-        self._sources: list[tuple[dict[str, Any], dict[str, Any], float]] = []
+        # For each of Muon's groups, the index of the user's group that it follows and that group's base learning rate.
+        # Indices, since loading a checkpoint replaces the dicts.
+        self._sources: list[tuple[int, float]] = []
         self._handles: list[Any] = []
         self._last_step = 0
 
@@ -147,6 +149,7 @@ class MuonClipCallback(Callback):
         optimizer = _users_optimizer(trainer)
         routes = route_params(pl_module, self.exclude, self.include)
         self.muon = self._take_matrices(optimizer, routes)
+        self._follow_user(optimizer, self.muon)
         if _scaler(trainer) is not None and not any(group["params"] for group in optimizer.param_groups):
             raise ValueError(
                 f"Muon takes every parameter and leaves nothing for {type(optimizer).__name__}, which a GradScaler cannot"
@@ -161,26 +164,22 @@ class MuonClipCallback(Callback):
     def _take_matrices(self, optimizer: Optimizer, routes: Sequence[Route]) -> Muon:
         """Drops Muon's matrices from the user's groups, of which even an emptied one stays, and gives them to a Muon."""
         names = {route.param: route.name for route in routes if route.algorithm == "muon"}
-        taken = []
-        for source in optimizer.param_groups:
+        groups = []
+        self._sources = []
+        for i, source in enumerate(optimizer.param_groups):
             matrices = [(names[p], p) for p in source["params"] if p in names]
             if matrices:
-                taken.append((source, matrices))
-        if not taken:
+                groups.append({"params": matrices, **_name_of(source)})
+                self._sources.append((i, float(source.get("initial_lr", source["lr"]))))
+                source["params"] = [p for p in source["params"] if p not in names]
+                if "param_names" in source:
+                    source["param_names"] = [n for n in source["param_names"] if n not in names.values()]
+        if not groups:
             raise ValueError(
                 f"no hidden matrix is left for Muon in {type(optimizer).__name__}. This is where parameters went:\n"
                 f"{routing_table(routes)}\nTake a look at exclude=, or remove the callback"
             )
-        groups = [{"params": matrices, **_name_of(source)} for source, matrices in taken]
-        muon = Muon(groups, lr=taken[0][0]["lr"], **self._muon_options)
-        self._sources = []
-        for (source, _), group in zip(taken, muon.param_groups):
-            source["params"] = [p for p in source["params"] if p not in names]
-            if "param_names" in source:
-                source["param_names"] = [n for n in source["param_names"] if n not in names.values()]
-            self._sources.append((source, group, float(source.get("initial_lr", source["lr"]))))
-        self._follow_user(muon)
-        return muon
+        return Muon(groups, **self._muon_options)
 
     def _arm_qk_clip(self, optimizer: Optimizer, pl_module: pl.LightningModule) -> None:
         observer = None
@@ -220,7 +219,7 @@ class MuonClipCallback(Callback):
         """Clips the gradients of both optimizers together and steps Muon; QK-Clip follows by a hook after the step."""
         assert self.muon is not None
         self.last = None
-        self._follow_user(self.muon)
+        self._follow_user(optimizer, self.muon)
         scaler = _scaler(trainer)
         if scaler is not None:
             scaler.unscale_(self.muon)
@@ -230,8 +229,9 @@ class MuonClipCallback(Callback):
         else:
             self.muon.step()
 
-    def _follow_user(self, muon: Muon) -> None:
-        for source, group, base in self._sources:
+    def _follow_user(self, optimizer: Optimizer, muon: Muon) -> None:
+        for (i, base), group in zip(self._sources, muon.param_groups):
+            source = optimizer.param_groups[i]
             group["lr"] = source["lr"] if self.lr is None else self.lr * (source["lr"] / base if base else 1.0)
             group["weight_decay"] = source.get("weight_decay", 0.0) if self.weight_decay is None else self.weight_decay
 
@@ -257,7 +257,8 @@ class MuonClipCallback(Callback):
     ) -> None:
         """Logs what a step did; forgets what was seen if the step was skipped."""
         assert self.muon is not None
-        self._follow_user(self.muon)  # schedulers have stepped: monitors and checkpoints see the rate of the next step
+        # Schedulers have stepped: monitors and checkpoints are to see the rate of the next step.
+        self._follow_user(trainer.optimizers[0], self.muon)
         if trainer.global_step == self._last_step:
             return  # gradients are being accumulated
         self._last_step = trainer.global_step

@@ -15,7 +15,7 @@ INF = float("inf")
 
 def causal(length: int, key_length: int | None = None) -> Tensor:
     """Query i sees keys 0..i."""
-    return torch.tensor([[j <= i for j in range(key_length or length)] for i in range(length)])
+    return torch.arange(key_length or length) <= torch.arange(length)[:, None]
 
 
 def brute_max_logits(query: Tensor, key: Tensor, scale: float, visible: Tensor | None = None) -> Tensor:
@@ -98,9 +98,7 @@ def latent_queries_and_keys(
     return query, torch.cat([key[..., :nope], rotated], dim=-1)
 
 
-def module_max_logits(
-    module: Any, x: Tensor, visible: Tensor | None = None, positions: Tensor | None = None
-) -> Tensor:
+def module_max_logits(module: Any, x: Tensor, visible: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
     """Largest logits of ``Attention`` or ``MultiheadLatentAttention``, float64; causal unless told otherwise."""
     if hasattr(module, "kv_b_proj"):
         query, key = latent_queries_and_keys(module, x, positions)

@@ -172,7 +172,7 @@ def test_groups_keep_their_own_rates_and_emptied_groups_stay() -> None:
     fit = trainer([MuonClipCallback()])
     fit.fit(LitTiny(model, make), loader(token_batches(1)))
     user, muon = fit.optimizers
-    assert [group["params"] for group in user.param_groups][0] == []
+    assert user.param_groups[0]["params"] == []
     assert [(g["lr"], g["weight_decay"], len(g["params"])) for g in muon.param_groups] == [
         (1e-2, 0.2, 1),
         (1e-3, 0.2, 5),
@@ -249,7 +249,7 @@ def test_an_infinity_in_either_optimizer_skips_both(name: str, exclude: Any) -> 
     fit.fit(LitTiny(model, OPTIMIZERS["adamw"]), loader(token_batches(5)))
     assert inf.unchanged
     assert all(p.isfinite().all() for p in model.parameters())
-    user, muon = fit.optimizers
+    user, _ = fit.optimizers
     assert {int(state["step"]) for state in user.state.values()} == {4}
     assert int(callback.qk_clip.clips.max()) <= 4
     assert fit.precision_plugin.scaler.get_scale() == 2.0**9

@@ -14,7 +14,7 @@ import os
 import sys
 import sysconfig
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -31,8 +31,15 @@ HELD_OUT = 20
 # code; encodings and pydoc_data are generated tables; config-* and _sysconfigdata* describe one build of Python, so
 # they differ from machine to machine.
 NOT_LIBRARY = (
-    *("site-packages", "dist-packages", "test", "tests", "idle_test"),
-    *("encodings", "pydoc_data", "config-*", "_sysconfigdata*"),
+    "site-packages",
+    "dist-packages",
+    "test",
+    "tests",
+    "idle_test",
+    "encodings",
+    "pydoc_data",
+    "config-*",
+    "_sysconfigdata*",
 )
 
 
@@ -293,6 +300,15 @@ class HuggingFace:
         bytes_per_token = byte_count / len(tokens)
         packed = torch.frombuffer(tokens, dtype=torch.uint8 if small else torch.int32)[:limit]
         return Text(*_hold_out_end(packed), tokenizer, bytes_per_token)
+
+
+#: Corpora by the names that configs use.
+CORPORA: dict[str, Callable[..., Corpus]] = {
+    "stdlib": StandardLibrary,
+    "shakespeare": Shakespeare,
+    "text": TextFiles,
+    "hf": HuggingFace,
+}
 
 
 def _optional(module: str, purpose: str) -> ModuleType:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import islice
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from lightning_muonclip.experiment.corpora import Corpus, StandardLibrary, Text
+from lightning_muonclip.experiment.corpora import CORPORA, Corpus, Text
 
 Batch = tuple[Tensor, Tensor]
 
@@ -106,39 +107,47 @@ class TextDataModule(pl.LightningDataModule):
     ranks, and resumed exactly from a checkpoint in mid-epoch. Validation is a fixed set of evenly spaced windows.
 
     Args:
-        corpus: Where the text comes from; read once, on first use. None: :class:`StandardLibrary`.
+        corpus: Where the text comes from; read once, on first use. A corpus, or the name of one in
+            :data:`~lightning_muonclip.experiment.corpora.CORPORA`, which then takes ``source``.
         batch_size: Windows a batch, on each device.
         block_size: Tokens a window.
         seed: Determines the order of the training windows.
         num_workers: Processes that cut windows; the tokens are in memory, so 0 is fast.
         val_batches: Batches of validation, over all devices; fewer if the held-out text is too short.
+        source: Arguments of the corpus, if it was given by name.
 
     Shapes:
         - Each batch is ``(inputs, targets)``, int64 of shape (batch_size, block_size): the targets are the inputs, one
           token on.
 
     Raises:
-        ValueError: On first use, if the corpus is too small. What the corpus raises, if it cannot be read.
+        ValueError: If there is no corpus of that name; on first use, if the corpus is too small. What the corpus
+            raises, if it cannot be read.
 
     Example::
 
-        data = TextDataModule(TextFiles("notes"), block_size=512)
+        data = TextDataModule("text", path="notes", block_size=512)
         model = Transformer(vocab_size=data.vocab_size)
         pl.Trainer(max_steps=1000).fit(model, datamodule=data)
     """
 
     def __init__(
         self,
-        corpus: Corpus | None = None,
+        corpus: Corpus | str = "stdlib",
         *,
         batch_size: int = 16,
         block_size: int = 256,
         seed: int = 0,
         num_workers: int = 0,
         val_batches: int = 16,
+        **source: Any,
     ) -> None:
         super().__init__()
-        self.corpus = StandardLibrary() if corpus is None else corpus
+        if isinstance(corpus, str):
+            if corpus not in CORPORA:
+                raise ValueError(f"unknown corpus {corpus!r}; known: {', '.join(CORPORA)}")
+            corpus = CORPORA[corpus](**source)
+        self.corpus = corpus
         self.batch_size = batch_size
         self.block_size = block_size
         self.seed = seed

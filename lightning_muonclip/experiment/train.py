@@ -10,9 +10,9 @@ from typing import Any
 import hydra
 import lightning.pytorch as pl
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.errors import HydraException, InstantiationException
 from hydra.utils import instantiate
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
@@ -27,17 +27,17 @@ def train(config: DictConfig) -> float:
         config: A composed ``train`` config.
 
     Returns:
-        The metric that ``optimized_metric`` names, for a sweeper.
+        The metric that ``optimized_metric`` names, for a sweeper; NaN if the run did not log it.
 
     Raises:
-        ConfigError: If the config has an unknown key or a wrong type, or ``optimized_metric`` was not logged.
+        ConfigError: If the config has an unknown key or a wrong type.
     """
     check_config(config)
     pl.seed_everything(config.seed, workers=True)
     data = _build(config.data)
     lit = _build_module(config, data.vocab_size)
     trainer: pl.Trainer = _build(
-        config.trainer, logger=_build_all(config.logger), callbacks=_build_all(config.callbacks)
+        _validated_once(config.trainer), logger=_build_all(config.logger), callbacks=_build_all(config.callbacks)
     )
     for logger in trainer.loggers:
         logger.log_hyperparams(OmegaConf.to_container(config, resolve=True))  # type: ignore[arg-type]
@@ -45,16 +45,23 @@ def train(config: DictConfig) -> float:
     if trainer.is_global_zero:
         _write_sample(config, lit, data)
     if config.optimized_metric not in trainer.callback_metrics:
-        raise ConfigError(
-            f"optimized_metric={config.optimized_metric} was not logged;"
-            f" logged: {', '.join(sorted(trainer.callback_metrics))}"
-        )
+        logged = ", ".join(sorted(trainer.callback_metrics))
+        rank_zero_warn(f"optimized_metric={config.optimized_metric} was not logged in this run; logged: {logged}")
+        return float("nan")
     return float(trainer.callback_metrics[config.optimized_metric])
 
 
 def _build(node: DictConfig, **kwargs: Any) -> Any:
     # Plain lists and dicts: ListConfig in an optimizer's state could not be loaded with weights_only.
     return instantiate(node, _convert_="all", **kwargs)
+
+
+def _validated_once(trainer: DictConfig) -> DictConfig:
+    """A run that is shorter than the interval of validation still validates, and so saves, at its end."""
+    steps, interval = trainer.get("max_steps"), trainer.get("val_check_interval")
+    if isinstance(steps, int) and isinstance(interval, int) and 0 < steps < interval:
+        trainer = OmegaConf.merge(trainer, {"val_check_interval": steps})  # type: ignore[assignment]
+    return trainer
 
 
 def _build_all(nodes: DictConfig | None) -> list[Any]:
@@ -95,10 +102,13 @@ def main() -> None:
 
 
 def _explain(error: Exception) -> str:
+    if isinstance(error, InstantiationException) and error.__cause__ is not None:
+        return str(error.__cause__)
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, (ConfigKeyError, ConfigAttributeError)) and cause.parent_node is not None:
-            return unknown_key(str(cause.full_key), map(str, cause.parent_node))
+            hint = f" (+{cause.full_key}=... adds a new key)"
+            return unknown_key(str(cause.full_key), map(str, cause.parent_node)) + hint
         cause = cause.__cause__ or cause.__context__
     return str(error)
 

@@ -47,10 +47,17 @@ def max_logits(
         >>> max_logits(q, k, scale=0.5)
         tensor([2.])
     """
-    heads, length = query.shape[-3:-1]
-    key_heads, key_length = key.shape[-3:-1]
+    heads, key_heads = query.shape[-3], key.shape[-3]
     if heads % key_heads:
         raise ValueError(f"{heads} query heads cannot share {key_heads} key heads evenly")
+    if torch.compiler.is_compiling():
+        return torch.ops.muonclip.max_logits(query, key, scale, is_causal, mask)
+    return _max_logits(query, key, scale, is_causal, mask)
+
+
+def _max_logits(query: Tensor, key: Tensor, scale: float, is_causal: bool, mask: Tensor | None) -> Tensor:
+    heads, length = query.shape[-3:-1]
+    key_heads, key_length = key.shape[-3:-1]
     maximum = torch.full((heads,), float("-inf"), device=query.device)
     if query.numel() == 0 or key.numel() == 0:
         return maximum
@@ -74,6 +81,20 @@ def max_logits(
                 logits = logits.masked_fill(~keys, float("-inf"))
             maximum = torch.maximum(maximum, logits.amax((0, 3, 4)).flatten())
     return maximum
+
+
+# To torch.compile one opaque operation: traced, the loop would be unrolled, and compiled anew for every length.
+_operation = torch.library.custom_op(
+    "muonclip::max_logits",
+    _max_logits,
+    mutates_args=(),
+    schema="(Tensor query, Tensor key, float scale, bool is_causal, Tensor? mask) -> Tensor",
+)
+
+
+@_operation.register_fake
+def _(query: Tensor, key: Tensor, scale: float, is_causal: bool, mask: Tensor | None) -> Tensor:
+    return query.new_empty(query.shape[-3], dtype=torch.float32)
 
 
 def _as_batch(x: Tensor) -> Tensor:

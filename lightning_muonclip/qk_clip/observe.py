@@ -175,4 +175,4 @@ def _observed_attention(
 
 def display_name(name: str) -> str:
     """A module's name without what torch.compile and DDP put in front of it."""
-    return name.replace("_orig_mod.", "").removeprefix("module.")
+    return ".".join(part for part in name.split(".") if part != "_orig_mod").removeprefix("module.")

@@ -115,11 +115,12 @@ class TestAgainstTorch:
         monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)
         train(torch.optim.Muon(exact, **options), exact)
         for p, a, b, e in zip(start, ours, theirs, exact):
-            moved = (e - p).norm()
-            assert 0 < (a - e).norm() / moved < 0.02
-            assert 0 < (b - e).norm() / moved < 0.02
+            # Measured: 0.005 to 0.006 of the way moved, one and a half units of bfloat16.
+            moved, unit = (e - p).norm(), 2**-8
+            assert 0 < (a - e).norm() / moved < 3 * unit
+            assert 0 < (b - e).norm() / moved < 3 * unit
             assert (a - e).norm() < 1.25 * (b - e).norm()
-            assert (a - b).norm() / moved < 0.04
+            assert (a - b).norm() / moved < 4 * unit
 
     @pytest.mark.usefixtures("exact_torch")
     def test_state_dict_goes_to_torch(self) -> None:

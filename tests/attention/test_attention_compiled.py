@@ -1,0 +1,130 @@
+"""Tracking under torch.compile(fullgraph=True): one graph, compiled once, and the numbers of eager."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from oracles import Residual, SdpaAttention, enlarge
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
+
+from lightning_muonclip import Attention, AttentionMask, MultiheadLatentAttention, QKClip
+
+KEEP = torch.arange(70) < torch.tensor([[70], [50]])
+
+
+class Padded(nn.Module):
+    """Hands a mask to its attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = Attention(16, 4, num_key_value_heads=2, attention_bias=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attn(x, mask=AttentionMask(padding=KEEP))
+
+
+MODELS: dict[str, Any] = {
+    "ours": lambda: Residual(
+        Padded(),
+        MultiheadLatentAttention(16, 2, kv_lora_rank=8, qk_nope_head_dim=4, qk_rope_head_dim=4, v_head_dim=4),
+    ),
+    "third party": lambda: Residual(SdpaAttention(16, 4, 2), SdpaAttention(16, 2)),
+}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def train(model: nn.Module, forward: Any, xs: Tensor) -> list[Tensor]:
+    """A step of SGD and QK-Clip for every batch; the maxima of each."""
+    maxima = []
+    with QKClip(model, threshold=0.5) as qk_clip:
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        for x in xs:
+            optimizer.zero_grad()
+            forward(x).square().mean().backward()
+            optimizer.step()
+            maxima.append(qk_clip.step().max_logits)
+        assert (qk_clip.clips > 0).any(1).all()
+    return maxima
+
+
+def check_one_graph(eager: nn.Module, xs: Tensor, backend: str) -> None:
+    enlarge(eager)
+    compiled = copy.deepcopy(eager)
+    counter = CompileCounterWithBackend(backend)
+    expected = train(eager, eager, xs)
+    found = train(compiled, torch.compile(compiled, fullgraph=True, backend=counter), xs)
+    assert counter.frame_count == 1
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+    for a, b in zip(found, expected):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=0)
+    assert not torch.equal(found[0], found[1])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_one_graph_compiled_once_with_the_maxima_of_eager(name: str) -> None:
+    check_one_graph(MODELS[name](), torch.randn(5, 2, 70, 16), "aot_eager")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_the_same_in_machine_code() -> None:
+    check_one_graph(Residual(Attention(16, 2), SdpaAttention(16, 2)), torch.randn(2, 2, 9, 16), "inductor")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_qk_clip_watches_a_model_that_is_compiled_already(name: str) -> None:
+    eager = MODELS[name]()
+    enlarge(eager)
+    compiled = torch.compile(copy.deepcopy(eager), fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, 70, 16)
+    with QKClip(compiled, threshold=0.5) as found, QKClip(eager, threshold=0.5) as expected:
+        eager(x), compiled(x)
+        assert found.layers == expected.layers
+        torch.testing.assert_close(found.max_logits, expected.max_logits, rtol=1e-5, atol=0)
+
+
+def test_a_compiled_attention_is_found_once() -> None:
+    attention = torch.compile(Attention(16, 2), backend="eager")
+    with QKClip(Residual(attention, Attention(16, 2))) as qk_clip:
+        assert qk_clip.layers == ["layers.0", "layers.1"]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_compiled_evaluation_records_nothing(name: str) -> None:
+    model = MODELS[name]()
+    forward = torch.compile(model, fullgraph=True, backend="eager")
+    x = torch.randn(2, 70, 16)
+    with QKClip(model) as qk_clip:
+        model.eval()
+        forward(x)
+        assert qk_clip.max_logits.isneginf().all()
+        model.train()
+        forward(x)
+        assert not qk_clip.max_logits.isneginf().all(1).any()
+
+
+@pytest.mark.parametrize("name", ["latent", "third party"])
+def test_lengths_that_vary_do_not_compile_anew(name: str) -> None:
+    model = SdpaAttention(16, 2) if name == "third party" else MODELS["ours"]().layers[1]
+    counter = CompileCounterWithBackend("eager")
+    forward = torch.compile(model, fullgraph=True, backend=counter)
+    with QKClip(model) as qk_clip:
+        for length in (5, 9, 33, 64, 65, 90, 128, 129, 150, 200):
+            forward(torch.randn(2, length, 16))
+        assert qk_clip.max_logits.isfinite().all()
+    assert counter.frame_count <= 2  # once for the first length, once for all others

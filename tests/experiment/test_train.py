@@ -1,0 +1,266 @@
+"""muonclip-train, as a user runs it: on a model small enough for seconds."""
+
+from __future__ import annotations
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
+
+from lightning_muonclip import Attention, MultiheadLatentAttention, MuonClipCallback
+from lightning_muonclip.experiment import config as schemas
+from lightning_muonclip.experiment.gpt import GPT
+from lightning_muonclip.experiment.train import main
+
+TINY = [
+    "model.hidden_size=16",
+    "model.num_hidden_layers=2",
+    "model.attention.num_attention_heads=2",
+    "data.block_size=16",
+    "data.batch_size=4",
+    "data.val_batches=1",
+    "trainer.max_steps=8",
+    "trainer.val_check_interval=4",
+    "+trainer.enable_progress_bar=false",
+    "callbacks.summary.profile_from=2",
+    "callbacks.summary.profile_batches=2",
+    "~callbacks.progress_bar",
+    "sample.length=8",
+]
+
+
+@pytest.fixture
+def train(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """Runs the command in this process, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*overrides: str, out: str = "run") -> Path:
+        monkeypatch.setattr(sys, "argv", ["muonclip-train", *TINY, f"hydra.run.dir={out}", *overrides])
+        main()
+        return tmp_path / out
+
+    return run
+
+
+def command(*overrides: str, out: str) -> list[str]:
+    module = "lightning_muonclip.experiment.train"
+    return [sys.executable, "-m", module, *TINY, f"hydra.run.dir={out}", *overrides]
+
+
+def assert_same_weights(a: Path, b: Path) -> None:
+    assert_equal_trees(*(torch.load(path, weights_only=True)["state_dict"] for path in (a, b)))
+
+
+def assert_equal_trees(a: Any, b: Any, path: str = "") -> None:
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), path
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            assert_equal_trees(a[key], b[key], f"{path}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), path
+        for i, (x, y) in enumerate(zip(a, b)):
+            assert_equal_trees(x, y, f"{path}.{i}")
+    else:
+        assert a == b, path
+
+
+def test_a_run_leaves_everything_behind(train: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = train("muonclip.threshold=1e-3")
+    for name in ("metrics.csv", "config.yaml", "max_logits.png", "heads.png", "sample.txt", "checkpoints/last.ckpt"):
+        assert (folder / name).stat().st_size > 0, name
+    assert (folder / "sample.txt").read_text().startswith("def ")
+    assert OmegaConf.load(folder / "config.yaml").muonclip.threshold == 1e-3
+    rows = list(csv.DictReader((folder / "metrics.csv").open()))
+    assert [r["step"] for r in rows if r["muonclip/max_logit"]] == [str(i) for i in range(8)]
+    table = capsys.readouterr().out
+    for line in ("validation bits per byte", "peak max logit", "head-clips", "tokens per second"):
+        assert line in table
+    for line in ("time in Muon", "time in QK-Clip", "time in tracking"):
+        assert line in table
+    bits = [float(r["val/bits_per_byte"]) for r in rows if r["val/bits_per_byte"]]
+    losses = [float(r["val/loss"]) for r in rows if r["val/loss"]]
+    assert bits == pytest.approx([loss / 0.6931471805599453 for loss in losses])
+
+
+@pytest.mark.parametrize("optimizer", ["muonclip", "muon", "adamw"])
+@pytest.mark.parametrize("model", ["mha", "gqa", "mla"])
+def test_models_and_optimizers(train: Any, model: str, optimizer: str) -> None:
+    folder = train(f"model={model}", f"optimizer={optimizer}", "trainer.max_steps=2", "trainer.val_check_interval=2")
+    header = (folder / "metrics.csv").open().readline()
+    assert ("muonclip/max_logit" in header) == (optimizer != "adamw")
+    assert (folder / "max_logits.png").exists()
+
+
+@pytest.mark.parametrize("logger", ["csv", "tensorboard"])
+def test_loggers(train: Any, logger: str) -> None:
+    folder = train(f"logger={logger}", "trainer.max_steps=2", "trainer.val_check_interval=2")
+    assert list(folder.glob("metrics.csv" if logger == "csv" else "tensorboard/events*"))
+
+
+@pytest.mark.parametrize("experiment", ["demo", "explosion", "adamw_baseline", "kimi_mla"])
+def test_experiments_compose_and_hold_to_the_schema(experiment: str) -> None:
+    with initialize_config_module("lightning_muonclip.conf", version_base="1.3"):
+        composed = compose("train", [f"experiment={experiment}"], return_hydra_config=True)
+    assert composed.name == experiment
+    OmegaConf.set_struct(composed, False)
+    composed.hydra.runtime.output_dir = "out"
+    from hydra.core.hydra_config import HydraConfig
+
+    HydraConfig.instance().set_config(composed)
+    del composed["hydra"]
+    schemas.check_config(composed)
+
+
+@pytest.mark.parametrize(
+    ("schema", "target", "given"),
+    [
+        (schemas.MuonClipConfig, MuonClipCallback, ()),
+        (schemas.AttentionConfig, Attention, ("hidden_size",)),
+        (schemas.LatentAttentionConfig, MultiheadLatentAttention, ("hidden_size",)),
+        (schemas.ModelConfig, GPT, ()),
+    ],
+)
+def test_schemas_are_the_signatures(schema: Any, target: Any, given: tuple[str, ...]) -> None:
+    names = {f.name for f in fields(schema) if not f.name.startswith("_")}
+    assert names == set(signature(target).parameters) - set(given)
+    defaults = {n: p.default for n, p in signature(target).parameters.items() if n not in given}
+    for f in fields(schema):
+        default = defaults.get(f.name)
+        if isinstance(default, (int, float, str)) and f.name not in ("vocab_size",):
+            assert f.default == default, f.name
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("muonclip.treshold=3", "'muonclip.treshold'; did you mean 'threshold'"),
+        ("+muonclip.treshold=3", "'muonclip.treshold'; did you mean 'threshold'"),
+        ("experment=demo", "did you mean 'experiment'"),
+        ("+model.attention.num_heads=2", "'model.attention.num_heads'; did you mean"),
+        ("muonclip.threshold=high", "muonclip.threshold: Value 'high'"),
+        ("model=mhb", "mha"),
+        ("data=text", "path"),
+    ],
+)
+def test_mistakes_are_one_line(train: Any, override: str, message: str) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        train(override, "trainer.max_steps=1", "trainer.val_check_interval=1")
+    assert message in str(exit_.value)
+
+
+def test_threshold_must_be_positive(train: Any) -> None:
+    with pytest.raises(SystemExit, match="threshold must be positive"):
+        train("muonclip.threshold=0")
+
+
+def test_sweep_returns_the_metric_and_draws_one_picture(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    sweep = ["hydra.sweep.dir=sweep", "muonclip.threshold=null,0.001"]
+    monkeypatch.setattr(sys, "argv", ["muonclip-train", "-m", *TINY, *sweep])
+    main()
+    assert (tmp_path / "sweep" / "max_logits.png").stat().st_size > 0
+    assert {p.parent.name for p in tmp_path.glob("sweep/*/metrics.csv")} == {"0", "1"}
+
+
+@pytest.mark.parametrize(
+    ("saving", "name"),
+    [
+        (["callbacks.checkpoint.monitor=null", "+callbacks.checkpoint.every_n_train_steps=2"], "6.ckpt"),
+        ([], "4.ckpt"),
+    ],
+    ids=["saved_after_a_batch", "saved_after_validation"],
+)
+def test_resumes_bitwise_in_mid_epoch(train: Any, saving: list[str], name: str) -> None:
+    naming = [
+        "callbacks.checkpoint.filename='{step}'",
+        "+callbacks.checkpoint.auto_insert_metric_name=false",
+        "+callbacks.checkpoint.save_top_k=-1",
+    ]
+    whole = train("muonclip.threshold=1e-3", *naming, *saving, out="whole") / "checkpoints"
+    resumed = train("muonclip.threshold=1e-3", f"ckpt_path={whole / name}", out="resumed") / "checkpoints"
+    ends = [torch.load(folder / "last.ckpt", weights_only=True) for folder in (whole, resumed)]
+    for part in ("global_step", "state_dict", "optimizer_states", "lr_schedulers"):
+        assert_equal_trees(ends[0][part], ends[1][part])
+
+
+LONG = ["trainer.max_steps=150", "trainer.val_check_interval=150", "muonclip.threshold=1e-3"]
+SAVE_OFTEN = [
+    "callbacks.checkpoint.monitor=null",
+    "+callbacks.checkpoint.every_n_train_steps=10",
+    "callbacks.checkpoint.save_last=true",
+]
+
+
+def wait_for(path: Path, process: subprocess.Popen[Any]) -> None:
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert process.poll() is None, "the run ended before it saved a checkpoint"
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_resumes_bitwise_after_a_kill(train: Any, tmp_path: Path) -> None:
+    process = subprocess.Popen(command(*LONG, *SAVE_OFTEN, out="killed"), cwd=tmp_path, stdout=-3, stderr=-3)
+    last = tmp_path / "killed" / "checkpoints" / "last.ckpt"
+    wait_for(last, process)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    step = torch.load(last, weights_only=True)["global_step"]
+    assert 0 < step < 150
+    resumed = train(*LONG, f"ckpt_path={last}", out="resumed")
+    whole = train(*LONG, out="whole")
+    assert_same_weights(resumed / "checkpoints" / "last.ckpt", whole / "checkpoints" / "last.ckpt")
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_a_checkpoint_that_resumes(train: Any, tmp_path: Path) -> None:
+    process = subprocess.Popen(command(*LONG, *SAVE_OFTEN, out="stopped"), cwd=tmp_path, stdout=-3, stderr=-3)
+    wait_for(tmp_path / "stopped" / "checkpoints" / "last.ckpt", process)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 0
+    saved = tmp_path / "stopped" / "checkpoints" / "interrupted.ckpt"
+    step = torch.load(saved, weights_only=True)["global_step"]
+    assert 0 < step < 150
+    resumed = train(*LONG, f"ckpt_path={saved}", out="resumed")
+    whole = train(*LONG, out="whole")
+    assert_same_weights(resumed / "checkpoints" / "last.ckpt", whole / "checkpoints" / "last.ckpt")
+    history = torch.load(resumed / "checkpoints" / "last.ckpt", weights_only=True)["callbacks"]["LogitPictures"][
+        "history"
+    ]
+    assert len(history) == 150
+
+
+def test_another_hydra_application_uses_the_configs(tmp_path: Path) -> None:
+    (tmp_path / "app.yaml").write_text(
+        "defaults:\n  - model: mla\n  - optimizer: muonclip\n  - _self_\n\n"
+        "muonclip:\n  threshold: 7\n\n"
+        "hydra:\n  searchpath: [pkg://lightning_muonclip.conf]\n"
+    )
+    (tmp_path / "app.py").write_text(
+        "import hydra\n"
+        "@hydra.main(version_base='1.3', config_path='.', config_name='app')\n"
+        "def main(config):\n"
+        "    model = hydra.utils.instantiate(config.model, vocab_size=5, _convert_='all')\n"
+        "    callback = hydra.utils.instantiate(config.callbacks.muonclip, _convert_='all')\n"
+        "    print(type(model.layers[0].self_attn).__name__, callback._clip_options['threshold'])\n"
+        "main()\n"
+    )
+    output = subprocess.run(
+        [sys.executable, "app.py"], cwd=tmp_path, check=True, capture_output=True, text=True, env={**os.environ}
+    ).stdout
+    assert output.split() == ["MultiheadLatentAttention", "7"]
