@@ -111,6 +111,7 @@ class MuonClipCallback(Callback):
         # For each of Muon's groups, the index of the user's group that it follows and that group's base learning rate.
         # Indices, since loading a checkpoint replaces the dicts.
         self._sources: list[tuple[int, float]] = []
+        self._restored_clips: dict[str, Any] | None = None
         self._handles: list[Any] = []
         self._last_step = 0
 
@@ -120,6 +121,7 @@ class MuonClipCallback(Callback):
         """Refuses what cannot work, before anything runs."""
         if stage != "fit":
             return
+        self.muon, self.qk_clip, self.last = None, None, None
         check_strategy(trainer.strategy)
         if not pl_module.automatic_optimization:
             raise ValueError(
@@ -137,12 +139,24 @@ class MuonClipCallback(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Refuses to resume from a checkpoint that was made without the callback."""
-        if trainer.state.fn == "fit" and len(checkpoint.get("optimizer_states", ())) == 1:
+        if trainer.state.fn != "fit":
+            return
+        if len(checkpoint.get("optimizer_states", ())) == 1:
             raise ValueError(
                 "this checkpoint was made without MuonClipCallback: its one optimizer holds the state of all parameters."
                 " Resume without the callback, or start from its weights alone: LightningModule.load_from_checkpoint(path)"
                 " and fit without ckpt_path"
             )
+
+        self._restored_clips = checkpoint.get("muonclip")
+        self._restore_clips()
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Adds how often each head was clipped, the same on every rank; all other state is the optimizers'."""
+        if self.qk_clip is not None:
+            checkpoint["muonclip"] = self.qk_clip.state_dict()
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Moves the hidden matrices to Muon and starts to observe; optimizers exist, nothing is restored yet."""
@@ -158,7 +172,6 @@ class MuonClipCallback(Callback):
         trainer.optimizers = [*trainer.optimizers, self.muon]
         if self._clip_options["logits"] != "off":
             self._arm_qk_clip(optimizer, pl_module)
-        self._last_step = trainer.global_step
         rank_zero_info(f"MuonClip: who steps what\n{routing_table(routes)}")
 
     def _take_matrices(self, optimizer: Optimizer, routes: Sequence[Route]) -> Muon:
@@ -189,11 +202,22 @@ class MuonClipCallback(Callback):
                 pl_module.attention_specs = self.specs
             observer = pl_module.observe()
         self.qk_clip = QKClip(pl_module, specs=self.specs, observer=observer, **self._clip_options)
+        self._restore_clips()
         # Clip after the last update of a query or key weight; the user's optimizer steps after Muon.
         users = {p for group in optimizer.param_groups for p in group["params"]}
         last = optimizer if any(p in users for p in self.qk_clip.params) else self.muon
         assert last is not None
         self._handles.append(last.register_step_post_hook(self._apply_qk_clip))
+
+    def _restore_clips(self) -> None:
+        """Most strategies restore before fitting starts, FSDP2 after: whatever comes second calls with effect."""
+        if self.qk_clip is not None and self._restored_clips is not None:
+            self.qk_clip.load_state_dict(self._restored_clips)
+            self._restored_clips = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Notes where a resumed run goes on."""
+        self._last_step = trainer.global_step
 
     # Apply ----------------------------------------------------------------------------------------------------------
 
@@ -219,6 +243,8 @@ class MuonClipCallback(Callback):
         """Clips the gradients of both optimizers together and steps Muon; QK-Clip follows by a hook after the step."""
         assert self.muon is not None
         self.last = None
+        if all(p.grad is None for p in _params(self.muon)):
+            return  # training_step returned None: nothing to step, and nothing that a GradScaler could unscale
         self._follow_user(optimizer, self.muon)
         scaler = _scaler(trainer)
         if scaler is not None:
@@ -282,18 +308,20 @@ class MuonClipCallback(Callback):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Stops observing; the optimizers stay in the Trainer, so that a checkpoint can still be saved."""
-        self._disarm()
+        self._disarm(pl_module)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Leaves model and torch as they were, also when training breaks off."""
-        self._disarm()
+        self._disarm(pl_module)
 
-    def _disarm(self) -> None:
+    def _disarm(self, pl_module: pl.LightningModule) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles = []
         if self.qk_clip is not None:
             self.qk_clip.close()
+        if isinstance(pl_module, MaxLogitsMixin):
+            pl_module.stop_observing()
 
 
 def _users_optimizer(trainer: pl.Trainer) -> Optimizer:

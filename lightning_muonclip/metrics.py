@@ -111,7 +111,7 @@ def _draw_trajectory(values: Tensor, threshold: float | None, axes: Any) -> None
 
 
 def _draw_heat_map(values: Tensor, threshold: float | None, axes: Any) -> None:
-    image = axes.imshow(values.where(values.isfinite(), torch.nan), aspect="auto", cmap="viridis")
+    image = axes.imshow(values.where(values.isfinite(), torch.nan).numpy(), aspect="auto", cmap="viridis")
     axes.figure.colorbar(image, ax=axes, label="max logit")
     axes.set(xlabel="head", ylabel="layer", title="Largest attention logit")
     axes.set_xticks(range(values.shape[1]))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 
+# Before torch is imported: several threads a process only fight over the cores of a small machine.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
 import torch
-
-os.environ.setdefault("HYDRA_FULL_ERROR", "1")
 
 
 @pytest.fixture(autouse=True)

@@ -286,13 +286,65 @@ def test_observation_ends_with_the_fit_also_after_an_exception() -> None:
     assert torch.nn.functional.scaled_dot_product_attention is original
 
 
-def test_fitting_twice_with_one_callback() -> None:
+@pytest.mark.parametrize("bases", [(LitTiny,), (MaxLogitsMixin, LitTiny)], ids=["plain", "mixin"])
+def test_fitting_twice_with_one_callback(bases: tuple[type, ...]) -> None:
     callback = MuonClipCallback(threshold=1.0)
-    lit = LitTiny(tiny_gpt(), OPTIMIZERS["adamw"])
+    lit = type("Lit", bases, {})(tiny_gpt(), OPTIMIZERS["adamw"])
     for _ in range(2):
         fit = trainer([callback])
         fit.fit(lit, loader(token_batches(2)))
         assert len(fit.optimizers) == 2
+        assert float(fit.callback_metrics["muonclip/max_logit"]) > 0
+
+
+@pytest.mark.parametrize("precision", ["32-true", "scaler"])
+def test_a_training_step_without_a_loss_is_skipped(precision: str) -> None:
+    class Skips(LitTiny):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = super().training_step(batch, batch_idx)
+            return None if batch_idx == 1 else loss
+
+    model = tiny_gpt()
+    options = scaled(2.0)[1] if precision == "scaler" else {}
+    fit = trainer([MuonClipCallback(threshold=1.0)], **options)
+    fit.fit(Skips(model, OPTIMIZERS["adamw"]), loader(token_batches(3)))
+    assert {int(state["step"]) for state in fit.optimizers[0].state.values()} == {2}
+
+
+def test_a_resumed_window_keeps_its_first_micro_batch(tmp_path: Path) -> None:
+    """Maxima of all micro-batches count, also in the first step after a checkpoint was loaded."""
+    tokens = token_batches(6)
+    seen: dict[str, Any] = {}
+
+    class Keep(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if trainer.global_step == 1 and batch_idx == 2:
+                trainer.save_checkpoint(tmp_path / "one.ckpt")
+            if batch_idx == 5:
+                seen[trainer.ckpt_path] = callback.last.max_logits, callback.qk_clip.clips.clone()
+
+    class Stateful(torch.utils.data.DataLoader):
+        start = 0
+
+        def __iter__(self) -> Any:
+            yield from list(super().__iter__())[self.start :]
+
+        def state_dict(self) -> dict[str, int]:
+            return {"start": 3}
+
+        def load_state_dict(self, state: dict[str, int]) -> None:
+            self.start = state["start"]
+
+    for path in (None, tmp_path / "one.ckpt"):
+        torch.manual_seed(0)
+        callback = MuonClipCallback(threshold=1.0)
+        data = Stateful(torch.utils.data.TensorDataset(tokens.flatten(0, 1)), batch_size=2)
+        lit = LitTiny(tiny_gpt(), OPTIMIZERS["adamw"])
+        trainer([callback, Keep()], accumulate_grad_batches=3).fit(lit, data, ckpt_path=path)
+    straight, resumed = seen.values()
+    assert torch.equal(straight[0], resumed[0])
+    assert torch.equal(straight[1], resumed[1])  # the counts go on where the checkpoint left them
+    assert int(straight[1].sum()) > 0
 
 
 class TestRefusals:

@@ -81,15 +81,6 @@ class Muon(Optimizer):
         *,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if isinstance(lr, Tensor) and lr.numel() != 1:
-            raise ValueError(f"a tensor lr must have one element, got shape {tuple(lr.shape)}")
-        for name, value in {"lr": lr, "weight_decay": weight_decay, "eps": eps}.items():
-            if not value >= 0:
-                raise ValueError(f"{name} must be >= 0, got {value}")
-        if not 0 <= momentum < 1:
-            raise ValueError(f"momentum must be in [0, 1), got {momentum}")
-        if adjust_lr_fn is not None and adjust_lr_fn not in LR_ADJUSTMENTS:
-            raise ValueError(f"unknown adjust_lr_fn {adjust_lr_fn!r}; known: {', '.join(LR_ADJUSTMENTS)}")
         schedule = resolve_schedule(ns_coefficients, ns_steps)
         self.dtype = dtype
         defaults = {
@@ -103,6 +94,7 @@ class Muon(Optimizer):
             "ns_steps": len(schedule),
             "adjust_lr_fn": adjust_lr_fn,
         }
+        _check_options(defaults)
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -110,6 +102,7 @@ class Muon(Optimizer):
         algorithm = param_group.setdefault("algorithm", "muon")
         if algorithm not in ("muon", "adamw"):
             raise ValueError(f"unknown algorithm {algorithm!r} in a parameter group; known: muon, adamw")
+        _check_options({**self.defaults, **param_group})
         if algorithm == "adamw":
             for key, value in ADAMW_DEFAULTS.items():
                 param_group.setdefault(key, value)
@@ -199,6 +192,20 @@ class Muon(Optimizer):
             eps=group["eps"],
             maximize=False,
         )
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    lr = options["lr"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"a tensor lr must have one element, got shape {tuple(lr.shape)}")
+    for name in ("lr", "weight_decay", "eps"):
+        if not options[name] >= 0:
+            raise ValueError(f"{name} must be >= 0, got {options[name]}")
+    if not 0 <= options["momentum"] < 1:
+        raise ValueError(f"momentum must be in [0, 1), got {options['momentum']}")
+    if options["adjust_lr_fn"] is not None and options["adjust_lr_fn"] not in LR_ADJUSTMENTS:
+        raise ValueError(f"unknown adjust_lr_fn {options['adjust_lr_fn']!r}; known: {', '.join(LR_ADJUSTMENTS)}")
+    resolve_schedule(options["ns_coefficients"], options["ns_steps"])
 
 
 def _require_matrices(group: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 _HEADS = {"lm_head", "head", "classifier", "score", "embed_out", "unembed", "unembedding", "to_logits", "qa_outputs"}
-_EMBEDDING = re.compile(r"embed|(^|\.)w[tp]e(\.|$)")
+_EMBEDDING = re.compile(r"(?<!un)embed(?!_out)|(^|\.)w[tp]e(\.|$)")
 
 
 @dataclass(frozen=True)

@@ -93,6 +93,9 @@ class Observer:
             handle.remove()
         self._reporting, self._handles = [], []
 
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return type(None), ()  # as with Recorder: a copy observes nothing
+
     def _watch(self, module: Any, recorder: Recorder) -> None:
         if not hasattr(module, "recorder"):
             self._handles.append(module.register_forward_pre_hook(_Enter(recorder)))

@@ -40,6 +40,14 @@ def test_jordan_is_the_default_of_torch() -> None:
     assert resolve_schedule("jordan", None)[0] == torch_default
 
 
+def test_you_is_the_schedule_of_dion() -> None:
+    """``dion/newton_schulz_triton.py`` in github.com/microsoft/dion."""
+    a = (4.0848, 3.9505, 3.7418, 2.8769, 2.8366)
+    b = (-6.8946, -6.3029, -5.5913, -3.1427, -3.0525)
+    c = (2.9270, 2.6377, 2.3037, 1.2046, 1.2012)
+    assert resolve_schedule("you", None) == tuple(zip(a, b, c))
+
+
 def test_a_sequence_gives_its_own_number_of_steps() -> None:
     entries = [[1.0, 2.0, 3.0], (4.0, 5.0, 6.0)]
     assert resolve_schedule(entries, None) == ((1.0, 2.0, 3.0), (4.0, 5.0, 6.0))
@@ -59,7 +67,7 @@ def test_a_resolved_schedule_resolves_to_itself() -> None:
         assert resolve_schedule(schedule, 4) == schedule
 
 
-# The first three digits are in the literature; the others make a mistyped coefficient fail.
+# Ranges over all singular values from 1e-3 of the norm, computed apart from this code.
 @pytest.mark.parametrize(
     ("name", "low", "high"),
     [("jordan", 0.470544, 1.202369), ("you", 0.474982, 1.145020), ("polar_express", 0.846177, 1.123559)],

@@ -197,7 +197,9 @@ def test_a_hidden_matrix_of_the_shape_of_the_embedding_stays_hidden() -> None:
     assert "layers.0.mlp.up_proj.weight" in names(module, "muon")
 
 
-@pytest.mark.parametrize("name", ["lm_head", "head", "classifier", "score", "unembed", "to_logits", "output"])
+@pytest.mark.parametrize(
+    "name", ["lm_head", "head", "classifier", "score", "unembed", "embed_out", "to_logits", "output"]
+)
 def test_names_of_heads(name: str) -> None:
     module = nn.ModuleDict({"hidden": nn.Linear(16, 16), name: nn.Linear(16, 50)})
     assert reasons(module)[f"{name}.weight"] == ("adamw", "output head")

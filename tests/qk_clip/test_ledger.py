@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from oracles import INF, Residual, SdpaAttention, enlarge
+from oracles import INF, Residual, SdpaAttention
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -88,13 +86,13 @@ def two_models() -> list[nn.Module]:
     for seed, model in enumerate(models):
         torch.manual_seed(seed)
         for param in model.parameters():
-            nn.init.normal_(param, std=0.5)
+            nn.init.normal_(param, std=0.3)
     return models
 
 
-def one_rank(rank: int, directory: str) -> None:
+def one_rank(rank: int, directory: Path) -> None:
     """Everything that needs two processes, so that they start once."""
-    store = dist.FileStore(str(Path(directory) / "store"), 2)
+    store = dist.FileStore(str(directory / "store"), 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
     torch.set_num_threads(1)
     inf = math.inf
@@ -102,7 +100,7 @@ def one_rank(rank: int, directory: str) -> None:
     batch = torch.randn(4, 9, 16, generator=torch.Generator().manual_seed(0))
     found: dict[str, Any] = {"reduced": reduce_max(mine), "models": []}
     for model in two_models():
-        with QKClip(model, threshold=1.0) as qk_clip:
+        with QKClip(model, threshold=10.0) as qk_clip:
             model(batch[2 * rank : 2 * rank + 2])
             result = qk_clip.step()
         found["models"].append((result.max_logits, model.state_dict()))
@@ -111,7 +109,7 @@ def one_rank(rank: int, directory: str) -> None:
     for layer in sharded.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(sharded, mesh=mesh)
-    with QKClip(sharded, threshold=1.0) as qk_clip:
+    with QKClip(sharded, threshold=10.0) as qk_clip:
         sharded(batch[2 * rank : 2 * rank + 2])
         qk_clip.step()
     assert all(isinstance(p, DTensor) for p in sharded.parameters())
@@ -120,25 +118,24 @@ def one_rank(rank: int, directory: str) -> None:
     own = [dist.new_group([r]) for r in range(2)][rank]
     with QKClip(two_models()[0], process_group=own) as qk_clip:
         found["alone"] = qk_clip.step([[float(rank)] * 4, [0.0] * 2]).max_logits[0, 0]
-    torch.save(found, Path(directory) / f"{rank}.pt")
+    torch.save(found, directory / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
 
-def test_ranks_clip_alike_by_the_maximum_over_all_data() -> None:
-    with tempfile.TemporaryDirectory() as directory:
-        mp.spawn(one_rank, (directory,), nprocs=2)
-        ranks = [torch.load(os.path.join(directory, f"{rank}.pt"), weights_only=True) for rank in range(2)]
+def test_ranks_clip_alike_by_the_maximum_over_all_data(tmp_path: Path) -> None:
+    mp.start_processes(one_rank, (tmp_path,), nprocs=2, start_method="fork")  # spares two imports of everything
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     batch = torch.randn(4, 9, 16, generator=torch.Generator().manual_seed(0))
     for found in ranks:
         assert found["reduced"].tolist() == [3.0, 5.0, -INF, INF]
     assert [found["alone"].item() for found in ranks] == [0.0, 1.0]
     for i, model in enumerate(two_models()):
         before = copy.deepcopy(model.state_dict())
-        with QKClip(model, threshold=1.0) as qk_clip:
+        with QKClip(model, threshold=10.0) as qk_clip:
             model(batch)
             expected = qk_clip.step()
-        assert 0 < expected.clipped_heads < 7
+        assert 0 < expected.clipped_heads < 6
         for found in ranks:
             maxima, weights = found["models"][i]
             torch.testing.assert_close(maxima, expected.max_logits, rtol=1e-5, atol=0)
@@ -152,7 +149,6 @@ def test_ranks_clip_alike_by_the_maximum_over_all_data() -> None:
 
 @pytest.mark.parametrize("model", two_models(), ids=["ours", "third party"])
 def test_maxima_are_in_no_checkpoint(model: nn.Module) -> None:
-    enlarge(model, 1.0)
     names = list(model.state_dict())
     with QKClip(model):
         assert list(model.state_dict()) == names

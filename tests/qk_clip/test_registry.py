@@ -146,7 +146,7 @@ class Wrapper(nn.Module):
 
 
 def test_unknown_attention_is_refused_by_name_with_a_way_out() -> None:
-    with pytest.raises(ValueError, match="cannot read the attention 'encoder.attn'") as error:
+    with pytest.raises(ValueError, match=r"cannot read the attention 'encoder.attn'") as error:
         QKClip(Wrapper())
     message = str(error.value)
     assert "(MultiheadAttention)" in message
@@ -172,7 +172,7 @@ def test_the_users_spec_comes_first() -> None:
 
 
 def test_a_name_in_specs_that_is_no_module_is_refused() -> None:
-    with pytest.raises(ValueError, match="specs names 'encoder.attention', but the model has no such module"):
+    with pytest.raises(ValueError, match=r"specs names 'encoder.attention', but the model has no such module"):
         QKClip(Wrapper(), specs={"encoder.attention": None})
 
 
@@ -238,11 +238,11 @@ def test_a_spec_may_name_a_parameter_and_a_dimension(dim: int) -> None:
 
 def test_a_spec_of_other_sizes_is_refused() -> None:
     spec = separate("q_proj", "k_proj", 2, 2, 3)
-    with pytest.raises(ValueError, match="describes 6 channels .* but the weight has 8"):
+    with pytest.raises(ValueError, match=r"describes 6 channels .* but the weight has 8"):
         QKClip(SdpaAttention(8, 2), specs={"": spec})
 
 
 def test_a_spec_of_something_that_is_no_parameter_is_refused() -> None:
     spec = separate("q_proj", "w_k", 2, 2, 4)
-    with pytest.raises(ValueError, match="attention 'layers.0' has no parameter 'w_k'"):
+    with pytest.raises(ValueError, match=r"attention 'layers.0' has no parameter 'w_k'"):
         QKClip(Residual(SdpaAttention(8, 2)), specs={"layers.0": spec})
