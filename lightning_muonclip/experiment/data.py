@@ -135,11 +135,11 @@ class TextDataModule(pl.LightningDataModule):
         self,
         corpus: Corpus | str = "stdlib",
         *,
-        batch_size: int = 16,
+        batch_size: int = 8,
         block_size: int = 256,
         seed: int = 0,
         num_workers: int = 0,
-        val_batches: int = 16,
+        val_batches: int = 32,
         **source: Any,
     ) -> None:
         super().__init__()

@@ -1,0 +1,22 @@
+"""The examples run, and do what they say."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def test_lightning_finetune(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    trainer = runpy.run_path(str(EXAMPLES / "lightning_finetune.py"))["main"](max_steps=3)
+    assert float(trainer.callback_metrics["muonclip/max_logit"]) > 0
+    assert [type(optimizer).__name__ for optimizer in trainer.optimizers] == ["AdamW", "Muon"]
+
+
+def test_plain_pytorch() -> None:
+    optimizer = runpy.run_path(str(EXAMPLES / "plain_pytorch.py"))["main"](steps=30)
+    assert optimizer.last.max_logits.shape == (1, 4)
