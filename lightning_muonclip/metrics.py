@@ -42,7 +42,6 @@ class MaxLogits(Metric):
     is_differentiable = False
     higher_is_better = False
     full_state_update = False
-    plot_lower_bound = 0.0
 
     maxima: Tensor
 

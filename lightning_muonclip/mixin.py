@@ -40,7 +40,7 @@ class MaxLogitsMixin(pl.LightningModule):
         Of the step under way; before its first forward, of the step before. ``-inf`` where there is no such head or
         nothing was seen.
         """
-        return self.observe().ledger.latest
+        return (self._observer or self.observe()).ledger.latest
 
     @property
     def max_logits_layers(self) -> list[str]:
@@ -53,15 +53,14 @@ class MaxLogitsMixin(pl.LightningModule):
         Raises:
             ValueError: If there is no attention, or one that cannot be read.
         """
-        if self._observer is None:
+        if self._observer is None or self._observer.closed:
             self._observer = Observer(self, self.attention_specs)
         return self._observer
 
     def stop_observing(self) -> None:
-        """Detaches from the attention modules."""
+        """Detaches from the attention modules; what was seen stays readable."""
         if self._observer is not None:
             self._observer.close()
-            self._observer = None
 
     def on_fit_start(self) -> None:
         """Attaches, and ends a window of maxima with every optimizer step. Overriding it? Call ``super()``."""
@@ -70,3 +69,8 @@ class MaxLogitsMixin(pl.LightningModule):
         optimizers = self.trainer.optimizers
         if len(optimizers) == 1:  # else the callback's QK-Clip ends the window
             optimizers[0].register_step_post_hook(lambda *_: ledger.close_step())
+
+    def teardown(self, stage: str) -> None:
+        """Detaches when a stage ends. Overriding it? Call ``super()``."""
+        super().teardown(stage)
+        self.stop_observing()

@@ -57,3 +57,10 @@ class AttentionMask:
         if self.causal:
             visible = visible & torch.ones(length, length, dtype=torch.bool, device=visible.device).tril()
         return visible
+
+    def pairs(self, length: int) -> Tensor | None:
+        """As :meth:`dense`, but only pairs of two real tokens: the logits that count."""
+        visible = self.dense(length)
+        if visible is None or self.padding is None:
+            return visible
+        return visible & self.padding[:, None, :, None]

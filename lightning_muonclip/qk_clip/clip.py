@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from lightning_muonclip.qk_clip.layout import KINDS, compile_layout
 from lightning_muonclip.qk_clip.ledger import reduce_max
-from lightning_muonclip.qk_clip.observe import Observer, display_name
+from lightning_muonclip.qk_clip.observe import Observer
 from lightning_muonclip.qk_clip.rule import SHARED_KEYS, check_alpha, check_threshold, key_factors, qk_clip_gamma
 from lightning_muonclip.qk_clip.spec import AttentionSpec
 
@@ -237,13 +237,16 @@ class _ClipPlan:
             alike[spec.num_heads, spec.sizes["G"]].append(row)
             if spec.qk_norm and qk_norm == "error":
                 raise ValueError(
-                    f"attention {display_name(name)!r} normalises queries or keys after the projection (QK-norm): a clip"
+                    f"attention {name!r} normalises queries or keys after the projection (QK-norm): a clip"
                     " would shrink its weights and leave its logits as they are; pass qk_norm='monitor' to only watch it"
                 )
             for path, dim, layout in [] if spec.qk_norm else _parameters(module, spec):
-                param = _require_clippable(module, path, display_name(name), owners)
+                param = _require_clippable(module, path, name, owners)
                 dim %= param.ndim
-                channels = compile_layout(layout, param.shape[dim], spec.sizes)
+                try:
+                    channels = compile_layout(layout, param.shape[dim], spec.sizes)
+                except ValueError as error:
+                    raise ValueError(f"attention {name!r}, {path}: {error}") from error
                 index = 1 + (channels.kinds * layers + row) * heads + channels.heads
                 indices.append(index.masked_fill(channels.kinds == KINDS.index("*"), 0))
                 self._weights.append((module, path, dim))

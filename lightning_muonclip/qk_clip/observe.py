@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +18,6 @@ from lightning_muonclip.kernels.max_logits import max_logits
 from lightning_muonclip.qk_clip.ledger import Ledger
 from lightning_muonclip.qk_clip.registry import find_attention
 from lightning_muonclip.qk_clip.spec import AttentionSpec
-
-_scaled_dot_product_attention = F.scaled_dot_product_attention
 
 
 class Recorder:
@@ -67,42 +66,47 @@ class Observer:
         device = next(model.parameters()).device
         self.ledger = Ledger([spec.num_heads for _, spec in self.attention.values()], device)
         self._handles: list[Any] = []
-        self._reporting: list[Any] = []
-        for name, (module, _) in self.attention.items():
-            if watch and _is_observed(module):
-                raise ValueError(
-                    f"attention {display_name(name)!r} is observed already; close() the other QKClip first"
-                )
-        for row, (name, (module, _)) in enumerate(self.attention.items() if watch else ()):
-            self._watch(module, Recorder(self.ledger, row, display_name(name)))
-        if self._handles:
-            _calls.rebind()
+        self.closed = not watch
+        if watch:
+            self._open()
 
     @property
     def layers(self) -> list[str]:
         """Names of the attention modules, one a row of the ledger."""
-        return [display_name(name) for name in self.attention]
+        return list(self.attention)
 
     def close(self) -> None:
         """Stops observing and leaves the model and torch as they were. May be called twice."""
-        for module in self._reporting:
-            module.recorder = None
+        if self.closed:
+            return
+        self.closed = True
+        for module, _ in self.attention.values():
+            _observed.discard(module)
+            if hasattr(module, "recorder"):
+                module.recorder = None  # type: ignore[assignment]
         if self._handles:
             _calls.restore()
         for handle in self._handles:
             handle.remove()
-        self._reporting, self._handles = [], []
+        self._handles = []
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return type(None), ()  # as with Recorder: a copy observes nothing
 
-    def _watch(self, module: Any, recorder: Recorder) -> None:
-        if not hasattr(module, "recorder"):
-            self._handles.append(module.register_forward_pre_hook(_Enter(recorder)))
-            self._handles.append(module.register_forward_hook(_leave, always_call=True))
-        else:
-            module.recorder = recorder
-            self._reporting.append(module)
+    def _open(self) -> None:
+        for name, (module, _) in self.attention.items():
+            if module in _observed:
+                raise ValueError(f"attention {name!r} is observed already; close() the other QKClip first")
+        for row, (name, (module, _)) in enumerate(self.attention.items()):
+            _observed.add(module)
+            recorder = Recorder(self.ledger, row, name)
+            if hasattr(module, "recorder"):  # ours: it reports by itself
+                module.recorder = recorder  # type: ignore[assignment]
+            else:
+                self._handles.append(module.register_forward_pre_hook(_Enter(recorder)))
+                self._handles.append(module.register_forward_hook(_leave, always_call=True))
+        if self._handles:
+            _calls.rebind()
 
 
 class _Calls:
@@ -111,19 +115,25 @@ class _Calls:
     def __init__(self) -> None:
         self.inside: list[Recorder | None] = []
         self.observers = 0
+        self.rebound = F.scaled_dot_product_attention
 
     def rebind(self) -> None:
+        if not self.observers:
+            self.rebound = F.scaled_dot_product_attention  # torch's own, or what another library has put there
+            F.scaled_dot_product_attention = _observed_attention
         self.observers += 1
-        F.scaled_dot_product_attention = _observed_attention
 
     def restore(self) -> None:
         self.observers -= 1
         if not self.observers:
-            F.scaled_dot_product_attention = _scaled_dot_product_attention
+            F.scaled_dot_product_attention = self.rebound
             self.inside.clear()
 
 
 _calls = _Calls()
+
+#: Attention modules that an observer watches just now; a copy of one is not watched.
+_observed: WeakSet[nn.Module] = WeakSet()
 
 
 class _Enter:
@@ -135,13 +145,6 @@ class _Enter:
         if recorder is not None:
             recorder.reported = False
         _calls.inside.append(recorder)
-
-
-def _is_observed(module: nn.Module) -> bool:
-    hooks = module._forward_pre_hooks.values()
-    return getattr(module, "recorder", None) is not None or any(
-        isinstance(hook, _Enter) and hook.recorder is not None for hook in hooks
-    )
 
 
 def _leave(module: nn.Module, args: Any, output: Any) -> None:
@@ -171,11 +174,4 @@ def _observed_attention(
         factor = query.shape[-1] ** -0.5 if scale is None else scale
         with torch.profiler.record_function("muonclip::max_logits"):
             recorder.record(max_logits(query, key, scale=factor, is_causal=is_causal, mask=attn_mask))
-    return _scaled_dot_product_attention(
-        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-    )
-
-
-def display_name(name: str) -> str:
-    """A module's name without what torch.compile and DDP put in front of it."""
-    return ".".join(part for part in name.split(".") if part != "_orig_mod").removeprefix("module.")
+    return _calls.rebound(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)

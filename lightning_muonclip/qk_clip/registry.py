@@ -69,7 +69,7 @@ def register_attention(cls: type[nn.Module] | str, spec_fn: SpecFn) -> None:
 def find_attention(
     model: nn.Module, specs: Mapping[str, AttentionSpec | None] | None = None
 ) -> dict[str, tuple[nn.Module, AttentionSpec]]:
-    """All attention modules of a model by name, in ``named_modules`` order; a shared module once.
+    """All attention modules of a model by display name, in ``named_modules`` order; a shared module once.
 
     Args:
         model: The model.
@@ -79,8 +79,8 @@ def find_attention(
         ValueError: If a name in ``specs`` is no module, a module looks like attention but cannot be read, or there is
             no attention at all.
     """
-    specs = dict(specs or {})
-    modules = dict(model.named_modules())
+    specs = {display_name(name): spec for name, spec in (specs or {}).items()}
+    modules = {display_name(name): module for name, module in model.named_modules()}
     for name in specs:
         if name not in modules:
             raise ValueError(f"specs names {name!r}, but the model has no such module; named_modules() lists them")
@@ -107,6 +107,11 @@ def find_attention(
             " or register_attention(cls, spec_fn), or switch QK-Clip off with logits='off'"
         )
     return found
+
+
+def display_name(name: str) -> str:
+    """A module's name without what torch.compile and DDP put in front of it."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod").removeprefix("module.")
 
 
 def _spec_of(module: nn.Module) -> AttentionSpec | None:

@@ -155,7 +155,8 @@ def test_maxima_are_those_of_brute_force(kind: str, case: str) -> None:
     elif case != "causal":
         padding = right_padding(3, LENGTH)
         mask = AttentionMask(causal=case == "padded", padding=padding)
-        visible = padding[:, None, None] & (visible if mask.causal else torch.ones_like(visible))
+        real = padding[:, None, None] & padding[:, None, :, None]  # neither a padded query nor a padded key counts
+        visible = real & (visible if mask.causal else torch.ones_like(visible))
     module(x, mask=mask, position_ids=positions)
     (maxima,) = module.recorder.heard
     expected = module_max_logits(module, x, visible, positions)

@@ -147,6 +147,17 @@ def test_ranks_clip_alike_by_the_maximum_over_all_data(tmp_path: Path) -> None:
         assert any("q_proj" in name for name in changed)
 
 
+def test_a_step_is_one_collective_of_the_group_that_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, group, calls = two_models()[0], object(), []
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda group: 2)
+    monkeypatch.setattr(dist, "all_reduce", lambda values, op, group: calls.append((values.shape, op, group)))
+    with QKClip(model, process_group=group) as qk_clip:
+        model(torch.randn(2, 9, 16))
+        qk_clip.step()
+    assert calls == [((2, 4), dist.ReduceOp.MAX, group)]
+
+
 @pytest.mark.parametrize("model", two_models(), ids=["ours", "third party"])
 def test_maxima_are_in_no_checkpoint(model: nn.Module) -> None:
     names = list(model.state_dict())

@@ -320,6 +320,23 @@ def test_closing_leaves_nothing_behind(make: Callable[[], Any]) -> None:
     assert qk_clip.max_logits.isneginf().all()
 
 
+def test_another_librarys_rebinding_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def faster(*args: Any, **kwargs: Any) -> Tensor:
+        calls.append(kwargs)
+        return TORCHS_OWN(*args, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", faster)
+    module, x = third_party(), torch.randn(2, 9, 16)
+    for _ in range(2):
+        with QKClip(module) as qk_clip, QKClip(third_party()):
+            module(x)
+            close(qk_clip.max_logits, expected_maxima(module, x))
+        assert F.scaled_dot_product_attention is faster
+    assert len(calls) == 2
+
+
 @either
 def test_leaving_by_an_exception_closes_too(make: Callable[[], Any]) -> None:
     model = make()
