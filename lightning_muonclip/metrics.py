@@ -109,6 +109,10 @@ def _draw_trajectory(values: Tensor, threshold: float | None, axes: Any) -> None
     axes.legend(fontsize="small", ncols=2)
 
 
+#: Readable on any colour of the map.
+_LABEL = {"boxstyle": "round", "color": "black", "alpha": 0.6}
+
+
 def _draw_heat_map(values: Tensor, threshold: float | None, axes: Any) -> None:
     image = axes.imshow(values.where(values.isfinite(), torch.nan).numpy(), aspect="auto", cmap="viridis")
     axes.figure.colorbar(image, ax=axes, label="max logit")
@@ -117,4 +121,4 @@ def _draw_heat_map(values: Tensor, threshold: float | None, axes: Any) -> None:
     axes.set_yticks(range(values.shape[0]))
     if threshold is not None:
         for layer, head in (values.isfinite() & (values > threshold)).nonzero().tolist():
-            axes.text(head, layer, "clipped", ha="center", va="center", color="white", fontsize="x-small")
+            axes.text(head, layer, "clipped", ha="center", va="center", color="white", fontsize="small", bbox=_LABEL)

@@ -91,17 +91,21 @@ class CompareRuns(HydraCallback):
     """After a sweep (``muonclip-train -m ...``), draws the largest logit of every run into one picture."""
 
     def __init__(self) -> None:
-        self.runs: list[tuple[str, Path]] = []
+        self.runs: list[tuple[list[str], Path]] = []
 
     def on_job_end(self, config: DictConfig, job_return: Any, **kwargs: Any) -> None:
         """Remembers where the run wrote."""
-        hydra = job_return.hydra_cfg.hydra
-        self.runs.append((hydra.job.override_dirname, Path(hydra.runtime.output_dir)))
+        self.runs.append((list(job_return.overrides), Path(job_return.hydra_cfg.hydra.runtime.output_dir)))
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Draws ``max_logits.png`` into the folder of the sweep."""
-        curves = {label or path.name: read_curve(path / "metrics.csv") for label, path in self.runs}
-        curves = {label: curve for label, curve in curves.items() if curve[0]}
+        shared = set.intersection(*(set(overrides) for overrides, _ in self.runs)) if self.runs else set()
+        curves = {}
+        for overrides, path in self.runs:
+            steps, values = read_curve(path / "metrics.csv")
+            if steps:
+                label = ", ".join(override for override in overrides if override not in shared)
+                curves[label or path.name] = steps, values
         if curves:
             draw_curves(curves, Path(config.hydra.sweep.dir) / "max_logits.png")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,9 @@ def _hydra_main(config: DictConfig) -> float:
 def main() -> None:
     """Entry point; a mistake in the configuration is one line, with the nearest right key."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # hand errors on instead of printing them
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler of the summary starts and stops in silence
+    for message in ("Experiment logs directory", r".*treespec, LeafSpec"):  # true of every run, and of no interest
+        warnings.filterwarnings("ignore", message)
     try:
         _hydra_main()
     except (ConfigError, HydraException, OmegaConfBaseException) as error:
