@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_muonclip.mixin import MaxLogitsMixin
-from lightning_muonclip.optim.muon import Muon
+from lightning_muonclip.optim.muon import Muon, check_muon_options
 from lightning_muonclip.optim.routing import Route, route_params, routing_table
-from lightning_muonclip.qk_clip.clip import ClipResult, QKClip
-from lightning_muonclip.qk_clip.rule import check_alpha, check_threshold
+from lightning_muonclip.qk_clip.clip import ClipResult, QKClip, check_clip_options
 from lightning_muonclip.qk_clip.spec import AttentionSpec
-from lightning_muonclip.strategies import check_strategy
+from lightning_muonclip.strategies import check_mesh, check_strategy
 
 _INCOMPATIBLE_CALLBACKS = {
     "StochasticWeightAveraging": "it rebuilds the schedule of one optimizer; use WeightAveraging",
-    "LearningRateFinder": "it replaces the learning rate of one optimizer; sweep optimizer.lr instead",
+    "LearningRateFinder": "it replaces the learning rate of one optimizer; sweep the learning rate instead",
+    "BatchSizeFinder": "it saves and restores the Trainer before Muon is in it; find the batch size without the callback",
+    "BaseFinetuning": "it adds parameter groups to every optimizer; freeze parameters before fitting instead",
 }
 
 
@@ -39,7 +42,8 @@ class MuonClipCallback(Callback):
     Args:
         threshold: Largest logit that is left alone; ``None`` only monitors.
         alpha: Share of a clip that the query weight takes, in [0, 1].
-        lr: ``None`` follows the user's groups; a number is Muon's own base rate under the same schedule.
+        lr: ``None`` follows the user's groups; a number is Muon's own base rate under the same schedule, taken relative to
+            the rate that the scheduler starts from (for OneCycleLR that is ``max_lr / div_factor``).
         weight_decay: ``None`` follows the user's groups; a number is Muon's own.
         momentum: Muon's momentum.
         nesterov: Whether the momentum is Nesterov's.
@@ -83,8 +87,7 @@ class MuonClipCallback(Callback):
         include: Sequence[str] = (),
         log_heads_every_n_steps: int | None = None,
     ) -> None:
-        check_threshold(threshold)
-        check_alpha(alpha)
+        check_clip_options(threshold, alpha, shared_keys, qk_norm, logits)
         self.lr = lr
         self.weight_decay = weight_decay
         self.exclude = tuple(exclude)
@@ -97,6 +100,7 @@ class MuonClipCallback(Callback):
             "ns_coefficients": ns_coefficients,
             "adjust_lr_fn": adjust_lr_fn,
         }
+        check_muon_options(lr=lr or 0.0, weight_decay=weight_decay or 0.0, **self._muon_options)
         self._clip_options: dict[str, Any] = {
             "threshold": threshold,
             "alpha": alpha,
@@ -114,6 +118,7 @@ class MuonClipCallback(Callback):
         self._restored_clips: dict[str, Any] | None = None
         self._handles: list[Any] = []
         self._last_step = 0
+        self._first_step = True
 
     # Arm ------------------------------------------------------------------------------------------------------------
 
@@ -121,7 +126,7 @@ class MuonClipCallback(Callback):
         """Refuses what cannot work, before anything runs."""
         if stage != "fit":
             return
-        self.muon, self.qk_clip, self.last = None, None, None
+        self.muon, self.qk_clip, self.last, self._restored_clips = None, None, None, None
         check_strategy(trainer.strategy)
         if not pl_module.automatic_optimization:
             raise ValueError(
@@ -160,8 +165,9 @@ class MuonClipCallback(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Moves the hidden matrices to Muon and starts to observe; optimizers exist, nothing is restored yet."""
+        check_mesh(pl_module.device_mesh)
         optimizer = _users_optimizer(trainer)
-        routes = route_params(pl_module, self.exclude, self.include)
+        routes = _name_optimizers(route_params(pl_module, self.exclude, self.include), optimizer)
         self.muon = self._take_matrices(optimizer, routes)
         self._follow_user(optimizer, self.muon)
         if _scaler(trainer) is not None and not any(group["params"] for group in optimizer.param_groups):
@@ -184,9 +190,10 @@ class MuonClipCallback(Callback):
             if matrices:
                 groups.append({"params": matrices, **_name_of(source)})
                 self._sources.append((i, float(source.get("initial_lr", source["lr"]))))
-                source["params"] = [p for p in source["params"] if p not in names]
-                if "param_names" in source:
-                    source["param_names"] = [n for n in source["param_names"] if n not in names.values()]
+                kept = [i for i, p in enumerate(source["params"]) if p not in names]
+                for key in ("params", "param_names"):
+                    if key in source:
+                        source[key] = [source[key][i] for i in kept]
         if not groups:
             raise ValueError(
                 f"no hidden matrix is left for Muon in {type(optimizer).__name__}. This is where parameters went:\n"
@@ -218,6 +225,18 @@ class MuonClipCallback(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Notes where a resumed run goes on."""
         self._last_step = trainer.global_step
+        self._first_step = True
+        if trainer.gradient_clip_val and is_overridden("configure_gradient_clipping", pl_module):
+            rank_zero_warn(
+                f"{type(pl_module).__name__} overrides configure_gradient_clipping, which sees only the gradients of"
+                f" {type(trainer.optimizers[0]).__name__}; MuonClipCallback clips all of them by gradient_clip_val before"
+            )
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Forgets the result of the step before."""
+        self.last = None
 
     # Apply ----------------------------------------------------------------------------------------------------------
 
@@ -242,7 +261,6 @@ class MuonClipCallback(Callback):
     ) -> None:
         """Clips the gradients of both optimizers together and steps Muon; QK-Clip follows by a hook after the step."""
         assert self.muon is not None
-        self.last = None
         if all(p.grad is None for p in _params(self.muon)):
             return  # training_step returned None: nothing to step, and nothing that a GradScaler could unscale
         self._follow_user(optimizer, self.muon)
@@ -289,9 +307,21 @@ class MuonClipCallback(Callback):
             return  # gradients are being accumulated
         self._last_step = trainer.global_step
         if self.last is not None:
+            if self._first_step:
+                self._warn_of_unseen_layers(self.last)
             self._log(trainer, pl_module, self.last)
         elif self.qk_clip is not None:
             self.qk_clip.discard()
+
+    def _warn_of_unseen_layers(self, result: ClipResult) -> None:
+        assert self.qk_clip is not None
+        self._first_step = False
+        seen = (result.max_logits > float("-inf")).any(1).tolist()  # the one look from the host, after the first step
+        if unseen := [name for name, ok in zip(self.qk_clip.layers, seen) if not ok]:
+            rank_zero_warn(
+                f"no logits were seen from {', '.join(unseen)}, so QK-Clip does not act there: the modules were not used,"
+                " or are in eval mode, as Hugging Face's from_pretrained returns them (call model.train())"
+            )
 
     def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule, result: ClipResult) -> None:
         assert self.qk_clip is not None
@@ -304,7 +334,7 @@ class MuonClipCallback(Callback):
             rows = zip(self.qk_clip.layers, self.qk_clip.observer.ledger.heads, result.max_logits.tolist())
             heads = {f"max_logits/{name}/{h}": row[h] for name, heads, row in rows for h in range(heads)}
             for logger in trainer.loggers:
-                logger.log_metrics(heads, step=trainer.global_step)
+                logger.log_metrics(heads, step=trainer.global_step - 1)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Stops observing; the optimizers stay in the Trainer, so that a checkpoint can still be saved."""
@@ -335,7 +365,30 @@ def _users_optimizer(trainer: pl.Trainer) -> Optimizer:
         raise ValueError(
             f"configure_optimizers returns {type(optimizers[0]).__name__} already; use either the callback or the optimizer"
         )
+    if "LBFGS" in (cls.__name__ for cls in type(optimizers[0]).__mro__):
+        raise ValueError("LBFGS evaluates the model many times a step, and Muon would step each time; use AdamW or SGD")
+    groups = optimizers[0].param_groups
+    if any(group.get("maximize") for group in groups):
+        raise ValueError("Muon minimises, but the optimizer has maximize=True; negate the loss instead")
+    if _scaler(trainer) is not None and any(group.get("fused") for group in groups):
+        raise ValueError(
+            "fused=True unscales gradients inside its own step, after Muon's; pass fused=False in 16-mixed"
+        )
     return optimizers[0]
+
+
+def _name_optimizers(routes: Sequence[Route], optimizer: Optimizer) -> list[Route]:
+    """Routes as they will be: a parameter that the user gives to no optimizer goes nowhere."""
+    owned = set(_params(optimizer))
+    name = type(optimizer).__name__
+    named = []
+    for route in routes:
+        if route.algorithm != "frozen" and route.param not in owned:
+            route = replace(route, algorithm="nobody", reason=f"in no group of {name}")
+        elif route.algorithm == "adamw":
+            route = replace(route, algorithm=name)
+        named.append(route)
+    return named
 
 
 def _name_of(group: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import lightning.pytorch as pl
 from torch import Tensor
 
+from lightning_muonclip.optim.muon import Muon
 from lightning_muonclip.qk_clip.observe import Observer
 from lightning_muonclip.qk_clip.spec import AttentionSpec
 
@@ -66,9 +67,9 @@ class MaxLogitsMixin(pl.LightningModule):
         """Attaches, and ends a window of maxima with every optimizer step. Overriding it? Call ``super()``."""
         super().on_fit_start()
         ledger = self.observe().ledger
-        optimizers = self.trainer.optimizers
-        if len(optimizers) == 1:  # else the callback's QK-Clip ends the window
-            optimizers[0].register_step_post_hook(lambda *_: ledger.close_step())
+        for optimizer in self.trainer.optimizers:
+            if not isinstance(optimizer, Muon):  # the callback's steps first, and QK-Clip may still wait for the user's
+                optimizer.register_step_post_hook(lambda *_: ledger.close_step())
 
     def teardown(self, stage: str) -> None:
         """Detaches when a stage ends. Overriding it? Call ``super()``."""

@@ -92,14 +92,6 @@ class ScheduleConfig:
 
 
 @dataclass
-class SampleConfig:
-    """The text generated at the end of a run."""
-
-    prompt: str = "def "
-    length: int = 200
-
-
-@dataclass
 class TrainConfig:
     """A whole run of ``muonclip-train``. Data, optimizer, trainer, loggers and callbacks are objects by ``_target_``."""
 
@@ -115,14 +107,12 @@ class TrainConfig:
     trainer: Any = MISSING
     logger: Any = None
     callbacks: Any = None
-    sample: SampleConfig = field(default_factory=SampleConfig)
 
 
 #: Which schemas may stand where, innermost first; a node whose ``_target_`` is another one belongs to somebody else.
 _SCHEMAS: tuple[tuple[str, type], ...] = (
     ("muonclip", MuonClipConfig),
     ("lit", ScheduleConfig),
-    ("sample", SampleConfig),
     ("model.attention", AttentionConfig),
     ("model.attention", LatentAttentionConfig),
     ("model", ModelConfig),

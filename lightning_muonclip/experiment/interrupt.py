@@ -24,17 +24,22 @@ class StopOnInterrupt(Callback):
     def __init__(self, dirpath: str) -> None:
         self.path = Path(dirpath) / "interrupted.ckpt"
         self._interrupted = False
+        self._last_step = 0
         self._previous: Any = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Takes over SIGINT."""
         self._interrupted = False
+        self._last_step = trainer.global_step
         self._previous = signal.signal(signal.SIGINT, self._on_interrupt)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Saves and stops if an interrupt came, on any rank."""
+        """Saves and stops if an interrupt came, on any rank; between two steps, as half-summed gradients are not saved."""
+        if trainer.global_step == self._last_step:
+            return
+        self._last_step = trainer.global_step
         if trainer.strategy.reduce_boolean_decision(self._interrupted, all=False):
             trainer.save_checkpoint(self.path)
             rank_zero_info(f"Interrupted. To go on from here: ckpt_path={self.path}")

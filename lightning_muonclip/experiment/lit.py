@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
@@ -92,20 +91,3 @@ class LitGPT(MaxLogitsMixin):
         total = float(self.trainer.estimated_stepping_batches)
         progress = min(1.0, (step - self.warmup_steps) / max(1.0, total - self.warmup_steps))
         return self.final_lr + (1 - self.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def sample_text(
-    lit: LitGPT,
-    encode: Callable[[str], list[int]],
-    decode: Callable[[list[int]], str],
-    prompt: str,
-    length: int,
-    context: int,
-) -> str:
-    """Continues ``prompt`` by ``length`` tokens, the same at every call with the same weights."""
-    was_training = lit.training
-    lit.eval()
-    tokens = torch.tensor([encode(prompt)], device=lit.device)
-    continued = lit.model.generate(tokens, length, context, torch.Generator().manual_seed(0))
-    lit.train(was_training)
-    return decode(continued[0].tolist())

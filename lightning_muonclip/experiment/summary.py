@@ -66,10 +66,14 @@ class RunSummary(Callback):
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Prints the table."""
+        self._stop_profiler()
         self._print(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Leaves no profiler running."""
+        self._stop_profiler()
+
+    def _stop_profiler(self) -> None:
         if self._profiler is not None:
             self._profiler.stop()
             self._profiler = None
@@ -101,7 +105,8 @@ class RunSummary(Callback):
             if isinstance(callback, MuonClipCallback) and callback.qk_clip is not None:
                 rows.append(("head-clips", f"{int(callback.qk_clip.clips.sum())}"))
         if self._seconds:
-            per_batch = self._seconds / max(1, self._batches - self.profile_batches * bool(self._profiled)) * 1e3
+            timed = self._batches - (self.profile_batches if self._profiled else 0)
+            per_batch = self._seconds / timed * 1e3
             rows.append(("tokens per second", f"{self._tokens / self._seconds:,.0f}"))
             for span, name in _SPANS.items():
                 if span in self._profiled:

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from lightning_muonclip.experiment.config import ConfigError, check_config, unknown_key
-from lightning_muonclip.experiment.lit import LitGPT, sample_text
+from lightning_muonclip.experiment.lit import LitGPT
 
 
 def train(config: DictConfig) -> float:
@@ -43,8 +43,7 @@ def train(config: DictConfig) -> float:
     for logger in trainer.loggers:
         logger.log_hyperparams(OmegaConf.to_container(config, resolve=True))  # type: ignore[arg-type]
     trainer.fit(lit, datamodule=data, ckpt_path=config.ckpt_path)
-    if trainer.is_global_zero:
-        _write_sample(config, lit, data)
+    rank_zero_info(f"Everything is in {_output_dir()}")
     if config.optimized_metric not in trainer.callback_metrics:
         logged = ", ".join(sorted(trainer.callback_metrics))
         rank_zero_warn(f"optimized_metric={config.optimized_metric} was not logged in this run; logged: {logged}")
@@ -74,13 +73,6 @@ def _build_module(config: DictConfig, vocab_size: int) -> LitGPT:
     model = _build(config.model, vocab_size=vocab_size)
     lit: LitGPT = _build(config.lit, model=model, optimizer=_build(config.optimizer))
     return lit
-
-
-def _write_sample(config: DictConfig, lit: LitGPT, data: Any) -> None:
-    text = sample_text(lit, data.encode, data.decode, config.sample.prompt, config.sample.length, data.block_size)
-    path = _output_dir() / "sample.txt"
-    path.write_text(text)
-    rank_zero_info(f"{text}\n\nEverything is in {path.parent}")
 
 
 def _output_dir() -> Path:

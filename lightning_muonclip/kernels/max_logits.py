@@ -58,7 +58,7 @@ def max_logits(
 def _max_logits(query: Tensor, key: Tensor, scale: float, is_causal: bool, mask: Tensor | None) -> Tensor:
     heads, length = query.shape[-3:-1]
     key_heads, key_length = key.shape[-3:-1]
-    maximum = torch.full((heads,), float("-inf"), device=query.device)
+    maximum = torch.full((heads,), float("-inf"), dtype=torch.float32, device=query.device)
     if query.numel() == 0 or key.numel() == 0:
         return maximum
     visible = None if mask is None else _visible(mask, query.shape[:-3], heads, key_heads)

@@ -83,7 +83,7 @@ class Muon(Optimizer):
     ) -> None:
         schedule = resolve_schedule(ns_coefficients, ns_steps)
         self.dtype = dtype
-        defaults = {
+        defaults: dict[str, Any] = {
             "lr": lr,
             "weight_decay": weight_decay,
             "momentum": momentum,
@@ -94,7 +94,7 @@ class Muon(Optimizer):
             "ns_steps": len(schedule),
             "adjust_lr_fn": adjust_lr_fn,
         }
-        _check_options(defaults)
+        check_muon_options(**defaults)
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -102,7 +102,7 @@ class Muon(Optimizer):
         algorithm = param_group.setdefault("algorithm", "muon")
         if algorithm not in ("muon", "adamw"):
             raise ValueError(f"unknown algorithm {algorithm!r} in a parameter group; known: muon, adamw")
-        _check_options({**self.defaults, **param_group})
+        check_muon_options(**{key: param_group.get(key, value) for key, value in self.defaults.items()})
         if algorithm == "adamw":
             for key, value in ADAMW_DEFAULTS.items():
                 param_group.setdefault(key, value)
@@ -174,7 +174,11 @@ class Muon(Optimizer):
         for p in params:
             if not self.state[p]:
                 zeros = torch.zeros_like(p, memory_format=torch.preserve_format)
-                self.state[p] = {"step": torch.zeros(()), "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
+                self.state[p] = {
+                    "step": torch.zeros((), dtype=torch.float32),
+                    "exp_avg": zeros,
+                    "exp_avg_sq": zeros.clone(),
+                }
         states = [self.state[p] for p in params]
         beta1, beta2 = group["betas"]
         adamw(
@@ -194,18 +198,27 @@ class Muon(Optimizer):
         )
 
 
-def _check_options(options: dict[str, Any]) -> None:
-    lr = options["lr"]
+def check_muon_options(
+    lr: float | Tensor,
+    weight_decay: float,
+    momentum: float,
+    nesterov: bool,
+    ns_coefficients: Any,
+    adjust_lr_fn: str | None,
+    eps: float = 1e-7,
+    ns_steps: int | None = None,
+) -> None:
+    """Raises ValueError, naming the option, its value and what is possible, unless Muon can run so."""
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"a tensor lr must have one element, got shape {tuple(lr.shape)}")
-    for name in ("lr", "weight_decay", "eps"):
-        if not options[name] >= 0:
-            raise ValueError(f"{name} must be >= 0, got {options[name]}")
-    if not 0 <= options["momentum"] < 1:
-        raise ValueError(f"momentum must be in [0, 1), got {options['momentum']}")
-    if options["adjust_lr_fn"] is not None and options["adjust_lr_fn"] not in LR_ADJUSTMENTS:
-        raise ValueError(f"unknown adjust_lr_fn {options['adjust_lr_fn']!r}; known: {', '.join(LR_ADJUSTMENTS)}")
-    resolve_schedule(options["ns_coefficients"], options["ns_steps"])
+    for name, value in {"lr": lr, "weight_decay": weight_decay, "eps": eps}.items():
+        if not value >= 0:
+            raise ValueError(f"{name} must be >= 0, got {value}")
+    if not 0 <= momentum < 1:
+        raise ValueError(f"momentum must be in [0, 1), got {momentum}")
+    if adjust_lr_fn is not None and adjust_lr_fn not in LR_ADJUSTMENTS:
+        raise ValueError(f"unknown adjust_lr_fn {adjust_lr_fn!r}; known: {', '.join(LR_ADJUSTMENTS)}")
+    resolve_schedule(ns_coefficients, ns_steps)
 
 
 def _require_matrices(group: dict[str, Any]) -> None:

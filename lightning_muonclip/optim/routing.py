@@ -17,7 +17,7 @@ _EMBEDDING = re.compile(r"(?<!un)embed(?!_out)|(^|\.)w[tp]e(\.|$)")
 
 @dataclass(frozen=True)
 class Route:
-    """Where one parameter goes: ``algorithm`` is ``"muon"``, ``"adamw"`` or ``"frozen"``."""
+    """Where one parameter goes: ``algorithm`` is ``"muon"``, ``"adamw"``, ``"frozen"``, or what a caller names it."""
 
     name: str
     param: Parameter
@@ -82,7 +82,7 @@ def routing_table(routes: Iterable[Route]) -> str:
         pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", route.name)
         shape = "x".join(map(str, route.param.shape)) or "scalar"
         rows.setdefault((route.algorithm, pattern, shape, route.reason), []).append(route)
-    order = {"muon": 0, "adamw": 1, "frozen": 2}
+    order = {"muon": 0, "frozen": 2}  # and every other optimizer between them
     cells = [("goes to", "parameter", "shape", "count", "elements", "why")]
     for (algorithm, pattern, shape, reason), members in sorted(rows.items(), key=lambda row: order.get(row[0][0], 1)):
         elements = sum(route.param.numel() for route in members)

@@ -102,11 +102,7 @@ class QKClip:
         observer: Observer | None = None,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        check_threshold(threshold)
-        check_alpha(alpha)
-        _check_choice("shared_keys", shared_keys, SHARED_KEYS)
-        _check_choice("qk_norm", qk_norm, ("error", "monitor"))
-        _check_choice("logits", logits, ("exact", "off"))
+        check_clip_options(threshold, alpha, shared_keys, qk_norm, logits)
         self.threshold = threshold
         self.alpha = alpha
         self.shared_keys = shared_keys
@@ -233,6 +229,8 @@ class _ClipPlan:
         indices: list[Tensor] = []
         alike: dict[tuple[int, int], list[int]] = defaultdict(list)
         owners: dict[Tensor, str] = {}
+        #: Layers whose weights are left alone: a clip would do nothing there, or they are not trained.
+        self._watched = torch.zeros(layers, 1, dtype=torch.bool)
         for row, (name, (module, spec)) in enumerate(observer.attention.items()):
             alike[spec.num_heads, spec.sizes["G"]].append(row)
             if spec.qk_norm and qk_norm == "error":
@@ -240,7 +238,10 @@ class _ClipPlan:
                     f"attention {name!r} normalises queries or keys after the projection (QK-norm): a clip"
                     " would shrink its weights and leave its logits as they are; pass qk_norm='monitor' to only watch it"
                 )
-            for path, dim, layout in [] if spec.qk_norm else _parameters(module, spec):
+            if spec.qk_norm or _is_frozen(module, spec):
+                self._watched[row] = True
+                continue
+            for path, dim, layout in _parameters(module, spec):
                 param = _require_clippable(module, path, name, owners)
                 dim %= param.ndim
                 try:
@@ -253,7 +254,6 @@ class _ClipPlan:
         self._index = torch.cat(indices) if indices else torch.empty(0, dtype=torch.int64)
         self._lengths = [len(index) for index in indices]
         self._alike = {shape: torch.tensor(rows) for shape, rows in alike.items()}
-        self._watched = torch.tensor([[spec.qk_norm] for _, spec in observer.attention.values()])
 
     @property
     def params(self) -> list[Tensor]:
@@ -311,6 +311,12 @@ def _require_clippable(module: nn.Module, path: str, name: str, owners: dict[Ten
     return param
 
 
+def _is_frozen(module: nn.Module, spec: AttentionSpec) -> bool:
+    weights = dict(module.named_parameters())
+    named = [weights[path] for path, _, _ in _parameters(module, spec) if path in weights]
+    return bool(named) and not any(param.requires_grad for param in named)
+
+
 def _parameters(module: nn.Module, spec: AttentionSpec) -> Iterator[tuple[str, int, str]]:
     """Path, channel dimension and layout of every query and key weight; a bias follows its weight."""
     for projection in spec.projections:
@@ -322,6 +328,15 @@ def _parameters(module: nn.Module, spec: AttentionSpec) -> Iterator[tuple[str, i
         yield f"{projection.name}.weight", projection.dim, projection.layout
         if getattr(child, "bias", None) is not None:
             yield f"{projection.name}.bias", 0, projection.layout
+
+
+def check_clip_options(threshold: float | None, alpha: float, shared_keys: str, qk_norm: str, logits: str) -> None:
+    """Raises ValueError, naming the option, its value and what is possible, unless QK-Clip can run so."""
+    check_threshold(threshold)
+    check_alpha(alpha)
+    _check_choice("shared_keys", shared_keys, SHARED_KEYS)
+    _check_choice("qk_norm", qk_norm, ("error", "monitor"))
+    _check_choice("logits", logits, ("exact", "off"))
 
 
 def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:

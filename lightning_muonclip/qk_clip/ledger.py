@@ -22,7 +22,9 @@ class Ledger:
     def __init__(self, heads: Sequence[int], device: torch.device) -> None:
         self.heads = tuple(heads)
         #: Shape (layers, most heads); -inf where there is no such head or nothing was seen since the last step.
-        self.values = torch.full((len(self.heads), max(self.heads, default=0)), float("-inf"), device=device)
+        self.values = torch.full(
+            (len(self.heads), max(self.heads, default=0)), float("-inf"), dtype=torch.float32, device=device
+        )
         #: The same for the last step made.
         self.last_step = self.values.clone()
 
@@ -35,7 +37,7 @@ class Ledger:
 
     def close_step(self) -> None:
         """Ends the step: what is recorded next belongs to the next one."""
-        self.last_step = self.values.clone()
+        self.last_step = self.latest  # of an empty step nothing is kept, so ending a step twice does no harm
         self.values.fill_(float("-inf"))
 
     @property

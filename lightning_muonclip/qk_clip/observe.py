@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_muonclip.attention.tracking import Tracked
 from lightning_muonclip.kernels.max_logits import max_logits
 from lightning_muonclip.qk_clip.ledger import Ledger
 from lightning_muonclip.qk_clip.registry import find_attention
@@ -82,8 +83,8 @@ class Observer:
         self.closed = True
         for module, _ in self.attention.values():
             _observed.discard(module)
-            if hasattr(module, "recorder"):
-                module.recorder = None  # type: ignore[assignment]
+            if isinstance(module, Tracked):
+                module.recorder = None
         if self._handles:
             _calls.restore()
         for handle in self._handles:
@@ -100,8 +101,8 @@ class Observer:
         for row, (name, (module, _)) in enumerate(self.attention.items()):
             _observed.add(module)
             recorder = Recorder(self.ledger, row, name)
-            if hasattr(module, "recorder"):  # ours: it reports by itself
-                module.recorder = recorder  # type: ignore[assignment]
+            if isinstance(module, Tracked):
+                module.recorder = recorder
             else:
                 self._handles.append(module.register_forward_pre_hook(_Enter(recorder)))
                 self._handles.append(module.register_forward_hook(_leave, always_call=True))
@@ -126,7 +127,8 @@ class _Calls:
     def restore(self) -> None:
         self.observers -= 1
         if not self.observers:
-            F.scaled_dot_product_attention = self.rebound
+            if F.scaled_dot_product_attention is _observed_attention:  # else another library has rebound it since
+                F.scaled_dot_product_attention = self.rebound
             self.inside.clear()
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from lightning_muonclip.qk_clip.spec import AttentionSpec, Projection
 
@@ -28,7 +29,7 @@ SEPARATE_PROJECTIONS = (
 _HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "heads", "num_q_heads", "nhead")
 _KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head", "num_query_groups", "kv_heads")
 _HEAD_DIM = ("head_dim", "head_size", "attention_head_size", "d_head", "dim_head", "d_kv")
-_NORMS = ("q_norm", "k_norm", "q_layernorm", "k_layernorm", "query_norm", "key_norm", "norm_q", "norm_k")
+_NORMS = ("qk_norm", "q_norm", "k_norm", "q_layernorm", "k_layernorm", "query_norm", "key_norm", "norm_q", "norm_k")
 
 
 def _attention(module: Any) -> AttentionSpec:
@@ -79,6 +80,8 @@ def find_attention(
         ValueError: If a name in ``specs`` is no module, a module looks like attention but cannot be read, or there is
             no attention at all.
     """
+    if isinstance(model, DistributedDataParallel):
+        model = model.module
     specs = {display_name(name): spec for name, spec in (specs or {}).items()}
     modules = {display_name(name): module for name, module in model.named_modules()}
     for name in specs:
@@ -110,8 +113,8 @@ def find_attention(
 
 
 def display_name(name: str) -> str:
-    """A module's name without what torch.compile and DDP put in front of it."""
-    return ".".join(part for part in name.split(".") if part != "_orig_mod").removeprefix("module.")
+    """A module's name without what torch.compile puts into it."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def _spec_of(module: nn.Module) -> AttentionSpec | None:
@@ -149,7 +152,9 @@ def _separate_spec(module: nn.Module, query: str, key: str) -> AttentionSpec:
 
 def _weight_rows(module: nn.Module, name: str) -> int:
     """Output channels of a plain linear submodule of that name; 0 if there is none."""
-    child = module._modules.get(name)  # not getattr: a compiled module passes on its original's attributes
+    child = dict(module.named_children()).get(
+        name
+    )  # not getattr: a compiled module passes on its original's attributes
     return child.weight.shape[0] if isinstance(child, nn.Linear) else 0
 
 

@@ -53,8 +53,3 @@ class AttentionSpec:
             raise ValueError(f"{self.num_heads} query heads cannot share {groups} key heads evenly")
         object.__setattr__(self, "num_key_value_heads", groups)
         object.__setattr__(self, "sizes", {**self.sizes, "H": self.num_heads, "G": groups})
-
-    @property
-    def group_size(self) -> int:
-        """Number of query heads that share a key head."""
-        return self.sizes["H"] // self.sizes["G"]

@@ -36,7 +36,7 @@ TINY = [
     "callbacks.summary.profile_from=2",
     "callbacks.summary.profile_batches=2",
     "~callbacks.progress_bar",
-    "sample.length=8",
+    "callbacks.sample.length=8",
 ]
 
 

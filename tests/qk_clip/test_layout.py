@@ -146,9 +146,9 @@ def test_a_layout_that_does_not_fit_is_refused(layout: str, channels: int, messa
 
 def test_a_spec_knows_its_heads() -> None:
     assert AttentionSpec((), 8, 2, {"d": 64}).sizes == {"d": 64, "H": 8, "G": 2}
-    assert AttentionSpec((), 8, 2).group_size == 4
+    assert AttentionSpec((), 8, 2).sizes["G"] == 2
     alone = AttentionSpec((), 8)
-    assert alone.num_key_value_heads == 8 and alone.group_size == 1
+    assert alone.num_key_value_heads == 8
     with pytest.raises(ValueError, match="8 query heads cannot share 3 key heads evenly"):
         AttentionSpec((), 8, 3)
 

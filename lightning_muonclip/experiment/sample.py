@@ -1,0 +1,43 @@
+"""A short sample of text at the end of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from lightning_muonclip.experiment.data import TextDataModule
+from lightning_muonclip.experiment.lit import LitGPT
+
+
+class SampleText(Callback):
+    """Continues a prompt when training ends, the same way at every call with the same weights.
+
+    Args:
+        path: File to write.
+        prompt: Beginning of the text.
+        length: Number of tokens to add.
+    """
+
+    def __init__(self, path: str, prompt: str = "def ", length: int = 200) -> None:
+        self.path = Path(path)
+        self.prompt = prompt
+        self.length = length
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Generates on every rank, since a sharded model gathers its weights in each forward, and writes on one."""
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        assert isinstance(pl_module, LitGPT)
+        assert isinstance(data, TextDataModule)
+        pl_module.eval()
+        tokens = torch.tensor([data.encode(self.prompt)], device=pl_module.device)
+        generator = torch.Generator().manual_seed(0)
+        text = data.decode(pl_module.model.generate(tokens, self.length, data.block_size, generator)[0].tolist())
+        pl_module.train()
+        if trainer.is_global_zero:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text(text)
+            rank_zero_info(text)
