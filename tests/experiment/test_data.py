@@ -293,7 +293,7 @@ def test_default_data_module() -> None:
     assert data.decode(data.encode("naïve")) == "naïve"
     assert len(data.encode("naïve")) == 6
     inputs, _ = next(iter(data.train_dataloader()))
-    assert inputs.shape == (16, 256)
+    assert inputs.shape == (8, 256)
     assert len(data.val_dataloader()) == 16
 
 

@@ -245,6 +245,19 @@ def test_ctrl_c_leaves_a_checkpoint_that_resumes(train: Any, tmp_path: Path) -> 
     assert len(history) == 150
 
 
+def test_a_run_that_ends_while_it_is_profiled_ends_well(tmp_path: Path) -> None:
+    short = ["trainer.max_steps=3", "callbacks.summary.profile_from=1", "callbacks.summary.profile_batches=10"]
+    subprocess.run(command(*short, out="short"), cwd=tmp_path, check=True, timeout=120, stdout=-3, stderr=-3)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_processes(tmp_path: Path, strategy: str) -> None:
+    distributed = [f"trainer={strategy}", "trainer.accelerator=cpu", "trainer.devices=2"]
+    subprocess.run(command(*distributed, out="two"), cwd=tmp_path, check=True, timeout=240, stdout=-3, stderr=-3)
+    assert (tmp_path / "two" / "sample.txt").read_text().startswith("def ")
+    assert (tmp_path / "two" / "max_logits.png").exists()
+
+
 def test_another_hydra_application_uses_the_configs(tmp_path: Path) -> None:
     (tmp_path / "app.yaml").write_text(
         "defaults:\n  - model: mla\n  - optimizer: muonclip\n  - _self_\n\n"
