@@ -133,7 +133,10 @@ class MuonClipCallback(Callback):
                 f"{type(pl_module).__name__} uses manual optimization, where no hook surrounds a step; use the optimizer"
                 " MuonClip in configure_optimizers instead of MuonClipCallback"
             )
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        if sum(isinstance(callback, MuonClipCallback) for callback in callbacks) > 1:
+            raise ValueError("the Trainer has more than one MuonClipCallback; keep one of them")
+        for callback in callbacks:
             for cls in type(callback).__mro__:
                 if reason := _INCOMPATIBLE_CALLBACKS.get(cls.__name__):
                     raise ValueError(
@@ -179,6 +182,8 @@ class MuonClipCallback(Callback):
         if self._clip_options["logits"] != "off":
             self._arm_qk_clip(optimizer, pl_module)
         rank_zero_info(f"MuonClip: who steps what\n{routing_table(routes)}")
+        if self.qk_clip is not None:
+            rank_zero_info(f"QK-Clip watches {len(self.qk_clip.layers)} layers: {', '.join(self.qk_clip.layers)}")
 
     def _take_matrices(self, optimizer: Optimizer, routes: Sequence[Route]) -> Muon:
         """Drops Muon's matrices from the user's groups, of which even an emptied one stays, and gives them to a Muon."""

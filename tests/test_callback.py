@@ -490,6 +490,10 @@ class TestRefusals:
         with pytest.raises(ValueError, match=next(iter(option))):
             MuonClipCallback(**option)
 
+    def test_two_callbacks(self) -> None:
+        with pytest.raises(ValueError, match="more than one MuonClipCallback"):
+            self.fit([MuonClipCallback(), MuonClipCallback()])
+
     def test_manual_optimization(self) -> None:
         lit = LitTiny(tiny_gpt(), OPTIMIZERS["adamw"])
         lit.automatic_optimization = False

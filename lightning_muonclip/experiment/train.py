@@ -31,12 +31,16 @@ def train(config: DictConfig) -> float:
         The metric that ``optimized_metric`` names, for a sweeper; NaN if the run did not log it.
 
     Raises:
-        ConfigError: If the config has an unknown key or a wrong type.
+        ConfigError: If the config has an unknown key or a wrong type, or its corpus or checkpoint cannot be read.
     """
     check_config(config)
+    _check_checkpoint(config.ckpt_path)
     pl.seed_everything(config.seed, workers=True)
     data = _build(config.data)
-    lit = _build_module(config, data.vocab_size)
+    try:
+        lit = _build_module(config, data.vocab_size)
+    except (ValueError, OSError, ImportError) as error:  # the corpus is read here
+        raise ConfigError(str(error)) from error
     trainer: pl.Trainer = _build(
         _validated_once(config.trainer), logger=_build_all(config.logger), callbacks=_build_all(config.callbacks)
     )
@@ -54,6 +58,12 @@ def train(config: DictConfig) -> float:
 def _build(node: DictConfig, **kwargs: Any) -> Any:
     # Plain lists and dicts: ListConfig in an optimizer's state could not be loaded with weights_only.
     return instantiate(node, _convert_="all", **kwargs)
+
+
+def _check_checkpoint(path: str | None) -> None:
+    by_name = path in (None, "best", "last", "hpc") or "://" in str(path)
+    if not by_name and not Path(str(path)).exists():
+        raise ConfigError(f"ckpt_path={path} does not exist; give the path of a .ckpt file, from {Path.cwd()}")
 
 
 def _validated_once(trainer: DictConfig) -> DictConfig:
@@ -81,6 +91,11 @@ def _output_dir() -> Path:
 
 @hydra.main(version_base="1.3", config_path="pkg://lightning_muonclip.conf", config_name="train")
 def _hydra_main(config: DictConfig) -> float:
+    # Lightning starts further ranks by this very command: only the first one looks.
+    if "LOCAL_RANK" not in os.environ and (_output_dir() / "metrics.csv").exists():
+        raise ConfigError(
+            f"{_output_dir()} holds a run already, which would be overwritten; give another hydra.run.dir"
+        )
     OmegaConf.save(config, _output_dir() / "config.yaml", resolve=True)
     return train(config)
 

@@ -179,7 +179,7 @@ def _refusal(name: str, module: nn.Module, reason: str) -> str:
     weights = ", ".join(f"{n} {tuple(p.shape)}" for n, p in module.named_parameters() if p.ndim == 2)
     return (
         f"cannot read the attention {name!r} ({type(module).__name__}): {reason}. It has {weights or 'no matrices'}.\n"
-        "Describe it, for example by\n"
+        "Describe it by its weights, separate as here or fused as Projection('wqkv', '[q(H d) | k(G d) | *]'):\n"
         f"    specs={{{name!r}: AttentionSpec((Projection('wq', 'q(H d)'), Projection('wk', 'k(G d)')), num_heads, "
         "num_key_value_heads, {'d': head_dim})}\n"
         f"or for the class by register_attention, or leave it alone with specs={{{name!r}: None}}."

@@ -153,12 +153,22 @@ def test_schemas_are_the_signatures(schema: Any, target: Any, given: tuple[str, 
         ("muonclip.threshold=high", "muonclip.threshold: Value 'high'"),
         ("model=mhb", "mha"),
         ("data=text", "path"),
+        ("data=text data.path=absent", "absent does not exist"),
+        ("ckpt_path=absent.ckpt", "ckpt_path=absent.ckpt does not exist"),
     ],
 )
 def test_mistakes_are_one_line(train: Any, override: str, message: str) -> None:
     with pytest.raises(SystemExit) as exit_:
-        train(override, "trainer.max_steps=1", "trainer.val_check_interval=1")
+        train(*override.split(), "trainer.max_steps=1", "trainer.val_check_interval=1")
     assert message in str(exit_.value)
+
+
+def test_a_folder_that_holds_a_run_is_left_alone(train: Any) -> None:
+    folder = train("trainer.max_steps=1")
+    before = (folder / "metrics.csv").read_bytes()
+    with pytest.raises(SystemExit, match="holds a run already"):
+        train("trainer.max_steps=1")
+    assert (folder / "metrics.csv").read_bytes() == before
 
 
 def test_threshold_must_be_positive(train: Any) -> None:
