@@ -163,6 +163,16 @@ def test_mistakes_are_one_line(train: Any, override: str, message: str) -> None:
     assert message in str(exit_.value)
 
 
+@pytest.mark.parametrize("model", ["mha", "gqa", "mla"])
+def test_every_model_clips(train: Any, model: str) -> None:
+    folder = train(f"model={model}", "muonclip.threshold=1e-4")
+    rows = list(csv.DictReader((folder / "metrics.csv").open()))
+    clipped = [float(row["muonclip/clipped_heads"]) for row in rows if row["muonclip/clipped_heads"]]
+    largest = [float(row["muonclip/max_logit"]) for row in rows if row["muonclip/max_logit"]]
+    assert clipped[0] == 4  # 2 layers of 2 heads: every one starts above the threshold
+    assert max(largest[1:]) < 0.1 * largest[0]
+
+
 def test_a_folder_that_holds_a_run_is_left_alone(train: Any) -> None:
     folder = train("trainer.max_steps=1")
     before = (folder / "metrics.csv").read_bytes()
