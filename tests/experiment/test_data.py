@@ -294,7 +294,7 @@ def test_default_data_module() -> None:
     assert len(data.encode("naïve")) == 6
     inputs, _ = next(iter(data.train_dataloader()))
     assert inputs.shape == (8, 256)
-    assert len(data.val_dataloader()) == 16
+    assert len(data.val_dataloader()) == 32
 
 
 def test_files_are_held_out_whole_and_by_their_names_alone(tmp_path: Path) -> None:
