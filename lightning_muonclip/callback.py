@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,7 +15,7 @@ from torch.optim import Optimizer
 
 from lightning_muonclip.mixin import MaxLogitsMixin
 from lightning_muonclip.optim.muon import Muon, check_muon_options
-from lightning_muonclip.optim.routing import Route, route_params, routing_table
+from lightning_muonclip.optim.routing import Route, route_params, routes_under, routing_table
 from lightning_muonclip.qk_clip.clip import ClipResult, QKClip, check_clip_options
 from lightning_muonclip.qk_clip.spec import AttentionSpec
 from lightning_muonclip.strategies import check_mesh, check_strategy
@@ -155,7 +154,6 @@ class MuonClipCallback(Callback):
                 " Resume without the callback, or start from its weights alone: LightningModule.load_from_checkpoint(path)"
                 " and fit without ckpt_path"
             )
-
         self._restored_clips = checkpoint.get("muonclip")
         self._restore_clips()
 
@@ -170,7 +168,7 @@ class MuonClipCallback(Callback):
         """Moves the hidden matrices to Muon and starts to observe; optimizers exist, nothing is restored yet."""
         check_mesh(pl_module.device_mesh)
         optimizer = _users_optimizer(trainer)
-        routes = _name_optimizers(route_params(pl_module, self.exclude, self.include), optimizer)
+        routes = routes_under(optimizer, route_params(pl_module, self.exclude, self.include))
         self.muon = self._take_matrices(optimizer, routes)
         self._follow_user(optimizer, self.muon)
         if _scaler(trainer) is not None and not any(group["params"] for group in optimizer.param_groups):
@@ -380,20 +378,6 @@ def _users_optimizer(trainer: pl.Trainer) -> Optimizer:
             "fused=True unscales gradients inside its own step, after Muon's; pass fused=False in 16-mixed"
         )
     return optimizers[0]
-
-
-def _name_optimizers(routes: Sequence[Route], optimizer: Optimizer) -> list[Route]:
-    """Routes as they will be: a parameter that the user gives to no optimizer goes nowhere."""
-    owned = set(_params(optimizer))
-    name = type(optimizer).__name__
-    named = []
-    for route in routes:
-        if route.algorithm != "frozen" and route.param not in owned:
-            route = replace(route, algorithm="nobody", reason=f"in no group of {name}")
-        elif route.algorithm == "adamw":
-            route = replace(route, algorithm=name)
-        named.append(route)
-    return named
 
 
 def _name_of(group: dict[str, Any]) -> dict[str, Any]:

@@ -35,8 +35,7 @@ def attention(
     maxima = None
     if track:
         with torch.profiler.record_function("muonclip::max_logits"):
-            pairs = mask.pairs(query.shape[-2])
-            maxima = max_logits(query, key, scale=scale, is_causal=mask.causal, mask=pairs)
+            maxima = max_logits(query, key, scale=scale, is_causal=mask.causal, mask=mask.real_pairs(dense))
     # The fused kernels want values as wide as keys; zeros that are cut off again are cheaper than the plain kernel.
     width = value.shape[-1]
     if width < key.shape[-1]:

@@ -58,9 +58,8 @@ class AttentionMask:
             visible = visible & torch.ones(length, length, dtype=torch.bool, device=visible.device).tril()
         return visible
 
-    def pairs(self, length: int) -> Tensor | None:
-        """As :meth:`dense`, but only pairs of two real tokens: the logits that count."""
-        visible = self.dense(length)
+    def real_pairs(self, visible: Tensor | None) -> Tensor | None:
+        """What :meth:`dense` made, without padded queries: the logits that count."""
         if visible is None or self.padding is None:
             return visible
         return visible & self.padding[:, None, :, None]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import Parameter
+from torch.optim import Optimizer
 
 _HEADS = {"lm_head", "head", "classifier", "score", "embed_out", "unembed", "unembedding", "to_logits", "qa_outputs"}
 _EMBEDDING = re.compile(r"(?<!un)embed(?!_out)|(^|\.)w[tp]e(\.|$)")
@@ -73,6 +74,20 @@ def split_params(module: nn.Module, exclude: Sequence[str] = (), include: Sequen
         if params:
             groups.append({"params": params, "algorithm": algorithm, "name": algorithm})
     return groups
+
+
+def routes_under(optimizer: Optimizer, routes: Iterable[Route]) -> list[Route]:
+    """Routes beside the user's optimizer, by its name; a parameter that it does not own goes nowhere."""
+    owned = {p for group in optimizer.param_groups for p in group["params"]}
+    name = type(optimizer).__name__
+    named = []
+    for route in routes:
+        if route.algorithm != "frozen" and route.param not in owned:
+            route = replace(route, algorithm="nobody", reason=f"in no group of {name}")
+        elif route.algorithm == "adamw":
+            route = replace(route, algorithm=name)
+        named.append(route)
+    return named
 
 
 def routing_table(routes: Iterable[Route]) -> str:
