@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_muonclip.optim.muon import Muon
 from lightning_muonclip.qk_clip.observe import Observer
+from lightning_muonclip.qk_clip.registry import find_attention
 from lightning_muonclip.qk_clip.spec import AttentionSpec
 
 
@@ -21,6 +22,7 @@ class MaxLogitsMixin(pl.LightningModule):
 
     Attributes:
         attention_specs: The user's word on attention modules, by name; ``None`` relies on recognition alone.
+        attention_logits: ``"exact"`` or ``"lse"`` (see :class:`~lightning_muonclip.QKClip`).
 
     Example::
 
@@ -32,6 +34,7 @@ class MaxLogitsMixin(pl.LightningModule):
     """
 
     attention_specs: Mapping[str, AttentionSpec | None] | None = None
+    attention_logits: str = "exact"
     _observer: Observer | None = None
 
     @property
@@ -55,7 +58,7 @@ class MaxLogitsMixin(pl.LightningModule):
             ValueError: If there is no attention, or one that cannot be read.
         """
         if self._observer is None or self._observer.closed:
-            self._observer = Observer(self, self.attention_specs)
+            self._observer = Observer(find_attention(self, self.attention_specs), self.attention_logits)
         return self._observer
 
     def stop_observing(self) -> None:

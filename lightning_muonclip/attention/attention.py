@@ -87,6 +87,6 @@ class Attention(Tracked):
             query, key = self.q_norm(query), self.k_norm(key)
         cos, sin = self.rotary(position_ids)
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-        output, maxima = attention(query, key, value, scale=self.scaling, mask=mask, track=self.is_tracked)
+        output, maxima = attention(query, key, value, scale=self.scaling, mask=mask, track=self.track)
         self.report(maxima)
         return self.o_proj(output.transpose(1, 2).flatten(2))

@@ -7,13 +7,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_muonclip.attention.masks import AttentionMask
+from lightning_muonclip.kernels.log_sum_exp import attention_log_sum_exp, tells_log_sum_exp
 from lightning_muonclip.kernels.max_logits import max_logits
 
 CAUSAL = AttentionMask()
 
 
 def attention(
-    query: Tensor, key: Tensor, value: Tensor, *, scale: float, mask: AttentionMask | None = None, track: bool = False
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float,
+    mask: AttentionMask | None = None,
+    track: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of all heads.
 
@@ -23,7 +30,8 @@ def attention(
         value: Shape ``(batch, key_heads, length, d_v)``.
         scale: Factor on the dot products.
         mask: ``None`` is causal.
-        track: Whether to measure the logits.
+        track: ``None`` does not measure the logits, ``"exact"`` does, ``"lse"`` takes the kernel's log-sum-exp as an upper
+            bound where it can be had, and measures elsewhere.
 
     Returns:
         Output of shape ``(batch, heads, length, d_v)``, and the per-head maxima of shape ``(heads,)`` (see
@@ -32,14 +40,17 @@ def attention(
     mask = CAUSAL if mask is None else mask
     dense = mask.dense(query.shape[-2])
     is_causal = mask.causal and dense is None
-    maxima = None
-    if track:
-        with torch.profiler.record_function("muonclip::max_logits"):
-            maxima = max_logits(query, key, scale=scale, is_causal=mask.causal, mask=mask.real_pairs(dense))
     # The fused kernels want values as wide as keys; zeros that are cut off again are cheaper than the plain kernel.
     width = value.shape[-1]
     if width < key.shape[-1]:
         value = F.pad(value, (0, key.shape[-1] - width))
+    if track == "lse" and tells_log_sum_exp(query, value, dense, 0.0):
+        output, bounds = attention_log_sum_exp(query, key, value, dense, is_causal, scale)
+        return output[..., :width], bounds
+    maxima = None
+    if track is not None:
+        with torch.profiler.record_function("muonclip::max_logits"):
+            maxima = max_logits(query, key, scale=scale, is_causal=mask.causal, mask=mask.real_pairs(dense))
     output = F.scaled_dot_product_attention(
         query,
         key,

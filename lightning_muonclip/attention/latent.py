@@ -101,7 +101,7 @@ class MultiheadLatentAttention(Tracked):
         key_rope = rotate_interleaved(key_rope.unsqueeze(1), cos, sin)
         key = torch.cat([key_nope, key_rope.expand(-1, self.num_attention_heads, -1, -1)], dim=-1)
 
-        output, maxima = attention(query, key, value, scale=self.scaling, mask=mask, track=self.is_tracked)
+        output, maxima = attention(query, key, value, scale=self.scaling, mask=mask, track=self.track)
         self.report(maxima)
         return self.o_proj(output.transpose(1, 2).flatten(2))
 

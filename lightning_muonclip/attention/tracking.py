@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 
 class MaxLogitsRecorder(Protocol):
-    """Whoever wants to know a module's maxima."""
+    """Whoever wants to know a module's maxima: ``logits`` says how well, ``"exact"`` or ``"lse"``."""
+
+    logits: str
 
     def record(self, maxima: Tensor) -> None:
         """Takes the maxima of one forward pass, shape ``(heads,)``."""
@@ -22,9 +24,9 @@ class Tracked(nn.Module):
         self.recorder: MaxLogitsRecorder | None = None
 
     @property
-    def is_tracked(self) -> bool:
-        """Whether the next forward has to measure its logits."""
-        return self.training and self.recorder is not None
+    def track(self) -> str | None:
+        """How the next forward has to measure its logits, if it has to."""
+        return self.recorder.logits if self.training and self.recorder is not None else None
 
     def report(self, maxima: Tensor | None) -> None:
         """Passes on what a forward has measured, if it has."""

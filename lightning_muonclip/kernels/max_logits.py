@@ -12,6 +12,10 @@ from torch import Tensor
 #: Queries a block: small enough for the block's logits to stay in cache (measured on CPUs: 32 to 64 is fastest).
 QUERY_BLOCK = 64
 
+#: An additive mask at or below this hides a pair. Libraries hide by -inf, by the lowest number of a dtype, or by -1e4; a
+#: position bias is no mask, and a pair that has been given so much of it has no weight either.
+HIDDEN = -1e4
+
 
 @torch.no_grad()
 def max_logits(
@@ -31,8 +35,7 @@ def max_logits(
         scale: Factor on the dot products, as attention applies it.
         is_causal: Query i sees keys 0..i only, as :func:`~torch.nn.functional.scaled_dot_product_attention` has it.
         mask: Shape broadcastable to ``(..., heads, L, S)``. Boolean: ``True`` is visible. Floating: an additive mask; a
-            pair is hidden where it is ``-inf`` or the lowest number of its dtype, and its value is not part of the
-            maximum elsewhere.
+            pair is hidden where it is at most :data:`HIDDEN`, and its value is not part of the maximum elsewhere.
 
     Returns:
         float32 tensor of shape ``(heads,)``; ``-inf`` for a head that sees nothing, NaN where a logit is NaN.
@@ -105,7 +108,7 @@ def _as_batch(x: Tensor) -> Tensor:
 def _visible(mask: Tensor, batch: torch.Size, heads: int, key_heads: int) -> Tensor:
     """The mask as booleans of shape (batch or 1, key heads or 1, group or 1, L or 1, S or 1)."""
     if mask.dtype is not torch.bool:
-        mask = mask > torch.finfo(mask.dtype).min
+        mask = mask > HIDDEN
     if len(batch) > 1 and mask.ndim > 3:
         mask = mask.expand(*batch, *mask.shape[-3:]).flatten(0, -4)
     mask = mask[(None,) * (4 - mask.ndim)]

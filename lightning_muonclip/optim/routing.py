@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from lightning_muonclip.tables import table
+
 _HEADS = {"lm_head", "head", "classifier", "score", "embed_out", "unembed", "unembedding", "to_logits", "qa_outputs"}
 _EMBEDDING = re.compile(r"(?<!un)embed(?!_out)|(^|\.)w[tp]e(\.|$)")
 
@@ -102,12 +104,7 @@ def routing_table(routes: Iterable[Route]) -> str:
     for (algorithm, pattern, shape, reason), members in sorted(rows.items(), key=lambda row: order.get(row[0][0], 1)):
         elements = sum(route.param.numel() for route in members)
         cells.append((algorithm, pattern, shape, str(len(members)), f"{elements:,}", reason))
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    right = {3, 4}
-    return "\n".join(
-        "  ".join(c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths))).rstrip()
-        for row in cells
-    )
+    return table(cells, right=(3, 4))
 
 
 def _decide(

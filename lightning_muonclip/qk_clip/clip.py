@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -11,14 +10,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import Optimizer
 
-from lightning_muonclip.qk_clip.layout import KINDS, compile_layout
 from lightning_muonclip.qk_clip.ledger import reduce_max
-from lightning_muonclip.qk_clip.observe import Observer
-from lightning_muonclip.qk_clip.rule import SHARED_KEYS, check_alpha, check_threshold, key_factors, qk_clip_gamma
+from lightning_muonclip.qk_clip.observe import LOGITS_CHOICES, Observer
+from lightning_muonclip.qk_clip.plan import QK_NORM_CHOICES, ClipPlan
+from lightning_muonclip.qk_clip.registry import find_attention
+from lightning_muonclip.qk_clip.rule import SHARED_KEYS, check_alpha, check_threshold, qk_clip_gamma
 from lightning_muonclip.qk_clip.spec import AttentionSpec
+from lightning_muonclip.qk_clip.summary import summary_table
+from lightning_muonclip.qk_clip.verify import Capture, Verification, verify_attention
+from lightning_muonclip.qk_clip.weights import LORA_CHOICES
 
 
 @dataclass(frozen=True)
@@ -68,9 +70,14 @@ class QKClip:
         shared_keys: What happens to a key that several queries share: ``"query"``, ``"group"``, ``"min_k"`` or
             ``"compensate"`` (see :func:`~lightning_muonclip.qk_clip.rule.key_factors`).
         qk_norm: Normalised queries or keys do not feel a factor on their weights: ``"error"`` refuses them,
-            ``"monitor"`` only watches them.
-        logits: ``"exact"`` measures the logits in every training forward; ``"off"`` measures nothing, for a caller
-            who gives :meth:`step` the maxima.
+            ``"monitor"`` only watches them, ``"gain"`` scales the gains of the norms instead (a gain that all heads share
+            by the smallest gamma among them).
+        logits: ``"exact"`` measures the logits in every training forward; ``"lse"`` takes an upper bound (at most ln(n) too
+            high for n keys) where the attention's kernel tells it for free, and measures elsewhere; ``"off"`` measures
+            nothing, for a caller who gives :meth:`step` the maxima.
+        lora: Weights that LoRA (peft) adapts: ``"monitor"`` only watches their layers, ``"scale"`` scales the frozen base
+            and every ``B`` together, which is exact; adapters saved alone then no longer fit the base that they came from.
+        every_n_steps: Measures, and clips, at the first of every n steps.
         observer: Watches the model already and is shared; ``None`` makes one.
         process_group: The ranks that see different data; ``None`` is all ranks.
 
@@ -99,21 +106,27 @@ class QKClip:
         qk_norm: str = "error",
         logits: str = "exact",
         *,
+        lora: str = "monitor",
+        every_n_steps: int = 1,
         observer: Observer | None = None,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        check_clip_options(threshold, alpha, shared_keys, qk_norm, logits)
+        check_clip_options(threshold, alpha, shared_keys, qk_norm, logits, lora, every_n_steps)
+        self.model = model
         self.threshold = threshold
-        self.alpha = alpha
-        self.shared_keys = shared_keys
+        self.every_n_steps = every_n_steps
         self.process_group = process_group
-        self.observer = observer or Observer(model, specs, watch=logits == "exact")
+        self.observer = observer or Observer(find_attention(model, specs), logits)
         #: Number of times that each head was clipped, int64, shape (layers, most heads).
         self.clips = torch.zeros_like(self.observer.ledger.values, dtype=torch.int64)
+        self._qk_norm = qk_norm
+        self._lora = lora
+        self._steps = 0
         self._handles: list[Any] = []
         self._owns_observer = observer is None
         try:
-            self._plan = None if threshold is None else _ClipPlan(self.observer, qk_norm)
+            attention = self.observer.attention
+            self._plan = None if threshold is None else ClipPlan(attention, alpha, shared_keys, qk_norm, lora)
         except ValueError:
             self.close()
             raise
@@ -145,7 +158,8 @@ class QKClip:
     def step(self, max_logits: Tensor | Sequence[Sequence[float]] | None = None) -> ClipResult:
         """Clips every head whose largest logit since the last step passed the threshold, then starts anew.
 
-        One all-reduce when several ranks train; no host synchronisation.
+        One all-reduce when several ranks train; no host synchronisation. With ``every_n_steps``, the steps between do
+        nothing.
 
         Args:
             max_logits: The caller's maxima instead of the observed ones: one list of numbers a layer, or a tensor of
@@ -157,13 +171,65 @@ class QKClip:
         with torch.profiler.record_function("muonclip::qk_clip"):
             ledger = self.observer.ledger
             observed = ledger.values if max_logits is None else self._as_table(max_logits)
+            is_due = self.is_due
+            self._count(self._steps + 1)
+            if not is_due:
+                return ClipResult(observed.clone(), torch.ones_like(observed))
             reduced = reduce_max(observed, self.process_group)
             ledger.close_step()
             gamma = qk_clip_gamma(reduced, self.threshold)
             if self._plan is not None:
-                gamma = self._plan.apply(gamma, self.alpha, self.shared_keys)
+                gamma = self._plan.apply(gamma)
                 self.clips = self.clips.to(gamma.device).add_(gamma < 1)
             return ClipResult(reduced, gamma)
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the step under way is measured and clipped."""
+        return self._steps % self.every_n_steps == 0
+
+    def _count(self, steps: int) -> None:
+        self._steps = steps
+        if self.every_n_steps > 1:
+            self.observer.pause(self.is_due)
+
+    @torch.no_grad()
+    def verify(self, *args: Any, **kwargs: Any) -> Verification:
+        """Proves every spec: halving one head's queries or keys has to halve its largest logit and no other.
+
+        Runs the model once on the inputs, then the attention modules alone, on copies with random weights added: nothing
+        is changed, and nothing recorded. It takes two forwards of an attention module for every head.
+
+        Args:
+            *args: Inputs of the model.
+            **kwargs: The same by name.
+
+        Returns:
+            What was tried and found; ``print`` shows a table.
+
+        Raises:
+            ValueError: If a spec is wrong, naming the layer, the head, what was expected and found; or if a layer was not
+                used, or its weights are sharded over devices.
+
+        Example:
+            >>> from lightning_muonclip import Attention
+            >>> with QKClip(Attention(hidden_size=8, num_attention_heads=2)) as qk_clip:
+            ...     print(qk_clip.verify(torch.randn(1, 5, 8)))
+            layer     heads  verified           worst error
+            (model)   2      q and k, per head  0.0e+00
+        """
+        with Capture(self.observer) as capture:
+            capture.run(self.model, *args, **kwargs)
+        return self.verify_inputs(capture)
+
+    def verify_inputs(self, capture: Capture) -> Verification:
+        """:meth:`verify` on what the attention modules were given in a forward that was captured."""
+        return verify_attention(self.observer.attention, capture.inputs, self._qk_norm, self._lora)
+
+    def summary(self) -> str:
+        """A table of the layers: class, heads, layout, where their logits come from, and which sides are scaled."""
+        sides = ["watched (threshold=None)"] * len(self.layers) if self._plan is None else self._plan.sides
+        return summary_table(self.observer, sides)
 
     def discard(self) -> None:
         """Forgets what was seen since the last step, for a step that was skipped."""
@@ -178,8 +244,8 @@ class QKClip:
         self._handles = []
 
     def state_dict(self) -> dict[str, Any]:
-        """How often each head was clipped: the same on every rank."""
-        return {"clips": self.clips.cpu()}
+        """How often each head was clipped, and the number of steps: the same on every rank."""
+        return {"clips": self.clips.cpu(), "steps": self._steps}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restores the counts of :meth:`state_dict`.
@@ -194,6 +260,7 @@ class QKClip:
                 f" {tuple(self.clips.shape)}; load them into the model that they were saved from"
             )
         self.clips = clips.to(self.clips.device, copy=True)
+        self._count(state_dict.get("steps", 0))
 
     def __enter__(self) -> QKClip:
         return self
@@ -216,127 +283,24 @@ class QKClip:
         return table
 
 
-class _ClipPlan:
-    """Which factor multiplies which channel of which parameter: compiled once, applied by one gather and one multiply.
-
-    The factors of all heads lie in one flat vector, ordered (kind of channel, layer, head), behind a 1 that every channel
-    takes which is left alone.
-    """
-
-    def __init__(self, observer: Observer, qk_norm: str) -> None:
-        layers, heads = observer.ledger.values.shape
-        self._weights: list[tuple[nn.Module, str, int]] = []
-        indices: list[Tensor] = []
-        alike: dict[tuple[int, int], list[int]] = defaultdict(list)
-        owners: dict[Tensor, str] = {}
-        #: Layers whose weights are left alone: a clip would do nothing there, or they are not trained.
-        self._watched = torch.zeros(layers, 1, dtype=torch.bool)
-        for row, (name, (module, spec)) in enumerate(observer.attention.items()):
-            alike[spec.num_heads, spec.sizes["G"]].append(row)
-            if spec.qk_norm and qk_norm == "error":
-                raise ValueError(
-                    f"attention {name!r} normalises queries or keys after the projection (QK-norm): a clip"
-                    " would shrink its weights and leave its logits as they are; pass qk_norm='monitor' to only watch it"
-                )
-            if spec.qk_norm or _is_frozen(module, spec):
-                self._watched[row] = True
-                continue
-            for path, dim, layout in _parameters(module, spec):
-                param = _require_clippable(module, path, name, owners)
-                dim %= param.ndim
-                try:
-                    channels = compile_layout(layout, param.shape[dim], spec.sizes)
-                except ValueError as error:
-                    raise ValueError(f"attention {name!r}, {path}: {error}") from error
-                index = 1 + (channels.kinds * layers + row) * heads + channels.heads
-                indices.append(index.masked_fill(channels.kinds == KINDS.index("*"), 0))
-                self._weights.append((module, path, dim))
-        self._index = torch.cat(indices) if indices else torch.empty(0, dtype=torch.int64)
-        self._lengths = [len(index) for index in indices]
-        self._alike = {shape: torch.tensor(rows) for shape, rows in alike.items()}
-
-    @property
-    def params(self) -> list[Tensor]:
-        # Looked up anew each time: FSDP2 and Module.to may replace a parameter after construction.
-        return [module.get_parameter(path) for module, path, _ in self._weights]
-
-    def apply(self, gamma: Tensor, alpha: float, shared_keys: str) -> Tensor:
-        """Scales the weights; returns gamma with 1 for the heads that are only watched."""
-        if self._index.device != gamma.device:
-            self._index, self._watched = self._index.to(gamma.device), self._watched.to(gamma.device)
-            self._alike = {shape: rows.to(gamma.device) for shape, rows in self._alike.items()}
-        gamma = gamma.masked_fill(self._watched, 1.0)
-        if not self._weights:
-            return gamma
-        flat = torch.cat([gamma.new_ones(1), self._factors(gamma, alpha, shared_keys).flatten()])
-        params = self.params
-        factors = flat[self._index].split(self._lengths)
-        dims = [dim for _, _, dim in self._weights]
-        torch._foreach_mul_(params, [_aligned(f, p, dim) for f, p, dim in zip(factors, params, dims)])
-        return gamma
-
-    def _factors(self, gamma: Tensor, alpha: float, shared_keys: str) -> Tensor:
-        """Factors of every head, shape (kinds, layers, heads), in the order of :data:`KINDS`."""
-        query, key = torch.ones_like(gamma), torch.ones_like(gamma)
-        for (heads, groups), rows in self._alike.items():
-            query[rows, :heads], key[rows, :groups] = key_factors(gamma[rows, :heads], alpha, groups, shared_keys)
-        # The rotated part of a latent key is shared by all heads and stays; its queries take all of gamma.
-        return torch.stack([query, key, gamma**alpha, gamma ** (1 - alpha), gamma])
-
-
-def _aligned(factor: Tensor, param: Tensor, dim: int) -> Tensor:
-    """Shapes the factors of all channels to multiply a parameter, sharded or not, without communication."""
-    factor = factor.view([-1 if d == dim else 1 for d in range(param.ndim)])
-    if not isinstance(param, DTensor):
-        return factor
-    mesh = param.device_mesh
-    return DTensor.from_local(factor, mesh, [Replicate()] * mesh.ndim, run_check=False)
-
-
-def _require_clippable(module: nn.Module, path: str, name: str, owners: dict[Tensor, str]) -> Tensor:
-    try:
-        param = module.get_parameter(path)
-    except AttributeError as error:
-        raise ValueError(
-            f"attention {name!r} has no parameter {path!r} that QK-Clip could scale (wrapped, parametrized and quantized"
-            f" weights it cannot): {error}"
-        ) from error
-    if param in owners:
-        raise ValueError(f"attention {name!r} and {owners[param]!r} share {path}; a clip of both would scale it twice")
-    if not param.requires_grad:
-        raise ValueError(
-            f"{name}.{path} is frozen, and QK-Clip would change it; train it, or pass threshold=None to watch"
-        )
-    owners[param] = name
-    return param
-
-
-def _is_frozen(module: nn.Module, spec: AttentionSpec) -> bool:
-    weights = dict(module.named_parameters())
-    named = [weights[path] for path, _, _ in _parameters(module, spec) if path in weights]
-    return bool(named) and not any(param.requires_grad for param in named)
-
-
-def _parameters(module: nn.Module, spec: AttentionSpec) -> Iterator[tuple[str, int, str]]:
-    """Path, channel dimension and layout of every query and key weight; a bias follows its weight."""
-    for projection in spec.projections:
-        try:
-            child = module.get_submodule(projection.name)
-        except AttributeError:
-            yield projection.name, projection.dim, projection.layout
-            continue
-        yield f"{projection.name}.weight", projection.dim, projection.layout
-        if getattr(child, "bias", None) is not None:
-            yield f"{projection.name}.bias", 0, projection.layout
-
-
-def check_clip_options(threshold: float | None, alpha: float, shared_keys: str, qk_norm: str, logits: str) -> None:
+def check_clip_options(
+    threshold: float | None,
+    alpha: float,
+    shared_keys: str,
+    qk_norm: str,
+    logits: str,
+    lora: str = "monitor",
+    every_n_steps: int = 1,
+) -> None:
     """Raises ValueError, naming the option, its value and what is possible, unless QK-Clip can run so."""
     check_threshold(threshold)
     check_alpha(alpha)
     _check_choice("shared_keys", shared_keys, SHARED_KEYS)
-    _check_choice("qk_norm", qk_norm, ("error", "monitor"))
-    _check_choice("logits", logits, ("exact", "off"))
+    _check_choice("qk_norm", qk_norm, QK_NORM_CHOICES)
+    _check_choice("logits", logits, LOGITS_CHOICES)
+    _check_choice("lora", lora, LORA_CHOICES)
+    if every_n_steps < 1:
+        raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}")
 
 
 def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:

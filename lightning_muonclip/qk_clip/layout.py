@@ -3,10 +3,13 @@
     q(H d)                      one row of channels a head, d channels each
     [q(H d) | k(G d) | *]       concatenated along the channels; * is whatever is left, and left alone
     (H [kn:n, *:v])             every head's channels side by side: n of kind kn, then v that are left alone
-    (G [q:r·d, k:d, *:d])       sizes may be products
+    (G [q:r·d, k:d, *:d])       sizes may be products; r queries share a key
 
-``H`` counts query heads, ``G`` key heads. The kinds are ``q`` and ``k``, and for latent attention ``qn`` and ``kn`` (the
-parts without rotation), ``qr`` (the rotated part of a query) and ``*`` (left alone).
+``H`` counts query heads, ``G`` key heads, and ``r`` is ``H / G``. The kinds are ``q`` and ``k``, and for latent attention
+``qn`` and ``kn`` (the parts without rotation), ``qr`` (the rotated part of a query) and ``*`` (left alone).
+
+The head of a channel is its coordinate on the axis ``H`` (queries) or ``G`` (keys). Where that letter does not stand, it
+is the coordinate on the leading axes that multiply to the number of heads: ``G`` and ``r`` for a query in the last line.
 """
 
 from __future__ import annotations
@@ -20,33 +23,45 @@ import torch
 from torch import Tensor
 
 KINDS = ("q", "k", "qn", "kn", "qr", "*")
+QUERY_KINDS = ("q", "qn", "qr")
+KEY_KINDS = ("k", "kn")
+SPLITS = ("qkv", "heads", "none")
+
+#: Instead of a head's index: the channel belongs to all heads, or to none that is known.
+NO_HEAD = -1
 
 _TOKEN = re.compile(r"\s*([A-Za-z_]\w*|\d+|[\[\](),:|*·])")
 
 
 @dataclass(frozen=True)
 class Piece:
-    """``size`` channels of one kind, for every head of ``axis`` (``H``, ``G``, or "" for channels of no head)."""
+    """Channels of one kind; ``size`` names the factors of their number."""
 
     kind: str
-    axis: str
     size: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Block:
-    """Pieces that repeat together for every head of one axis."""
+    """Pieces that repeat together along ``axes``; ``None`` takes the channels that no other block describes."""
 
-    axis: str
+    axes: tuple[str, ...] | None
     pieces: tuple[Piece, ...]
 
 
 @dataclass(frozen=True)
 class ChannelMap:
-    """For every channel, the index of its kind in :data:`KINDS` and of its head; both int64, shape ``(channels,)``."""
+    """For every channel, the index of its kind in :data:`KINDS` and of its head; both int64, shape ``(channels,)``.
+
+    A channel that is shared by all heads, or left alone without a head, has :data:`NO_HEAD`.
+    """
 
     kinds: Tensor
     heads: Tensor
+
+    def of_kind(self, kinds: tuple[str, ...]) -> Tensor:
+        """Where the channels of these kinds are, boolean."""
+        return torch.isin(self.kinds, torch.tensor([KINDS.index(kind) for kind in kinds]))
 
 
 def parse_layout(text: str) -> tuple[Block, ...]:
@@ -57,67 +72,107 @@ def parse_layout(text: str) -> tuple[Block, ...]:
 
     Example:
         >>> parse_layout("q(H d)")
-        (Block(axis='H', pieces=(Piece(kind='q', axis='H', size=('d',)),)),)
+        (Block(axes=('H', 'd'), pieces=(Piece(kind='q', size=()),)),)
     """
     return _Parser(text).layout()
 
 
-def compile_layout(text: str, channels: int, sizes: Mapping[str, int]) -> ChannelMap:
+def layout_kinds(text: str) -> set[str]:
+    """The kinds of channels that a layout names."""
+    return {piece.kind for block in parse_layout(text) for piece in block.pieces}
+
+
+def compile_layout(text: str, channels: int, sizes: Mapping[str, int], *, shared: bool = False) -> ChannelMap:
     """Lays a layout over the channels of one weight.
 
     Args:
         text: The layout.
         channels: Number of channels that the weight has along its projection's dimension.
         sizes: Numbers behind the names: ``H`` and ``G``, the number of query and key heads, and channel counts.
+        shared: Whether channels without the axis ``H`` or ``G`` belong to all heads, as in the gain of a norm.
 
     Raises:
-        ValueError: If a name has no size, or the layout does not cover exactly the channels that there are.
+        ValueError: If a name has no size, the layout does not cover exactly the channels that there are, or it does not
+            tell the head of a query or key channel.
     """
     blocks = parse_layout(text)
-    rest = [block for block in blocks if not block.pieces[0].size]
-    if len(rest) > 1:
+    if sum(block.axes is None for block in blocks) > 1:
         raise ValueError(f"layout {text!r} leaves two parts without a size; only one * may take the rest")
-    covered = sum(_block_channels(block, text, sizes) for block in blocks)
-    if covered > channels or (covered < channels and not rest):
+    compiled = [None if block.axes is None else _compile_block(block, text, sizes, shared) for block in blocks]
+    covered = sum(len(part.kinds) for part in compiled if part is not None)
+    if covered > channels or (covered < channels and None not in compiled):
         raise ValueError(
             f"layout {text!r} describes {covered} channels with {dict(sizes)}, but the weight has {channels}"
         )
-    kinds: list[int] = []
-    heads: list[int] = []
-    for block in blocks:
-        if not block.pieces[0].size:
-            kinds += [KINDS.index("*")] * (channels - covered)
-            heads += [0] * (channels - covered)
-            continue
-        for head in range(_size((block.axis,), text, sizes)):
-            for piece in block.pieces:
-                kinds += [KINDS.index(piece.kind)] * _size(piece.size, text, sizes)
-                heads += _piece_heads(piece, head, text, sizes)
-    return ChannelMap(torch.tensor(kinds), torch.tensor(heads))
+    left = torch.full((channels - covered,), KINDS.index("*"))
+    rest = ChannelMap(left, torch.full_like(left, NO_HEAD))
+    parts = [rest if part is None else part for part in compiled]
+    return ChannelMap(torch.cat([part.kinds for part in parts]), torch.cat([part.heads for part in parts]))
 
 
-def _piece_heads(piece: Piece, head: int, text: str, sizes: Mapping[str, int]) -> list[int]:
-    """Query channels inside a block over key heads belong to the query heads that share that key, in turn."""
-    channels = _size(piece.size, text, sizes)
-    if piece.axis == "H" and piece.kind in ("k", "kn") and sizes.get("G", sizes["H"]) != sizes["H"]:
-        raise ValueError(f"layout {text!r} has a key for each of {sizes['H']} query heads, but they share {sizes['G']}")
-    if piece.axis != "G" or piece.kind not in ("q", "qn", "qr"):
-        return [head] * channels
-    group = sizes["H"] // sizes["G"]
-    return [head * group + i * group // channels for i in range(channels)]
+def split_channels(channels: ChannelMap, split: str) -> list[Tensor]:
+    """Channels that are one matrix of their own: queries, keys and the rest (``"qkv"``), or those of every head.
+
+    Returns:
+        Ascending channel indices, one int64 tensor a part, which together cover all channels.
+    """
+    if split == "none":
+        return [torch.arange(len(channels.kinds))]
+    parts = []
+    for kinds in (QUERY_KINDS, KEY_KINDS, ("*",)):
+        own = channels.of_kind(kinds).nonzero()[:, 0]
+        heads = channels.heads[own] if split == "heads" else torch.zeros_like(own)
+        parts += [own[heads == head] for head in heads.unique()]
+    return parts
 
 
-def _block_channels(block: Block, text: str, sizes: Mapping[str, int]) -> int:
-    if not block.pieces[0].size:
-        return 0
-    return _size((block.axis,), text, sizes) * sum(_size(piece.size, text, sizes) for piece in block.pieces)
+def _compile_block(block: Block, text: str, sizes: Mapping[str, int], shared: bool) -> ChannelMap:
+    assert block.axes is not None
+    repeats = math.prod(_sizes(block.axes, text, sizes))
+    kinds, heads = [], []
+    for piece in block.pieces:
+        index = _heads((*block.axes, *piece.size), piece.kind, text, sizes, shared).reshape(repeats, -1)
+        heads.append(index)
+        kinds.append(torch.full_like(index, KINDS.index(piece.kind)))
+    return ChannelMap(torch.cat(kinds, 1).flatten(), torch.cat(heads, 1).flatten())
 
 
-def _size(names: tuple[str, ...], text: str, sizes: Mapping[str, int]) -> int:
+def _heads(axes: tuple[str, ...], kind: str, text: str, sizes: Mapping[str, int], shared: bool) -> Tensor:
+    """The head of every channel of one piece, in the shape of its axes."""
+    shape = _sizes(axes, text, sizes)
+    queries, keys = sizes["H"], sizes.get("G", sizes["H"])
+    if kind in KEY_KINDS and "H" in axes and queries != keys:
+        raise ValueError(f"layout {text!r} has a key for each of {queries} query heads, but they share {keys}")
+    letters = {"*": ("H", "G")}.get(kind, ("H",) if kind in QUERY_KINDS else ("G", "H"))
+    for letter in letters:
+        if letter in axes:
+            return _coordinate(shape, axes.index(letter), axes.index(letter) + 1)
+    if shared:
+        return torch.full(shape, NO_HEAD)
+    for count in {"*": (queries, keys)}.get(kind, (queries,) if kind in QUERY_KINDS else (keys,)):
+        for stop in range(len(shape) + 1):
+            if math.prod(shape[:stop]) == count:
+                return _coordinate(shape, 0, stop)
+    if kind == "*":
+        return torch.full(shape, NO_HEAD)
+    count = queries if kind in QUERY_KINDS else keys
+    raise ValueError(
+        f"layout {text!r} does not tell the heads of {kind}: no axis of ({' '.join(axes)}) is"
+        f" {'H' if kind in QUERY_KINDS else 'G'}, and its leading ones do not multiply to {count}"
+    )
+
+
+def _coordinate(shape: tuple[int, ...], start: int, stop: int) -> Tensor:
+    """Position along the axes from ``start`` to ``stop`` taken as one, for every element of ``shape``."""
+    along = torch.arange(math.prod(shape[start:stop]))
+    return along.reshape(*shape[start:stop], *[1] * len(shape[stop:])).expand(shape)
+
+
+def _sizes(names: tuple[str, ...], text: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
     for name in names:
         if not name.isdigit() and name not in sizes:
             raise ValueError(f"layout {text!r} uses {name!r}, which has no size; known: {', '.join(sizes)}")
-    return math.prod(int(name) if name.isdigit() else sizes[name] for name in names)
+    return tuple(int(name) if name.isdigit() else sizes[name] for name in names)
 
 
 class _Parser:
@@ -160,36 +215,45 @@ class _Parser:
         return tuple(blocks)
 
     def block(self) -> Block:
-        start = self.tokens[self.next][1]
-        kind = "" if self.peek() == "(" else self.take(*KINDS)
+        if self.peek() == "(":
+            self.take()
+            axes = self.axes(until="[")
+            if self.peek() != "[":
+                raise self.error("these channels need a kind: q(H d) or (H [q:d, ...])", self.tokens[self.next][1])
+            pieces = self.pieces()
+            self.take(")")
+            return Block(axes, pieces)
+        kind = self.take(*KINDS)
         if kind == "*" and self.peek() != "(":
-            return Block("", (Piece("*", "", ()),))
+            return Block(None, (Piece("*", ()),))
         self.take("(")
-        axis = self.take("H", "G")
-        pieces = self.pieces(axis) if self.peek() == "[" and not kind else (Piece(kind, axis, self.size()),)
-        if not kind and not pieces[0].kind:
-            raise self.error("a head's channels need a kind: write q(H d) or (H [q:d, ...])", start)
+        axes = self.axes(until=")")
         self.take(")")
-        return Block(axis, pieces)
+        return Block(axes, (Piece(kind, ()),))
 
-    def pieces(self, axis: str) -> tuple[Piece, ...]:
+    def axes(self, until: str) -> tuple[str, ...]:
+        axes = [self.factor()]
+        while self.peek() not in (until, ")"):
+            if self.peek() == "·":
+                self.take()
+            axes.append(self.factor())
+        return tuple(axes)
+
+    def pieces(self) -> tuple[Piece, ...]:
         self.take("[")
-        pieces = [self.piece(axis)]
+        pieces = [self.piece()]
         while self.take(",", "]") == ",":
-            pieces.append(self.piece(axis))
+            pieces.append(self.piece())
         return tuple(pieces)
 
-    def piece(self, axis: str) -> Piece:
+    def piece(self) -> Piece:
         kind = self.take(*KINDS)
         self.take(":")
-        return Piece(kind, axis, self.size())
-
-    def size(self) -> tuple[str, ...]:
-        factors = [self.factor()]
-        while self.peek() in ("·",):
+        size = [self.factor()]
+        while self.peek() == "·":
             self.take()
-            factors.append(self.factor())
-        return tuple(factors)
+            size.append(self.factor())
+        return Piece(kind, tuple(size))
 
     def factor(self) -> str:
         token, position = self.tokens[self.next]

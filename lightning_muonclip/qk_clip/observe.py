@@ -1,36 +1,44 @@
 """Sees every head's largest logit in the forward pass of a model that is trained, without a change to the model.
 
-Our own attention modules report by themselves. For any other, ``torch.nn.functional.scaled_dot_product_attention`` is
-rebound while an observer lives: the call that a known attention module makes is measured, then passed on.
+Our own attention modules report by themselves. While any other is in its forward, the functions that it may call to attend
+are rebound (see :mod:`~lightning_muonclip.qk_clip.taps`); where it calls none, its logits are recomputed from what its
+projection gave (see :mod:`~lightning_muonclip.qk_clip.recompute`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 from weakref import WeakSet
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_muonclip.attention.tracking import Tracked
 from lightning_muonclip.kernels.max_logits import max_logits
 from lightning_muonclip.qk_clip.ledger import Ledger
-from lightning_muonclip.qk_clip.registry import find_attention
-from lightning_muonclip.qk_clip.spec import AttentionSpec
+from lightning_muonclip.qk_clip.recompute import Recomputation, find_recomputation
+from lightning_muonclip.qk_clip.registry import AttentionModules
+from lightning_muonclip.qk_clip.taps import Bindings, inside
+
+LOGITS_CHOICES = ("exact", "lse", "off")
 
 
 class Recorder:
     """Writes what one attention module sees into its row of the ledger."""
 
-    def __init__(self, ledger: Ledger, row: int, name: str) -> None:
+    def __init__(self, ledger: Ledger, row: int, name: str, logits: str) -> None:
         self.ledger = ledger
         self.row = row
         self.name = name
+        self.logits = logits
+        #: Where the maxima came from, once there are any.
+        self.source: str | None = None
+        #: Whether anything was recorded in the forward under way.
         self.reported = False
+        #: Output of the fused projection in the forward under way, where the logits have to be recomputed from it.
+        self.projected: Tensor | None = None
 
-    def record(self, maxima: Tensor) -> None:
+    def record(self, maxima: Tensor, source: str = "the module") -> None:
         """Takes the maxima of one forward, shape ``(heads,)``."""
         heads = self.ledger.heads[self.row]
         if maxima.shape[0] != heads:
@@ -38,6 +46,7 @@ class Recorder:
                 f"attention {self.name!r} computed {maxima.shape[0]} heads, but its spec says {heads}; correct the spec"
             )
         self.reported = True
+        self.source = source
         self.ledger.record(self.row, maxima)
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
@@ -46,29 +55,31 @@ class Recorder:
 
 
 class Observer:
-    """Finds the attention modules of a model and keeps the ledger of their logits, from construction to ``close()``.
+    """Keeps the ledger of the logits of attention modules, from construction to ``close()``.
 
     Only modules in training mode record; evaluation does not. Recomputation under activation checkpointing changes
     nothing, since a maximum may be taken twice.
 
     Args:
-        model: The model to watch.
-        specs: The user's word on attention modules, by name; ``None`` as a value leaves a module alone.
-        watch: ``False`` finds the modules and records nothing.
+        attention: The modules to watch (see :func:`~lightning_muonclip.qk_clip.registry.find_attention`).
+        logits: ``"exact"``, ``"lse"`` (an upper bound, where the attention's kernel tells it for free), or ``"off"``,
+            which records nothing.
 
     Raises:
-        ValueError: If there is no attention, or one that cannot be read.
+        ValueError: If another observer watches a module already.
     """
 
-    def __init__(
-        self, model: nn.Module, specs: Mapping[str, AttentionSpec | None] | None = None, *, watch: bool = True
-    ) -> None:
-        self.attention = find_attention(model, specs)
-        device = next(model.parameters()).device
-        self.ledger = Ledger([spec.num_heads for _, spec in self.attention.values()], device)
+    def __init__(self, attention: AttentionModules, logits: str = "exact") -> None:
+        self.attention = attention
+        device = next((param.device for module, _ in attention.values() for param in module.parameters()), None)
+        self.ledger = Ledger([spec.num_heads for _, spec in attention.values()], device or torch.device("cpu"))
+        self.recorders = [Recorder(self.ledger, row, name, logits) for row, name in enumerate(attention)]
+        #: Whether forwards are recorded just now; see ``every_n_steps`` of QKClip.
+        self.active = True
         self._handles: list[Any] = []
-        self.closed = not watch
-        if watch:
+        self._bindings = Bindings()
+        self.closed = logits == "off"
+        if not self.closed:
             self._open()
 
     @property
@@ -77,7 +88,7 @@ class Observer:
         return list(self.attention)
 
     def close(self) -> None:
-        """Stops observing and leaves the model and torch as they were. May be called twice."""
+        """Stops observing and leaves the model and every library as they were. May be called twice."""
         if self.closed:
             return
         self.closed = True
@@ -85,11 +96,17 @@ class Observer:
             _observed.discard(module)
             if isinstance(module, Tracked):
                 module.recorder = None
-        if self._handles:
-            _calls.restore()
+        self._bindings.restore()
         for handle in self._handles:
             handle.remove()
         self._handles = []
+
+    def pause(self, active: bool) -> None:
+        """Records the next forwards, or does not."""
+        self.active = active
+        for recorder, (module, _) in zip(self.recorders, self.attention.values()):
+            if isinstance(module, Tracked):
+                module.recorder = recorder if active else None
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return type(None), ()  # as with Recorder: a copy observes nothing
@@ -98,82 +115,72 @@ class Observer:
         for name, (module, _) in self.attention.items():
             if module in _observed:
                 raise ValueError(f"attention {name!r} is observed already; close() the other QKClip first")
-        for row, (name, (module, _)) in enumerate(self.attention.items()):
+        for recorder, (module, _) in zip(self.recorders, self.attention.values()):
             _observed.add(module)
-            recorder = Recorder(self.ledger, row, name)
             if isinstance(module, Tracked):
                 module.recorder = recorder
             else:
-                self._handles.append(module.register_forward_pre_hook(_Enter(recorder)))
-                self._handles.append(module.register_forward_hook(_leave, always_call=True))
-        if self._handles:
-            _calls.rebind()
+                self._watch(module, recorder)
 
+    def _watch(self, module: nn.Module, recorder: Recorder) -> None:
+        recomputation = find_recomputation(module)
+        if recomputation is not None:
+            projection = module.get_submodule(recomputation.projection)
+            self._handles.append(projection.register_forward_hook(_Keep(recorder)))
+        self._handles.append(module.register_forward_pre_hook(_Enter(self, recorder)))
+        leave = _Leave(recomputation)
+        self._handles.append(module.register_forward_hook(leave, with_kwargs=True, always_call=True))
+        self._bindings.bind_for(module)
 
-class _Calls:
-    """Which attention module is in its forward just now, and for how many observers the function is rebound."""
-
-    def __init__(self) -> None:
-        self.inside: list[Recorder | None] = []
-        self.observers = 0
-        self.rebound = F.scaled_dot_product_attention
-
-    def rebind(self) -> None:
-        if not self.observers:
-            self.rebound = F.scaled_dot_product_attention  # torch's own, or what another library has put there
-            F.scaled_dot_product_attention = _observed_attention
-        self.observers += 1
-
-    def restore(self) -> None:
-        self.observers -= 1
-        if not self.observers:
-            if F.scaled_dot_product_attention is _observed_attention:  # else another library has rebound it since
-                F.scaled_dot_product_attention = self.rebound
-            self.inside.clear()
-
-
-_calls = _Calls()
 
 #: Attention modules that an observer watches just now; a copy of one is not watched.
 _observed: WeakSet[nn.Module] = WeakSet()
 
 
 class _Enter:
-    def __init__(self, recorder: Recorder) -> None:
-        self.recorder: Recorder | None = recorder  # None in a copy of the module
+    def __init__(self, observer: Observer, recorder: Recorder) -> None:
+        self.observer: Observer | None = observer  # None in a copy of the module
+        self.recorder: Recorder | None = recorder
 
     def __call__(self, module: nn.Module, args: Any) -> None:
-        recorder = self.recorder if module.training else None
+        recorder = self.recorder if module.training and self.observer is not None and self.observer.active else None
         if recorder is not None:
             recorder.reported = False
-        _calls.inside.append(recorder)
+        inside.append(recorder)
 
 
-def _leave(module: nn.Module, args: Any, output: Any) -> None:
-    recorder = _calls.inside.pop()
-    if output is None:
-        return  # the forward broke off: an error, or a recomputation under checkpointing that had all it needed
-    if recorder is not None and not recorder.reported:
-        raise RuntimeError(
-            f"attention {recorder.name!r} ({type(module).__name__}) did not call"
-            " torch.nn.functional.scaled_dot_product_attention, so its logits cannot be seen. Let it call that function"
-            " (in Hugging Face: attn_implementation='sdpa'), or leave it alone with"
-            f" specs={{{recorder.name!r}: None}}"
-        )
+class _Keep:
+    """Keeps what a fused projection gives, for the recomputation at the end of the forward."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self.recorder: Recorder | None = recorder
+
+    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        if self.recorder is not None and inside and inside[-1] is self.recorder:
+            self.recorder.projected = output.detach()
 
 
-def _observed_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    if _calls.inside and (recorder := _calls.inside[-1]) is not None:
-        factor = query.shape[-1] ** -0.5 if scale is None else scale
-        with torch.profiler.record_function("muonclip::max_logits"):
-            recorder.record(max_logits(query, key, scale=factor, is_causal=is_causal, mask=attn_mask))
-    return _calls.rebound(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+class _Leave:
+    def __init__(self, recomputation: Recomputation | None) -> None:
+        self.recomputation = recomputation
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        recorder = inside.pop()
+        if recorder is None:
+            return
+        projected, recorder.projected = recorder.projected, None
+        if output is None or recorder.reported:
+            return  # without output it broke off: an error, or a recomputation under checkpointing that had all it needed
+        if self.recomputation is None or projected is None:
+            raise RuntimeError(
+                f"attention {recorder.name!r} ({type(module).__name__}) did not call"
+                " torch.nn.functional.scaled_dot_product_attention or anything else that can be observed, so its logits"
+                " cannot be seen. Let it call that function (in Hugging Face: attn_implementation='sdpa'), or leave it alone"
+                f" with specs={{{recorder.name!r}: None}}"
+            )
+        with torch.no_grad(), torch.profiler.record_function("muonclip::max_logits"):
+            logits = self.recomputation.logits(module, projected, *args, **kwargs)
+            maxima = max_logits(
+                logits.query, logits.key, scale=logits.scale, is_causal=logits.is_causal, mask=logits.mask
+            )
+        recorder.record(maxima, "recomputed")

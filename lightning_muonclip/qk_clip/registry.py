@@ -1,60 +1,35 @@
-"""Recognises attention modules: by the user's spec, then by class, then by names and shapes; or refuses and says why.
-
-A new kind of attention is a row here, never a branch elsewhere. Classes are matched by name, so that no library has to be
-imported to be supported.
-"""
+"""Recognises attention modules: by the user's spec, then by class, then by names and shapes; or refuses and says why."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_muonclip.qk_clip.spec import AttentionSpec, Projection
+from lightning_muonclip.qk_clip.families import FAMILIES, SpecFn, is_active, separate
+from lightning_muonclip.qk_clip.spec import AttentionSpec
 
-SpecFn = Callable[[Any], AttentionSpec]
+#: The attention modules of a model by display name, in ``named_modules`` order, each with its spec.
+AttentionModules = dict[str, tuple[nn.Module, AttentionSpec]]
 
-#: Names that query and key projections go by where they are separate modules.
+_BY_CLASS: dict[str, SpecFn] = dict(FAMILIES)
+
+#: Names that query, key and value projections go by where they are separate modules.
 SEPARATE_PROJECTIONS = (
-    ("q_proj", "k_proj"),
-    ("query", "key"),
-    ("q_lin", "k_lin"),
-    ("to_q", "to_k"),
-    ("wq", "wk"),
-    ("Wq", "Wk"),
-    ("q", "k"),
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("to_q", "to_k", "to_v"),
+    ("wq", "wk", "wv"),
+    ("Wq", "Wk", "Wv"),
+    ("q", "k", "v"),
 )
 _HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "heads", "num_q_heads", "nhead")
 _KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head", "num_query_groups", "kv_heads")
 _HEAD_DIM = ("head_dim", "head_size", "attention_head_size", "d_head", "dim_head", "d_kv")
 _NORMS = ("qk_norm", "q_norm", "k_norm", "q_layernorm", "k_layernorm", "query_norm", "key_norm", "norm_q", "norm_k")
-
-
-def _attention(module: Any) -> AttentionSpec:
-    return AttentionSpec(
-        (Projection("q_proj", "q(H d)"), Projection("k_proj", "k(G d)")),
-        module.num_attention_heads,
-        module.num_key_value_heads,
-        {"d": module.head_dim},
-        qk_norm=module.q_norm is not None,
-    )
-
-
-def _latent_attention(module: Any) -> AttentionSpec:
-    query = "q_proj" if module.q_lora_rank is None else "q_b_proj"
-    return AttentionSpec(
-        (Projection(query, "(H [qn:n, qr:r])"), Projection("kv_b_proj", "(H [kn:n, *:v])")),
-        module.num_attention_heads,
-        sizes={"n": module.qk_nope_head_dim, "r": module.qk_rope_head_dim, "v": module.v_head_dim},
-    )
-
-
-_BY_CLASS: dict[str, SpecFn] = {
-    "lightning_muonclip.attention.attention.Attention": _attention,
-    "lightning_muonclip.attention.latent.MultiheadLatentAttention": _latent_attention,
-}
 
 
 def register_attention(cls: type[nn.Module] | str, spec_fn: SpecFn) -> None:
@@ -67,9 +42,7 @@ def register_attention(cls: type[nn.Module] | str, spec_fn: SpecFn) -> None:
     _BY_CLASS[cls if isinstance(cls, str) else _qualified_name(cls)] = spec_fn
 
 
-def find_attention(
-    model: nn.Module, specs: Mapping[str, AttentionSpec | None] | None = None
-) -> dict[str, tuple[nn.Module, AttentionSpec]]:
+def find_attention(model: nn.Module, specs: Mapping[str, AttentionSpec | None] | None = None) -> AttentionModules:
     """All attention modules of a model by display name, in ``named_modules`` order; a shared module once.
 
     Args:
@@ -80,6 +53,25 @@ def find_attention(
         ValueError: If a name in ``specs`` is no module, a module looks like attention but cannot be read, or there is
             no attention at all.
     """
+    found, refused = recognise(model, specs)
+    for reason in refused.values():
+        raise ValueError(reason)
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has no attention that QK-Clip knows; describe it by specs={{name: AttentionSpec(...)}}"
+            " or register_attention(cls, spec_fn), or switch QK-Clip off with logits='off'"
+        )
+    return found
+
+
+def recognise(
+    model: nn.Module, specs: Mapping[str, AttentionSpec | None] | None = None
+) -> tuple[AttentionModules, dict[str, str]]:
+    """The attention modules that can be read, and for those that cannot the reason and the way out.
+
+    Raises:
+        ValueError: If a name in ``specs`` is no module.
+    """
     if isinstance(model, DistributedDataParallel):
         model = model.module
     specs = {display_name(name): spec for name, spec in (specs or {}).items()}
@@ -87,29 +79,22 @@ def find_attention(
     for name in specs:
         if name not in modules:
             raise ValueError(f"specs names {name!r}, but the model has no such module; named_modules() lists them")
-    found: dict[str, tuple[nn.Module, AttentionSpec]] = {}
+    found: AttentionModules = {}
     refused: dict[str, str] = {}
     for name, module in modules.items():
-        if name in specs:
-            spec = specs[name]
-        else:
-            try:
-                spec = _spec_of(module)
-            except ValueError as error:
-                refused[name] = str(error)
-                continue
+        try:
+            spec = specs[name] if name in specs else _spec_of(module)
+        except ValueError as error:
+            refused[name] = _refusal(name, module, str(error))
+            continue
         if spec is not None:
             found[name] = (module, spec)
-    for name, reason in refused.items():
-        # A wrapper named "...Attention" around a module that was understood is no mystery of its own.
-        if not any(other.startswith(f"{name}." if name else "") for other in found):
-            raise ValueError(_refusal(name, modules[name], reason))
-    if not found:
-        raise ValueError(
-            f"{type(model).__name__} has no attention that QK-Clip knows; describe it by specs={{name: AttentionSpec(...)}}"
-            " or register_attention(cls, spec_fn), or switch QK-Clip off with logits='off'"
-        )
-    return found
+    # A wrapper named "...Attention" around a module that was understood, or left alone, is no mystery of its own.
+    known = [*found, *specs]
+    wrappers = [name for name in refused if any(other.startswith(f"{name}." if name else "") for other in known)]
+    for name in wrappers:
+        del refused[name]
+    return found, refused
 
 
 def display_name(name: str) -> str:
@@ -121,15 +106,15 @@ def _spec_of(module: nn.Module) -> AttentionSpec | None:
     for cls in type(module).__mro__:
         if spec_fn := _BY_CLASS.get(_qualified_name(cls)):
             return spec_fn(module)
-    for query, key in SEPARATE_PROJECTIONS:
-        if _weight_rows(module, query) and _weight_rows(module, key):
-            return _separate_spec(module, query, key)
+    for names in SEPARATE_PROJECTIONS:
+        if _weight_rows(module, names[0]) and _weight_rows(module, names[1]):
+            return _separate_spec(module, *names)
     if "attention" in type(module).__name__.lower() and any(p.ndim == 2 for p in module.parameters()):
         raise ValueError("its query and key projections are not separate modules with a known name")
     return None
 
 
-def _separate_spec(module: nn.Module, query: str, key: str) -> AttentionSpec:
+def _separate_spec(module: nn.Module, query: str, key: str, value: str) -> AttentionSpec:
     query_rows, key_rows = _weight_rows(module, query), _weight_rows(module, key)
     heads, key_heads, dim = (_first_int(module, names) for names in (_HEADS, _KEY_HEADS, _HEAD_DIM))
     if heads is None and dim is not None:
@@ -139,23 +124,22 @@ def _separate_spec(module: nn.Module, query: str, key: str) -> AttentionSpec:
     dim = query_rows // heads
     if key_rows % dim or (key_heads is not None and key_heads * dim != key_rows):
         raise ValueError(f"{key} has {key_rows} rows, which are not whole heads of {dim} channels")
+    projections = separate(query, key, value)
     return AttentionSpec(
-        (Projection(query, "q(H d)"), Projection(key, "k(G d)")),
+        projections if _weight_rows(module, value) == key_rows else projections[:2],
         heads,
         key_rows // dim,
         {"d": dim},
-        qk_norm=any(
-            isinstance(getattr(module, n, None), nn.Module) and _has_effect(getattr(module, n)) for n in _NORMS
-        ),
+        qk_norm=any(is_active(getattr(module, name, None)) for name in _NORMS),
     )
 
 
 def _weight_rows(module: nn.Module, name: str) -> int:
-    """Output channels of a plain linear submodule of that name; 0 if there is none."""
-    child = dict(module.named_children()).get(
-        name
-    )  # not getattr: a compiled module passes on its original's attributes
-    return child.weight.shape[0] if isinstance(child, nn.Linear) else 0
+    """Output channels of a plain linear submodule of that name, an adapter around it aside; 0 if there is none."""
+    # Not getattr: a compiled module passes on its original's attributes.
+    child = dict(module.named_children()).get(name)
+    child = getattr(child, "base_layer", child)
+    return child.out_features if isinstance(child, nn.Linear) else 0
 
 
 def _first_int(module: nn.Module, names: tuple[str, ...]) -> int | None:
@@ -167,11 +151,7 @@ def _first_int(module: nn.Module, names: tuple[str, ...]) -> int | None:
     return None
 
 
-def _has_effect(norm: nn.Module) -> bool:
-    return not isinstance(norm, nn.Identity)
-
-
-def _qualified_name(cls: type) -> str:
+def _qualified_name(cls: Any) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 

@@ -1,0 +1,207 @@
+"""Which factor multiplies which channel of which parameter: compiled once, applied by one gather and one multiply."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate
+
+from lightning_muonclip.qk_clip.layout import KEY_KINDS, KINDS, NO_HEAD, QUERY_KINDS
+from lightning_muonclip.qk_clip.registry import AttentionModules
+from lightning_muonclip.qk_clip.rule import key_factors
+from lightning_muonclip.qk_clip.spec import AttentionSpec
+from lightning_muonclip.qk_clip.weights import Weight, is_adapted, weights_of
+
+QK_NORM_CHOICES = ("error", "monitor", "gain")
+
+#: Rows of the table of factors: of queries, of keys, of rotated queries beside a shared key, and of gains that all heads
+#: share.
+_QUERY, _KEY, _WHOLE, _SHARED_QUERY, _SHARED_KEY = range(5)
+_SIDES = {"q": QUERY_KINDS, "k": KEY_KINDS}
+_FACTOR = {"q": _QUERY, "qn": _QUERY, "k": _KEY, "kn": _KEY, "qr": _WHOLE, "*": 0}
+
+
+class ClipPlan:
+    """How the clip of every head reaches the weights of its layer.
+
+    A layer is only watched (:attr:`sides` says ``"watched"`` and why) where a clip would do nothing or no weight of it
+    is trained. Where only queries or only keys are trained, those take all of gamma.
+
+    Args:
+        attention: The attention modules.
+        alpha: Share of gamma that queries take.
+        shared_keys: What happens to keys that several queries share.
+        qk_norm: What happens to attention that normalises queries or keys.
+        lora: What happens to weights that LoRA adapts.
+
+    Raises:
+        ValueError: If a weight cannot be scaled, or is tied in a way that no factor fits.
+    """
+
+    def __init__(self, attention: AttentionModules, alpha: float, shared_keys: str, qk_norm: str, lora: str) -> None:
+        layers = len(attention)
+        heads = max(spec.num_heads for _, spec in attention.values())
+        #: What is scaled in every layer: "q and k", "q", "k", or "watched (...)".
+        self.sides: list[str] = []
+        self._weights: list[tuple[nn.Module, Weight]] = []
+        indices: list[Tensor] = []
+        rules: dict[tuple[int, int, float, str], list[int]] = defaultdict(list)
+        ties = _Ties(layers)
+        for row, (name, (module, spec)) in enumerate(attention.items()):
+            weights, watched = clipped_weights(name, module, spec, qk_norm, lora)
+            trained = _trained_sides(weights)
+            rotated = any(weight.has_kind(("qr",)) for weight in weights)  # beside a shared key that no factor reaches
+            if not watched and (not trained or (rotated and "q" not in trained)):
+                watched = "not trained"
+            self.sides.append(f"watched ({watched})" if watched else " and ".join(trained))
+            if watched:
+                continue
+            rule = {"q": (1.0, "query"), "k": (0.0, "group")}.get(self.sides[-1], (alpha, shared_keys))
+            for weight in (weight for weight in weights if any(weight.has_kind(_SIDES[side]) for side in trained)):
+                param = module.get_parameter(weight.path)
+                index = _factor_index(weight, layers, row, heads)
+                if param not in ties.owners:
+                    ties.owners[param] = (row, name, weight, rule)
+                    self._weights.append((module, weight))
+                    indices.append(index)
+                elif ties.join(param, row, name, weight, rule):
+                    rule = (0.5, shared_keys)  # one weight makes queries and keys: it enters a logit twice
+            alpha_here, policy = rule
+            rules[spec.num_heads, spec.sizes["G"], alpha_here, policy].append(row)
+        self._index = torch.cat(indices) if indices else torch.empty(0, dtype=torch.int64)
+        self._lengths = [len(index) for index in indices]
+        self._rules = {rule: torch.tensor(rows) for rule, rows in rules.items()}
+        self._watched = torch.tensor([[side.startswith("watched")] for side in self.sides])
+        self._tied = ties.rows() if ties.joined else None
+
+    @property
+    def params(self) -> list[Tensor]:
+        """The parameters that a clip scales."""
+        # Looked up anew each time: FSDP2 and Module.to may replace a parameter after construction.
+        return [module.get_parameter(weight.path) for module, weight in self._weights]
+
+    def apply(self, gamma: Tensor) -> Tensor:
+        """Scales the weights; returns the gamma that counted: 1 for heads that are only watched, tied heads alike."""
+        self._follow(gamma.device)
+        gamma = gamma.masked_fill(self._watched, 1.0)
+        if not self._weights:
+            return gamma
+        if self._tied is not None:
+            rows = self._tied[:, None].expand_as(gamma)
+            gamma = torch.ones_like(gamma).scatter_reduce(0, rows, gamma, "amin").gather(0, rows)
+        # All factors in one flat vector, ordered (kind of factor, layer, head), behind a 1 for channels left alone.
+        flat = torch.cat([gamma.new_ones(1), self._factors(gamma).flatten()])
+        params = self.params
+        factors = [
+            aligned(factor, param, weight.dim)
+            for factor, param, (_, weight) in zip(flat[self._index].split(self._lengths), params, self._weights)
+        ]
+        torch._foreach_mul_(params, factors)
+        for param, factor, (_, weight) in zip(params, factors, self._weights):
+            if weight.offset:  # (w + offset) is what is to be scaled
+                param.add_(factor - 1, alpha=weight.offset)
+        return gamma
+
+    def _follow(self, device: torch.device) -> None:
+        if self._index.device != device:
+            self._index, self._watched = self._index.to(device), self._watched.to(device)
+            self._rules = {rule: rows.to(device) for rule, rows in self._rules.items()}
+            self._tied = None if self._tied is None else self._tied.to(device)
+
+    def _factors(self, gamma: Tensor) -> Tensor:
+        """Shape (kinds of factor, layers, heads)."""
+        table = torch.ones(5, *gamma.shape, dtype=gamma.dtype, device=gamma.device)
+        table[_WHOLE] = gamma
+        smallest = gamma.amin(-1, keepdim=True)
+        for (heads, groups, alpha, shared_keys), rows in self._rules.items():
+            query, key = key_factors(gamma[rows, :heads], alpha, groups, shared_keys)
+            table[_QUERY, rows, :heads], table[_KEY, rows, :groups] = query, key
+            table[_SHARED_QUERY, rows] = smallest[rows] ** alpha
+            table[_SHARED_KEY, rows] = smallest[rows] ** (1 - alpha)
+        return table
+
+
+def clipped_weights(
+    name: str, module: nn.Module, spec: AttentionSpec, qk_norm: str, lora: str
+) -> tuple[list[Weight], str]:
+    """What a clip of one layer would scale, and if it is only watched the reason.
+
+    Raises:
+        ValueError: If the layer normalises queries or keys and that is not allowed for, or a weight cannot be scaled.
+    """
+    if spec.qk_norm and qk_norm == "error":
+        raise ValueError(
+            f"attention {name!r} normalises queries or keys after the projection (QK-norm): a clip would shrink its"
+            " weights and leave its logits as they are; pass qk_norm='monitor' to only watch it, or qk_norm='gain' to scale"
+            " the gains of the norms"
+        )
+    if spec.qk_norm and qk_norm == "monitor":
+        return [], "QK-norm"
+    if spec.qk_norm:
+        if not spec.gains:
+            raise ValueError(
+                f"attention {name!r} normalises queries or keys, and its spec names no gains for qk_norm='gain' to scale;"
+                " name them (AttentionSpec(gains=...)), or pass qk_norm='monitor'"
+            )
+        return weights_of(module, name, spec.gains, spec, shared=True), ""
+    if lora == "monitor" and any(is_adapted(module, projection) for projection in spec.projections):
+        return [], "adapted by LoRA"
+    return weights_of(module, name, spec.projections, spec), ""
+
+
+def aligned(factor: Tensor, param: Tensor, dim: int) -> Tensor:
+    """Shapes the factors of all channels to multiply a parameter, sharded or not, without communication."""
+    factor = factor.view([-1 if d == dim else 1 for d in range(param.ndim)])
+    if not isinstance(param, DTensor):
+        return factor
+    mesh = param.device_mesh
+    return DTensor.from_local(factor, mesh, [Replicate()] * mesh.ndim, run_check=False)
+
+
+def _trained_sides(weights: list[Weight]) -> list[str]:
+    """The sides that have weights, all of which are trained."""
+    own = {side: [weight for weight in weights if weight.has_kind(kinds)] for side, kinds in _SIDES.items()}
+    return [side for side, members in own.items() if members and all(weight.trained for weight in members)]
+
+
+def _factor_index(weight: Weight, layers: int, row: int, heads: int) -> Tensor:
+    channels = weight.channels
+    factor = torch.tensor([_FACTOR[kind] for kind in KINDS])[channels.kinds]
+    shared = torch.where(channels.of_kind(KEY_KINDS), _SHARED_KEY, _SHARED_QUERY)
+    factor = torch.where(channels.heads == NO_HEAD, shared, factor)
+    index = 1 + (factor * layers + row) * heads + channels.heads.clamp_min(0)
+    return index.masked_fill(channels.of_kind(("*",)), 0)
+
+
+class _Ties:
+    """Weights that several layers share: their heads are clipped alike, by the largest logit of all uses, once."""
+
+    def __init__(self, layers: int) -> None:
+        self.owners: dict[Tensor, tuple[int, str, Weight, tuple[float, str]]] = {}
+        self.joined: list[tuple[int, int]] = []
+        self._layers = layers
+
+    def join(self, param: Tensor, row: int, name: str, weight: Weight, rule: tuple[float, str]) -> bool:
+        """Notes one more use of a weight; tells whether it is queries and keys of the same layer."""
+        first_row, first_name, first, first_rule = self.owners[param]
+        same_heads = torch.equal(first.channels.heads, weight.channels.heads) and first.dim == weight.dim
+        same_kinds = torch.equal(first.channels.kinds, weight.channels.kinds)
+        if first_row == row and same_heads and not same_kinds:
+            return True
+        if not same_heads or not same_kinds or first_rule != rule:
+            raise ValueError(
+                f"attention {name!r} and {first_name!r} share {weight.path}, but use it as different heads or with different"
+                f" weights trained, so no one factor fits both; leave one alone with specs={{{name!r}: None}}"
+            )
+        self.joined.append((first_row, row))
+        return False
+
+    def rows(self) -> Tensor:
+        """For every layer the first of those that it shares weights with."""
+        first = list(range(self._layers))
+        for a, b in self.joined:
+            low, high = sorted((first[a], first[b]))
+            first = [low if row == high else row for row in first]
+        return torch.tensor(first)

@@ -1,0 +1,29 @@
+"""What QK-Clip knows of a model, as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lightning_muonclip.qk_clip.observe import Observer
+from lightning_muonclip.qk_clip.spec import AttentionSpec
+from lightning_muonclip.tables import table
+
+
+def summary_table(observer: Observer, sides: Sequence[str]) -> str:
+    """One row a layer: name, class, heads, layouts, source of the logits, and the sides that a clip scales."""
+    rows = [("layer", "class", "heads", "layout", "logits from", "clip scales")]
+    for (name, (module, spec)), recorder, side in zip(observer.attention.items(), observer.recorders, sides):
+        rows.append(
+            (name or "(model)", type(module).__name__, _heads(spec), _layout(spec), recorder.source or "not seen", side)
+        )
+    return table(rows)
+
+
+def _heads(spec: AttentionSpec) -> str:
+    groups = spec.sizes["G"]
+    return str(spec.num_heads) if groups == spec.num_heads else f"{spec.num_heads} / {groups}"
+
+
+def _layout(spec: AttentionSpec) -> str:
+    layouts = [f"{p.name}: {p.layout}" + (f" dim={p.dim}" if p.dim else "") for p in (*spec.projections, *spec.gains)]
+    return ", ".join(layouts)
