@@ -17,7 +17,10 @@ from lightning_muonclip.mixin import MaxLogitsMixin
 from lightning_muonclip.optim.muon import Muon, check_muon_options
 from lightning_muonclip.optim.routing import Route, route_params, routes_under, routing_table
 from lightning_muonclip.qk_clip.clip import ClipResult, QKClip, check_clip_options
+from lightning_muonclip.qk_clip.registry import recognise
 from lightning_muonclip.qk_clip.spec import AttentionSpec
+from lightning_muonclip.qk_clip.split import check_split, matrix_parts
+from lightning_muonclip.qk_clip.verify import Capture
 from lightning_muonclip.strategies import check_mesh, check_strategy
 
 _INCOMPATIBLE_CALLBACKS = {
@@ -49,9 +52,17 @@ class MuonClipCallback(Callback):
         ns_coefficients: Newton-Schulz schedule (see :class:`~lightning_muonclip.Muon`).
         adjust_lr_fn: Update scale; ``"match_rms_adamw"`` lets AdamW's learning rate and weight decay carry over.
         shared_keys: What happens to a key that several queries share (see :class:`~lightning_muonclip.QKClip`).
-        qk_norm: ``"error"`` refuses attention with QK-norm, ``"monitor"`` only watches it.
-        logits: ``"exact"`` measures every training forward; ``"off"`` leaves QK-Clip out altogether.
+        qk_norm: ``"error"`` refuses attention with QK-norm, ``"monitor"`` only watches it, ``"gain"`` scales its gains.
+        logits: ``"exact"`` measures every training forward; ``"lse"`` takes an upper bound where that is free; ``"off"``
+            leaves QK-Clip out altogether.
         specs: The user's word on attention modules, by name.
+        verify: Proves on the first batch that every spec scales the weights of its heads (see
+            :meth:`QKClip.verify <lightning_muonclip.QKClip.verify>`).
+        lora: What happens to weights that LoRA adapts: ``"monitor"`` or ``"scale"`` (see
+            :class:`~lightning_muonclip.QKClip`).
+        every_n_steps: Measures and clips at the first of every n steps.
+        split: Fused projections are orthogonalised as separate queries, keys and values (``"qkv"``), as separate heads
+            (``"heads"``), or whole (``"none"``).
         exclude: Shell-style patterns of parameter names that stay with the user's optimizer.
         include: Patterns of matrices that Muon takes although they look like an embedding or an output head.
         log_heads_every_n_steps: Sends every head's maximum to the loggers at this interval; ``None`` never does.
@@ -82,16 +93,25 @@ class MuonClipCallback(Callback):
         qk_norm: str = "error",
         logits: str = "exact",
         specs: Mapping[str, AttentionSpec | None] | None = None,
+        verify: bool = False,
+        lora: str = "monitor",
+        every_n_steps: int = 1,
+        split: str = "qkv",
         exclude: Sequence[str] = (),
         include: Sequence[str] = (),
         log_heads_every_n_steps: int | None = None,
     ) -> None:
-        check_clip_options(threshold, alpha, shared_keys, qk_norm, logits)
+        check_clip_options(threshold, alpha, shared_keys, qk_norm, logits, lora, every_n_steps)
+        check_split(split)
+        if verify and logits == "off":
+            raise ValueError("verify=True proves what QK-Clip scales, but logits='off' leaves it out; drop one of them")
         self.lr = lr
         self.weight_decay = weight_decay
         self.exclude = tuple(exclude)
         self.include = tuple(include)
         self.specs = specs
+        self.verify = verify
+        self.split = split
         self.log_heads_every_n_steps = log_heads_every_n_steps
         self._muon_options: dict[str, Any] = {
             "momentum": momentum,
@@ -106,16 +126,19 @@ class MuonClipCallback(Callback):
             "shared_keys": shared_keys,
             "qk_norm": qk_norm,
             "logits": logits,
+            "lora": lora,
+            "every_n_steps": every_n_steps,
         }
         self.muon: Muon | None = None
         self.qk_clip: QKClip | None = None
-        #: What QK-Clip saw and did at the last step; ``None`` before the first, and after a step that was skipped.
+        #: What QK-Clip saw and did at the last step; ``None`` before the first, and after one that was skipped or not due.
         self.last: ClipResult | None = None
         # For each of Muon's groups, the index of the user's group that it follows and that group's base learning rate.
         # Indices, since loading a checkpoint replaces the dicts.
         self._sources: list[tuple[int, float]] = []
         self._restored_clips: dict[str, Any] | None = None
         self._handles: list[Any] = []
+        self._capture: Capture | None = None
         self._last_step = 0
         self._first_step = True
 
@@ -169,7 +192,7 @@ class MuonClipCallback(Callback):
         check_mesh(pl_module.device_mesh)
         optimizer = _users_optimizer(trainer)
         routes = routes_under(optimizer, route_params(pl_module, self.exclude, self.include))
-        self.muon = self._take_matrices(optimizer, routes)
+        self.muon = self._take_matrices(optimizer, routes, pl_module)
         self._follow_user(optimizer, self.muon)
         if _scaler(trainer) is not None and not any(group["params"] for group in optimizer.param_groups):
             raise ValueError(
@@ -183,7 +206,7 @@ class MuonClipCallback(Callback):
         if self.qk_clip is not None:
             rank_zero_info(f"QK-Clip watches {len(self.qk_clip.layers)} layers: {', '.join(self.qk_clip.layers)}")
 
-    def _take_matrices(self, optimizer: Optimizer, routes: Sequence[Route]) -> Muon:
+    def _take_matrices(self, optimizer: Optimizer, routes: Sequence[Route], pl_module: pl.LightningModule) -> Muon:
         """Drops Muon's matrices from the user's groups, of which even an emptied one stays, and gives them to a Muon."""
         names = {route.param: route.name for route in routes if route.algorithm == "muon"}
         groups = []
@@ -202,7 +225,8 @@ class MuonClipCallback(Callback):
                 f"no hidden matrix is left for Muon in {type(optimizer).__name__}. This is where parameters went:\n"
                 f"{routing_table(routes)}\nTake a look at exclude=, or remove the callback"
             )
-        return Muon(groups, **self._muon_options)
+        attention, _ = recognise(pl_module, self.specs)
+        return Muon(groups, **self._muon_options, parts=matrix_parts(pl_module, attention, self.split))
 
     def _arm_qk_clip(self, optimizer: Optimizer, pl_module: pl.LightningModule) -> None:
         observer = None
@@ -210,6 +234,7 @@ class MuonClipCallback(Callback):
             if self.specs is not None:
                 pl_module.stop_observing()
                 pl_module.attention_specs = self.specs
+            pl_module.attention_logits = self._clip_options["logits"]
             observer = pl_module.observe()
         self.qk_clip = QKClip(pl_module, specs=self.specs, observer=observer, **self._clip_options)
         self._restore_clips()
@@ -229,6 +254,8 @@ class MuonClipCallback(Callback):
         """Notes where a resumed run goes on."""
         self._last_step = trainer.global_step
         self._first_step = True
+        if self.verify and self.qk_clip is not None:
+            self._capture = Capture(self.qk_clip.observer)
         if trainer.gradient_clip_val and is_overridden("configure_gradient_clipping", pl_module):
             rank_zero_warn(
                 f"{type(pl_module).__name__} overrides configure_gradient_clipping, which sees only the gradients of"
@@ -242,6 +269,14 @@ class MuonClipCallback(Callback):
         self.last = None
 
     # Apply ----------------------------------------------------------------------------------------------------------
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        """Verifies the specs by what the first forward gave to the attention modules."""
+        if self._capture is not None and self.qk_clip is not None:
+            self._capture.close()
+            verification = self.qk_clip.verify_inputs(self._capture)
+            self._capture = None
+            rank_zero_info(f"QK-Clip verified\n{verification}")
 
     def on_before_zero_grad(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
         """Clears the gradients of Muon's matrices when Lightning clears the user's."""
@@ -295,7 +330,9 @@ class MuonClipCallback(Callback):
 
     def _apply_qk_clip(self, *_: Any) -> None:
         assert self.qk_clip is not None
-        self.last = self.qk_clip.step()
+        is_due = self.qk_clip.is_due
+        result = self.qk_clip.step()
+        self.last = result if is_due else None
 
     # Clear ----------------------------------------------------------------------------------------------------------
 
@@ -351,6 +388,9 @@ class MuonClipCallback(Callback):
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        if self._capture is not None:
+            self._capture.close()
+            self._capture = None
         if self.qk_clip is not None:
             self.qk_clip.close()
         if isinstance(pl_module, MaxLogitsMixin):

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from lightning_muonclip.optim.muon import Muon
 from lightning_muonclip.optim.routing import split_params
 from lightning_muonclip.qk_clip.clip import ClipResult, QKClip
+from lightning_muonclip.qk_clip.registry import recognise
 from lightning_muonclip.qk_clip.spec import AttentionSpec
+from lightning_muonclip.qk_clip.split import matrix_parts
 
 
 class MuonClip(Muon):
@@ -35,8 +37,13 @@ class MuonClip(Muon):
         alpha: Share of a clip that the query weight takes, in [0, 1].
         specs: The user's word on attention modules, by name.
         shared_keys: What happens to a key that several queries share (see :class:`~lightning_muonclip.QKClip`).
-        qk_norm: ``"error"`` refuses attention with QK-norm, ``"monitor"`` only watches it.
-        logits: ``"exact"`` observes; ``"off"`` expects the maxima in :meth:`step`.
+        qk_norm: ``"error"`` refuses attention with QK-norm, ``"monitor"`` only watches it, ``"gain"`` scales its gains.
+        logits: ``"exact"`` or ``"lse"`` observes; ``"off"`` expects the maxima in :meth:`step`.
+        lora: What happens to weights that LoRA adapts: ``"monitor"`` or ``"scale"`` (see
+            :class:`~lightning_muonclip.QKClip`).
+        every_n_steps: Measures and clips at the first of every n steps.
+        split: Fused projections are orthogonalised as separate queries, keys and values (``"qkv"``), as separate heads
+            (``"heads"``), or whole (``"none"``).
         exclude: Shell-style patterns of parameter names that are kept from Muon.
         include: Patterns of matrices that Muon takes although they look like an embedding or an output head.
         dtype: Working dtype of Newton-Schulz.
@@ -76,6 +83,9 @@ class MuonClip(Muon):
         shared_keys: str = "query",
         qk_norm: str = "error",
         logits: str = "exact",
+        lora: str = "monitor",
+        every_n_steps: int = 1,
+        split: str = "qkv",
         exclude: Sequence[str] = (),
         include: Sequence[str] = (),
         dtype: torch.dtype | None = None,
@@ -84,10 +94,23 @@ class MuonClip(Muon):
         for group in groups:
             if group["algorithm"] == "adamw":
                 group.update(betas=tuple(betas), eps=adamw_eps)
+        attention, _ = recognise(model, specs)
         super().__init__(
-            groups, lr, weight_decay, momentum, nesterov, ns_coefficients, eps, ns_steps, adjust_lr_fn, dtype=dtype
+            groups,
+            lr,
+            weight_decay,
+            momentum,
+            nesterov,
+            ns_coefficients,
+            eps,
+            ns_steps,
+            adjust_lr_fn,
+            dtype=dtype,
+            parts=matrix_parts(model, attention, split),
         )
-        self.qk_clip = QKClip(model, threshold, alpha, specs, shared_keys, qk_norm, logits)
+        self.qk_clip = QKClip(
+            model, threshold, alpha, specs, shared_keys, qk_norm, logits, lora=lora, every_n_steps=every_n_steps
+        )
         #: What QK-Clip saw and did at the last step.
         self.last: ClipResult | None = None
 

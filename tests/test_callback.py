@@ -22,7 +22,17 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 
-from lightning_muonclip import Attention, MaxLogitsMixin, Muon, MuonClip, MuonClipCallback, QKClip, split_params
+from lightning_muonclip import (
+    Attention,
+    AttentionSpec,
+    MaxLogitsMixin,
+    Muon,
+    MuonClip,
+    MuonClipCallback,
+    Projection,
+    QKClip,
+    split_params,
+)
 
 OPTIMIZERS = {
     "adamw": lambda params: torch.optim.AdamW(params, lr=3e-3, weight_decay=0.1),
@@ -511,3 +521,86 @@ class TestRefusals:
         fit.save_checkpoint(tmp_path / "plain.ckpt")
         with pytest.raises(ValueError, match=r"made without MuonClipCallback.*load_from_checkpoint"):
             self.fit(ckpt_path=tmp_path / "plain.ckpt")
+
+
+class FusedBlock(nn.Module):
+    """A language model around torch's own attention, whose queries, keys and values are one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(17, 16)
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.head = nn.Linear(16, 17)
+        with torch.no_grad():
+            self.attention.in_proj_weight.mul_(20)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(tokens)
+        hidden = nn.Transformer.generate_square_subsequent_mask(tokens.shape[1])
+        return self.head(x + self.attention(x, x, x, attn_mask=hidden, need_weights=False)[0])
+
+
+class TestVerify:
+    SWAPPED = AttentionSpec((Projection("in_proj_weight", "[k(H d) | q(H d) | *]"),), 2, sizes={"d": 8})
+
+    @pytest.mark.parametrize("make", [tiny_gpt, FusedBlock])
+    def test_the_first_batch_proves_the_specs_and_changes_nothing(self, make: Any) -> None:
+        weights = []
+        for verify in (False, True):
+            torch.manual_seed(0)
+            model = make()
+            callback = MuonClipCallback(threshold=1.0, verify=verify)
+            trainer([callback]).fit(LitTiny(model, OPTIMIZERS["adamw"]), loader(token_batches(3)))
+            assert int(callback.qk_clip.clips.sum()) > 0
+            weights.append([p.detach().clone() for p in model.parameters()])
+        assert all(torch.equal(a, b) for a, b in zip(*weights))
+
+    def test_a_wrong_spec_ends_the_run_before_anything_is_updated(self) -> None:
+        model = FusedBlock()
+        before = copy.deepcopy(model.state_dict())
+        callback = MuonClipCallback(threshold=1.0, verify=True, specs={"model.attention": self.SWAPPED})
+        with pytest.raises(
+            ValueError, match=r"(?s)does not describe its attention.*model.attention: head 0's q halved"
+        ):
+            trainer([callback]).fit(LitTiny(model, OPTIMIZERS["adamw"]), loader(token_batches(3)))
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        assert not model.attention._forward_pre_hooks
+
+    def test_without_qk_clip_there_is_nothing_to_verify(self) -> None:
+        with pytest.raises(ValueError, match="verify=True proves what QK-Clip scales, but logits='off'"):
+            MuonClipCallback(logits="off", verify=True)
+
+
+@pytest.mark.parametrize("split", ["qkv", "heads", "none"])
+def test_split_reaches_muon_as_in_a_plain_loop(split: str) -> None:
+    tokens = token_batches(3)
+    torch.manual_seed(0)
+    model = FusedBlock()
+    twin = copy.deepcopy(model)
+    callback = MuonClipCallback(threshold=1.0, split=split)
+    trainer([callback]).fit(LitTiny(model, lambda p: torch.optim.AdamW(p, lr=3e-3, weight_decay=0.1)), loader(tokens))
+    optimizer = MuonClip(twin, lr=3e-3, betas=(0.9, 0.999), threshold=1.0, split=split)
+    for batch in tokens:
+        optimizer.zero_grad()
+        next_token_loss(twin, batch).backward()
+        optimizer.step()
+    optimizer.close()
+    for ours, theirs in zip(model.parameters(), twin.parameters()):
+        assert torch.equal(ours, theirs)
+
+
+def test_every_n_steps_clips_only_then_also_after_a_resume(tmp_path: Path) -> None:
+    def fit(path: str | None, max_epochs: int) -> QKClip:
+        torch.manual_seed(0)
+        callback = MuonClipCallback(threshold=1.0, every_n_steps=3)
+        fitter = trainer([callback], max_epochs=max_epochs)
+        fitter.fit(LitTiny(tiny_gpt(), OPTIMIZERS["adamw"]), loader(token_batches(4)), ckpt_path=path)
+        fitter.save_checkpoint(tmp_path / f"{max_epochs}.ckpt")
+        return callback.qk_clip
+
+    whole = fit(None, 2)
+    fit(None, 1)
+    resumed = fit(str(tmp_path / "1.ckpt"), 2)
+    assert torch.equal(whole.clips, resumed.clips)
+    assert 0 < int(whole.clips.max()) <= 3  # steps 0, 3 and 6 of 8
+    assert [torch.load(tmp_path / f"{n}.ckpt", weights_only=False)["muonclip"]["steps"] for n in (1, 2)] == [4, 8]

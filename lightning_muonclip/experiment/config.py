@@ -31,6 +31,10 @@ class MuonClipConfig:
     qk_norm: str = "error"
     logits: str = "exact"
     specs: Any = None
+    verify: bool = False
+    lora: str = "monitor"
+    every_n_steps: int = 1
+    split: str = "qkv"
     exclude: list[str] = field(default_factory=list)
     include: list[str] = field(default_factory=list)
     log_heads_every_n_steps: Optional[int] = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch.optim.optimizer import ParamsT
 
 from lightning_muonclip.optim.coefficients import resolve_schedule
 from lightning_muonclip.optim.orthogonalize import orthogonalize
+from lightning_muonclip.optim.parts import Parts, intern_parts
 from lightning_muonclip.optim.sharding import gather_matrix, shard_like
 
 #: Update scale by shape (m, n) of the weight, m being fan-out. Names are those of torch.optim.Muon.
@@ -54,9 +55,12 @@ class Muon(Optimizer):
         adjust_lr_fn: The scale :math:`s(m, n)`: ``"original"`` (``None``) :math:`\sqrt{\max(1, m/n)}`,
             ``"match_rms_adamw"`` :math:`0.2\sqrt{\max(m, n)}`, ``"spectral_unclamped"`` :math:`\sqrt{m/n}`.
         dtype: Working dtype of Newton-Schulz; ``None`` is bfloat16 where the device has it in hardware, else float32.
+        parts: For a weight that holds several matrices, such as fused queries, keys and values, the dimension of its output
+            channels, and the channels of every matrix, which together cover all of them once. Each is orthogonalised and
+            scaled for itself, as if it were a parameter of its own.
 
     Raises:
-        ValueError: If a hyperparameter is out of range, or a parameter is not a matrix.
+        ValueError: If a hyperparameter is out of range, a parameter is not a matrix, or parts do not cover their weight.
 
     Source: Keller Jordan (2024); Kimi K2, arXiv 2507.20534, algorithm 1.
 
@@ -80,9 +84,11 @@ class Muon(Optimizer):
         adjust_lr_fn: str | None = None,
         *,
         dtype: torch.dtype | None = None,
+        parts: Mapping[Tensor, tuple[int, Sequence[Tensor]]] | None = None,
     ) -> None:
         schedule = resolve_schedule(ns_coefficients, ns_steps)
         self.dtype = dtype
+        self._parts = intern_parts(parts or {})
         defaults: dict[str, Any] = {
             "lr": lr,
             "weight_decay": weight_decay,
@@ -115,7 +121,7 @@ class Muon(Optimizer):
                 raise
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"dtype": self.dtype}
+        return super().__getstate__() | {"dtype": self.dtype, "_parts": self._parts}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -151,18 +157,24 @@ class Muon(Optimizer):
         torch._foreach_lerp_(buffers, grads, 1 - momentum)
         updates = torch._foreach_lerp(grads, buffers, momentum) if group["nesterov"] else buffers
         torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-        for indices in _stackable(updates):
-            stack = torch.stack([gather_matrix(updates[i]) for i in indices])
-            directions = orthogonalize(
-                stack,
-                coefficients=group["ns_coefficients"],
-                steps=group["ns_steps"],
-                dtype=self.dtype,
-                eps=group["eps"],
-            )
+        for indices in _stackable(updates, [self._parts.get(p) for p in params]):
             targets = [params[i] for i in indices]
-            scale = lr * LR_ADJUSTMENTS[group["adjust_lr_fn"] or "original"](*stack.shape[-2:])
-            _add_scaled(targets, [shard_like(d, p) for d, p in zip(directions, targets)], -scale)
+            stack = torch.stack([gather_matrix(updates[i]) for i in indices])
+            directions, scale = self._directions(stack, self._parts.get(targets[0]), group)
+            _add_scaled(targets, [shard_like(d, p) for d, p in zip(directions, targets)], -lr * scale)
+
+    def _directions(self, stack: Tensor, parts: Parts | None, group: dict[str, Any]) -> tuple[Tensor, float]:
+        """Orthogonalised updates of same-shape weights, and a factor that they still lack."""
+        adjust = LR_ADJUSTMENTS[group["adjust_lr_fn"] or "original"]
+        options = {"coefficients": group["ns_coefficients"], "steps": group["ns_steps"], "eps": group["eps"]}
+        if parts is None:
+            return orthogonalize(stack, dtype=self.dtype, **options), adjust(*stack.shape[-2:])
+        matrices = stack.mT if parts.dim else stack
+        directions = torch.empty_like(matrices)
+        for channels in parts.channels_on(stack.device):
+            own = matrices[:, channels]  # (weights, parts alike, channels, fan-in)
+            directions[:, channels] = orthogonalize(own, dtype=self.dtype, **options) * adjust(*own.shape[-2:])
+        return directions.mT if parts.dim else directions, 1.0
 
     def _momentum_buffer(self, param: Tensor) -> Tensor:
         state = self.state[param]
@@ -240,12 +252,12 @@ def _dense_gradient(param: Tensor) -> Tensor:
     return param.grad
 
 
-def _stackable(matrices: Sequence[Tensor]) -> Iterator[list[int]]:
-    """Indices of matrices that share shape, dtype and device, in runs within the stack's bound."""
+def _stackable(matrices: Sequence[Tensor], parts: Sequence[Parts | None]) -> Iterator[list[int]]:
+    """Indices of matrices that share shape, parts, dtype and device, in runs within the stack's bound."""
     alike: dict[Any, list[int]] = defaultdict(list)
-    for i, matrix in enumerate(matrices):
-        alike[matrix.shape, matrix.dtype, matrix.device].append(i)
-    for (shape, _, device), indices in alike.items():
+    for i, (matrix, own) in enumerate(zip(matrices, parts)):
+        alike[matrix.shape, id(own), matrix.dtype, matrix.device].append(i)
+    for (shape, _, _, device), indices in alike.items():
         size = max(1, STACK_NUMEL.get(device.type, 0) // max(1, shape.numel()))
         yield from (indices[start : start + size] for start in range(0, len(indices), size))
 

@@ -104,6 +104,8 @@ class Observer:
     def pause(self, active: bool) -> None:
         """Records the next forwards, or does not."""
         self.active = active
+        if self.closed:
+            return
         for recorder, (module, _) in zip(self.recorders, self.attention.values()):
             if isinstance(module, Tracked):
                 module.recorder = recorder if active else None

@@ -74,26 +74,30 @@ class Verification:
 
 
 class Capture:
-    """Keeps what every attention module is given in its first forward, from entering the context to leaving it.
+    """Keeps what every attention module is given in its first forward, from construction to :meth:`close`.
 
-    Nothing that the forward does to a cache or another object among its arguments is seen.
+    Nothing that the forward does to a cache or another object among its arguments is seen. Also a context manager.
     """
 
     def __init__(self, observer: Observer) -> None:
         self.inputs: dict[str, Inputs] = {}
-        self._attention = observer.attention
         self._observer = observer
-        self._handles: list[Any] = []
+        self._handles = [
+            module.register_forward_pre_hook(self._keep(name), with_kwargs=True)
+            for name, (module, _) in observer.attention.items()
+        ]
 
-    def __enter__(self) -> Capture:
-        for name, (module, _) in self._attention.items():
-            self._handles.append(module.register_forward_pre_hook(self._keep(name), with_kwargs=True))
-        return self
-
-    def __exit__(self, *_: Any) -> None:
+    def close(self) -> None:
+        """Stops; may be called twice."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
+
+    def __enter__(self) -> Capture:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
 
     def run(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         """A forward in training mode, unrecorded, after which the model's mode and buffers are as before."""

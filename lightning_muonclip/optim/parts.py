@@ -1,0 +1,50 @@
+"""Weights that hold several matrices: which of their output channels are one matrix."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+
+class Parts:
+    """The matrices in one weight.
+
+    Args:
+        dim: The dimension of the weight that its output channels lie on.
+        channels: Channel indices of every matrix.
+    """
+
+    def __init__(self, dim: int, channels: Sequence[Tensor]) -> None:
+        self.dim = dim
+        sizes: dict[int, list[Tensor]] = defaultdict(list)
+        for own in channels:
+            sizes[len(own)].append(own)
+        self._channels = [torch.stack(own) for own in sizes.values()]
+
+    def channels_on(self, device: torch.device) -> list[Tensor]:
+        """Channels of matrices of one size together, each of shape (matrices, channels)."""
+        self._channels = [channels.to(device) for channels in self._channels]
+        return self._channels
+
+
+def intern_parts(parts: Mapping[Tensor, tuple[int, Sequence[Tensor]]]) -> dict[Tensor, Parts]:
+    """Checks parts and makes them one object for all weights that are alike, so that these can be stacked.
+
+    Raises:
+        ValueError: If parts do not cover every channel of their weight exactly once.
+    """
+    known: dict[tuple[int, tuple[bytes, ...]], Parts] = {}
+    interned = {}
+    for param, (dim, channels) in parts.items():
+        covered = torch.cat(list(channels)).sort().values
+        if not torch.equal(covered, torch.arange(param.shape[dim])):
+            raise ValueError(
+                f"the parts of a weight of shape {tuple(param.shape)} have to cover each of its {param.shape[dim]} channels"
+                f" on dimension {dim} once"
+            )
+        key = (dim, tuple(own.numpy().tobytes() for own in channels))
+        interned[param] = known.setdefault(key, Parts(dim, channels))
+    return interned
