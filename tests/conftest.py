@@ -9,6 +9,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
+import vision.torchvision_schemas  # noqa: F401  (before anything imports torchvision)
 
 
 @pytest.fixture(autouse=True)

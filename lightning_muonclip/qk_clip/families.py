@@ -100,7 +100,6 @@ _PHI3 = Family(_fused("qkv_proj", CONCATENATED), **_GROUPED)
 _NEOX = Family(_fused("query_key_value", INTERLEAVED), "config.num_attention_heads", sizes={"d": "head_size"})
 _BLOOM = Family(_fused("query_key_value", INTERLEAVED), **_OWN_HEADS)
 _MPT = Family(_fused("Wqkv", CONCATENATED), "n_heads", sizes={"d": "head_dim"})
-_GPT_BIGCODE = Family(_fused("c_attn", CONCATENATED), "num_heads", "kv_heads", {"d": "head_dim"})
 _TIMM = Family(_fused("qkv", CONCATENATED), **_OWN_HEADS, gains=per_dim("q_norm", "k_norm"))
 _OURS = Family(_QKV, "num_attention_heads", "num_key_value_heads", {"d": "head_dim"}, per_dim("q_norm", "k_norm"))
 _LITGPT: dict[str, Any] = {
@@ -133,6 +132,11 @@ def _gpt2(module: Any) -> AttentionSpec:
     if module.is_cross_attention:
         projections = (Projection("q_attn", "q(H d)", 1), Projection("c_attn", "[k(G d) | *(G d)]", 1))
     return AttentionSpec(projections, module.num_heads, sizes={"d": module.head_dim})
+
+
+def _gpt_bigcode(module: Any) -> AttentionSpec:
+    layout = CONCATENATED if module.multi_query else INTERLEAVED
+    return AttentionSpec(_fused("c_attn", layout), module.num_heads, module.kv_heads, {"d": module.head_dim})
 
 
 def _falcon(module: Any) -> AttentionSpec:
@@ -195,7 +199,7 @@ FAMILIES: dict[str, SpecFn] = {
         gemma3__Gemma3Attention=_GEMMA3,
         phi3__Phi3Attention=_PHI3,
         gpt2__GPT2Attention=_gpt2,
-        gpt_bigcode__GPTBigCodeAttention=_GPT_BIGCODE,
+        gpt_bigcode__GPTBigCodeAttention=_gpt_bigcode,
         gptj__GPTJAttention=Family(_QKV, "num_attention_heads", sizes={"d": "head_dim"}),
         gpt_neo__GPTNeoSelfAttention=_OPT,
         gpt_neox__GPTNeoXAttention=_NEOX,

@@ -76,6 +76,11 @@ def _litgpt(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = 
     return Logits(q, k, scale, mask, is_causal=mask is None)
 
 
+def _with_past(module: Any, key: Tensor, cache: Any) -> Tensor:
+    """Keys behind those of a cache of Hugging Face, into which the forward has put them already."""
+    return key if cache is None else cache.layers[module.layer_idx].keys
+
+
 def _bloom(
     module: Any,
     projected: Tensor,
@@ -83,11 +88,12 @@ def _bloom(
     residual: Tensor,
     alibi: Tensor,
     attention_mask: Tensor | None = None,
+    layer_past: Any = None,
     *_: Any,
     **__: Any,
 ) -> Logits:
     query, key, _value = projected.unflatten(-1, (module.num_heads, 3, module.head_dim)).transpose(1, 2).unbind(3)
-    return Logits(query, key, module.inv_norm_factor, attention_mask)
+    return Logits(query, _with_past(module, key, layer_past), module.inv_norm_factor, attention_mask)
 
 
 def _mpt(
@@ -102,6 +108,7 @@ def _mpt(
     if module.clip_qkv:
         projected = projected.clamp(-module.clip_qkv, module.clip_qkv)
     query, key, _value = projected.unflatten(-1, (3, module.n_heads, module.head_dim)).transpose(1, 3).unbind(2)
+    key = _with_past(module, key, past_key_values)
     return Logits(query, key, module.softmax_scale, None if attention_mask is None else ~attention_mask)
 
 
@@ -111,6 +118,8 @@ def _falcon(
     hidden_states: Tensor,
     alibi: Tensor | None = None,
     attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    layer_past: Any = None,
     *_: Any,
     position_embeddings: tuple[Tensor, Tensor] | None = None,
     **__: Any,
@@ -119,7 +128,7 @@ def _falcon(
     if alibi is None and position_embeddings is not None:
         rotate = inspect.unwrap(type(module).forward).__globals__["apply_rotary_pos_emb"]
         query, key = rotate(query, key, *position_embeddings)
-    return Logits(query, key, module.inv_norm_factor, attention_mask)
+    return Logits(query, _with_past(module, key, layer_past), module.inv_norm_factor, attention_mask)
 
 
 def _timm(

@@ -20,11 +20,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-RESHAPES = (
-    "view _unsafe_view reshape expand transpose permute unsqueeze squeeze slice select alias detach clone _to_copy".split()
-)
-FACTORS = "mul div".split()
-UNSEEN = "add sub where masked_fill tanh maximum clamp relu".split()
+RESHAPES = ("view", "_unsafe_view", "reshape")
+VIEWS = ("expand", "transpose", "permute", "unsqueeze", "squeeze", "slice", "select")
+FACTORS = ("mul", "div")
+PASSED = ("alias", "detach", "clone", "_to_copy", "add", "where", "masked_fill", "tanh", "maximum")
 
 
 class Logits(TorchDispatchMode):
@@ -67,17 +66,21 @@ class Logits(TorchDispatchMode):
         product = self.product(of[0])
         assert product is not None
         if name in RESHAPES:
-            return func(product, *args[1:], **{k: v for k, v in kwargs.items() if k not in ("dtype", "memory_format")})
+            return product.reshape(args[1])
+        if name in VIEWS:
+            return func(product, *args[1:], **kwargs)
         if name in FACTORS and of[0] is args[0]:
             factor = args[1]
             if isinstance(factor, Tensor) and factor.numel() > 1:
                 return None
             return product * factor if name == "mul" else product / factor
-        return product if name in UNSEEN else None
+        return product if name in PASSED else None
 
 
 @torch.no_grad()
-def brute_force(model: nn.Module, attention: Iterable[str], heads: int, inputs: Any) -> list[Tensor]:
+def brute_force(
+    model: nn.Module, attention: Iterable[str], heads: int, inputs: Any, queries: Tensor | None = None
+) -> list[Tensor]:
     """Largest visible logit of every head of some modules of a model, float64.
 
     Args:
@@ -85,6 +88,7 @@ def brute_force(model: nn.Module, attention: Iterable[str], heads: int, inputs: 
         attention: The names of the modules, in order.
         heads: Number of heads of each.
         inputs: What the model is given: positional arguments and arguments by name.
+        queries: Which queries count, shape (batch, length); ``None`` is all.
     """
     model = copy.deepcopy(model).double()
     maxima: dict[str, Tensor] = {name: torch.full((heads,), -torch.inf, dtype=torch.float64) for name in attention}
@@ -95,6 +99,8 @@ def brute_force(model: nn.Module, attention: Iterable[str], heads: int, inputs: 
         if logits.ndim == 3:  # heads and batch in one dimension, the batch outermost
             logits, visible = (x.unflatten(0, (-1, heads)) for x in (logits, visible))
         assert logits.ndim == 4 and logits.shape[1] == heads
+        if queries is not None:
+            visible = visible & queries[:, None, :, None]
         own = logits.masked_fill(~visible, -torch.inf).amax((0, 2, 3))
         maxima[inside[-1]] = maxima[inside[-1]].maximum(own)
 

@@ -1,0 +1,1 @@
+"""What needs timm and torchvision."""
