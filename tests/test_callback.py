@@ -428,18 +428,26 @@ class TestRefusals:
             MuonClipCallback(alpha=alpha)
 
     def test_unknown_attention(self) -> None:
+        class StrangeAttention(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.qkv = nn.Linear(16, 48)
+
+            def forward(self, x: Any) -> Any:
+                query, key, value = self.qkv(x).chunk(3, -1)
+                return nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+
         class Odd(nn.Module):
             def __init__(self) -> None:
                 super().__init__()
                 self.embed = nn.Embedding(17, 16)
-                self.attn = nn.MultiheadAttention(16, 2, batch_first=True)
+                self.attn = StrangeAttention()
                 self.head = nn.Linear(16, 17)
 
             def forward(self, tokens: Any) -> Any:
-                x = self.embed(tokens)
-                return self.head(self.attn(x, x, x, need_weights=False)[0])
+                return self.head(self.attn(self.embed(tokens)))
 
-        with pytest.raises(ValueError, match=r"attn.*MultiheadAttention[\s\S]*specs="):
+        with pytest.raises(ValueError, match=r"'model.attn' \(StrangeAttention\)[\s\S]*specs="):
             self.fit(lit=LitTiny(Odd(), OPTIMIZERS["adamw"]))
 
     def test_qk_norm(self) -> None:

@@ -156,11 +156,17 @@ def test_attention_that_is_to_be_left_alone_is_told_by_an_attribute() -> None:
     class Unknown(Lit):
         attention_specs = {"strange": None}  # noqa: RUF012
 
+    class StrangeAttention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(48, 16))
+
     module = Unknown()
-    module.strange = nn.MultiheadAttention(16, 4)
+    module.strange = StrangeAttention()
     assert module.max_logits_layers == ["attention"]
+    module.stop_observing()
     plain = Lit()
-    plain.strange = nn.MultiheadAttention(16, 4)
+    plain.strange = StrangeAttention()
     with pytest.raises(ValueError, match="cannot read the attention 'strange'"):
         plain.observe()
 

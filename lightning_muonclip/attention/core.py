@@ -44,8 +44,9 @@ def attention(
     width = value.shape[-1]
     if width < key.shape[-1]:
         value = F.pad(value, (0, key.shape[-1] - width))
-    if track == "lse" and tells_log_sum_exp(query, value, dense, 0.0):
-        output, bounds = attention_log_sum_exp(query, key, value, dense, is_causal, scale)
+    if track == "lse" and tells_log_sum_exp(query, key, value, dense, 0.0):
+        real = mask.real_pairs(dense)
+        output, bounds = attention_log_sum_exp(query, key, value, dense, is_causal, scale, counted=real)
         return output[..., :width], bounds
     maxima = None
     if track is not None:

@@ -195,7 +195,7 @@ class QKClip:
 
     @torch.no_grad()
     def verify(self, *args: Any, **kwargs: Any) -> Verification:
-        """Proves every spec: halving one head's queries or keys has to halve its largest logit and no other.
+        """Proves every spec: halving one head's queries or keys has to halve those, its largest logit, and no other.
 
         Runs the model once on the inputs, then the attention modules alone, on copies with random weights added: nothing
         is changed, and nothing recorded. It takes two forwards of an attention module for every head.
@@ -215,8 +215,8 @@ class QKClip:
             >>> from lightning_muonclip import Attention
             >>> with QKClip(Attention(hidden_size=8, num_attention_heads=2)) as qk_clip:
             ...     print(qk_clip.verify(torch.randn(1, 5, 8)))
-            layer     heads  verified           worst error
-            (model)   2      q and k, per head  0.0e+00
+            layer    heads  verified           worst error
+            (model)  2      q and k, per head  0.0e+00
         """
         with Capture(self.observer) as capture:
             capture.run(self.model, *args, **kwargs)
@@ -224,7 +224,8 @@ class QKClip:
 
     def verify_inputs(self, capture: Capture) -> Verification:
         """:meth:`verify` on what the attention modules were given in a forward that was captured."""
-        return verify_attention(self.observer.attention, capture.inputs, self._qk_norm, self._lora)
+        scales = self._plan is not None
+        return verify_attention(self.observer.attention, capture.inputs, self._qk_norm, self._lora, scales=scales)
 
     def summary(self) -> str:
         """A table of the layers: class, heads, layout, where their logits come from, and which sides are scaled."""

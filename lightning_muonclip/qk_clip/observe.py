@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lightning_muonclip.attention.tracking import Tracked
 from lightning_muonclip.kernels.max_logits import max_logits
 from lightning_muonclip.qk_clip.ledger import Ledger
-from lightning_muonclip.qk_clip.recompute import Recomputation, find_recomputation
+from lightning_muonclip.qk_clip.recompute import Recomputation, find_recomputation, is_heard_by_hooks_alone
 from lightning_muonclip.qk_clip.registry import AttentionModules
 from lightning_muonclip.qk_clip.taps import Bindings, inside
 
@@ -117,12 +117,18 @@ class Observer:
         for name, (module, _) in self.attention.items():
             if module in _observed:
                 raise ValueError(f"attention {name!r} is observed already; close() the other QKClip first")
-        for recorder, (module, _) in zip(self.recorders, self.attention.values()):
-            _observed.add(module)
-            if isinstance(module, Tracked):
-                module.recorder = recorder
-            else:
-                self._watch(module, recorder)
+        try:
+            for recorder, (module, _) in zip(self.recorders, self.attention.values()):
+                _observed.add(module)
+                if isinstance(module, Tracked):
+                    module.recorder = recorder
+                else:
+                    self._watch(module, recorder)
+        except BaseException:
+            self.close()
+            raise
+        if any(is_heard_by_hooks_alone(module) for module, _ in self.attention.values()):
+            torch.compiler.reset()  # code that is compiled already would not call hooks that were not there
 
     def _watch(self, module: nn.Module, recorder: Recorder) -> None:
         recomputation = find_recomputation(module)
@@ -148,6 +154,8 @@ class _Enter:
         recorder = self.recorder if module.training and self.observer is not None and self.observer.active else None
         if recorder is not None:
             recorder.reported = False
+            if recorder in inside:  # the forward before was interrupted, which calls no hook
+                del inside[inside.index(recorder) :]
         inside.append(recorder)
 
 
@@ -167,7 +175,7 @@ class _Leave:
         self.recomputation = recomputation
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        recorder = inside.pop()
+        recorder = inside.pop() if inside else None  # empty if another hook broke off before the module was entered
         if recorder is None:
             return
         projected, recorder.projected = recorder.projected, None

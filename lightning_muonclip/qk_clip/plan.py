@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
-from lightning_muonclip.qk_clip.layout import KEY_KINDS, KINDS, NO_HEAD, QUERY_KINDS
+from lightning_muonclip.qk_clip.layout import KEY_KINDS, KINDS, NO_HEAD, QUERY_KINDS, layout_kinds
 from lightning_muonclip.qk_clip.registry import AttentionModules
 from lightning_muonclip.qk_clip.rule import key_factors
 from lightning_muonclip.qk_clip.spec import AttentionSpec
-from lightning_muonclip.qk_clip.weights import Weight, is_adapted, weights_of
+from lightning_muonclip.qk_clip.weights import UnscalableError, Weight, is_adapted, weights_of
 
 QK_NORM_CHOICES = ("error", "monitor", "gain")
 
@@ -47,29 +48,28 @@ class ClipPlan:
         self.sides: list[str] = []
         self._weights: list[tuple[nn.Module, Weight]] = []
         indices: list[Tensor] = []
-        rules: dict[tuple[int, int, float, str], list[int]] = defaultdict(list)
+        rules: dict[_Rule, list[int]] = defaultdict(list)
         ties = _Ties(layers)
         for row, (name, (module, spec)) in enumerate(attention.items()):
             weights, watched = clipped_weights(name, module, spec, qk_norm, lora)
+            own, is_tied = _own_params(module, name, weights)
             trained = _trained_sides(weights)
-            rotated = any(weight.has_kind(("qr",)) for weight in weights)  # beside a shared key that no factor reaches
-            if not watched and (not trained or (rotated and "q" not in trained)):
+            # A weight that makes both is scaled as both; a rotated query is beside a shared key that no factor reaches.
+            is_rotated = any(weight.has_kind(("qr",)) for weight in weights)
+            needed = {"q", "k"} if is_tied else {"q"} if is_rotated else set()
+            if not watched and (not trained or not needed <= set(trained)):
                 watched = "not trained"
             self.sides.append(f"watched ({watched})" if watched else " and ".join(trained))
             if watched:
                 continue
-            rule = {"q": (1.0, "query"), "k": (0.0, "group")}.get(self.sides[-1], (alpha, shared_keys))
-            for weight in (weight for weight in weights if any(weight.has_kind(_SIDES[side]) for side in trained)):
-                param = module.get_parameter(weight.path)
-                index = _factor_index(weight, layers, row, heads)
-                if param not in ties.owners:
-                    ties.owners[param] = (row, name, weight, rule)
+            rule = _Rule(spec.num_heads, spec.sizes["G"], *_share(weights, trained, is_tied, alpha, shared_keys))
+            rules[rule].append(row)
+            for param, weight in own.items():
+                if not any(weight.has_kind(_SIDES[side]) for side in trained):
+                    continue
+                if ties.is_first(param, _Use(row, name, weight, rule)):
                     self._weights.append((module, weight))
-                    indices.append(index)
-                elif ties.join(param, row, name, weight, rule):
-                    rule = (0.5, shared_keys)  # one weight makes queries and keys: it enters a logit twice
-            alpha_here, policy = rule
-            rules[spec.num_heads, spec.sizes["G"], alpha_here, policy].append(row)
+                    indices.append(_factor_index(weight, layers, row, heads))
         self._index = torch.cat(indices) if indices else torch.empty(0, dtype=torch.int64)
         self._lengths = [len(index) for index in indices]
         self._rules = {rule: torch.tensor(rows) for rule, rows in rules.items()}
@@ -115,11 +115,11 @@ class ClipPlan:
         table = torch.ones(5, *gamma.shape, dtype=gamma.dtype, device=gamma.device)
         table[_WHOLE] = gamma
         smallest = gamma.amin(-1, keepdim=True)
-        for (heads, groups, alpha, shared_keys), rows in self._rules.items():
-            query, key = key_factors(gamma[rows, :heads], alpha, groups, shared_keys)
-            table[_QUERY, rows, :heads], table[_KEY, rows, :groups] = query, key
-            table[_SHARED_QUERY, rows] = smallest[rows] ** alpha
-            table[_SHARED_KEY, rows] = smallest[rows] ** (1 - alpha)
+        for rule, rows in self._rules.items():
+            query, key = key_factors(gamma[rows, : rule.heads], rule.alpha, rule.groups, rule.shared_keys)
+            table[_QUERY, rows, : rule.heads], table[_KEY, rows, : rule.groups] = query, key
+            table[_SHARED_QUERY, rows] = smallest[rows] ** rule.alpha
+            table[_SHARED_KEY, rows] = smallest[rows] ** (1 - rule.alpha)
         return table
 
 
@@ -129,24 +129,28 @@ def clipped_weights(
     """What a clip of one layer would scale, and if it is only watched the reason.
 
     Raises:
-        ValueError: If the layer normalises queries or keys and that is not allowed for, or a weight cannot be scaled.
+        UnscalableError: If the layer normalises queries or keys and that is not allowed for, or a weight cannot be scaled.
+        ValueError: If its spec does not fit its weights.
     """
     if spec.qk_norm and qk_norm == "error":
-        raise ValueError(
+        raise UnscalableError(
+            "QK-norm",
             f"attention {name!r} normalises queries or keys after the projection (QK-norm): a clip would shrink its"
             " weights and leave its logits as they are; pass qk_norm='monitor' to only watch it, or qk_norm='gain' to scale"
-            " the gains of the norms"
+            " the gains of the norms",
         )
     if spec.qk_norm and qk_norm == "monitor":
         return [], "QK-norm"
     if spec.qk_norm:
         if not spec.gains:
-            raise ValueError(
+            raise UnscalableError(
+                "QK-norm without a gain",
                 f"attention {name!r} normalises queries or keys, and its spec names no gains for qk_norm='gain' to scale;"
-                " name them (AttentionSpec(gains=...)), or pass qk_norm='monitor'"
+                " name them (AttentionSpec(gains=...)), or pass qk_norm='monitor'",
             )
         return weights_of(module, name, spec.gains, spec, shared=True), ""
-    if lora == "monitor" and any(is_adapted(module, projection) for projection in spec.projections):
+    makes_logits = [projection for projection in spec.projections if layout_kinds(projection.layout) != {"*"}]
+    if lora == "monitor" and any(is_adapted(module, projection) for projection in makes_logits):
         return [], "adapted by LoRA"
     return weights_of(module, name, spec.projections, spec), ""
 
@@ -175,27 +179,88 @@ def _factor_index(weight: Weight, layers: int, row: int, heads: int) -> Tensor:
     return index.masked_fill(channels.of_kind(("*",)), 0)
 
 
+def _own_params(module: nn.Module, name: str, weights: list[Weight]) -> tuple[dict[Tensor, Weight], bool]:
+    """Every parameter once, and whether one of them makes queries and keys.
+
+    Raises:
+        ValueError: If one does, but not of the same heads.
+    """
+    own: dict[Tensor, Weight] = {}
+    is_tied = False
+    for weight in weights:
+        first = own.setdefault(module.get_parameter(weight.path), weight)
+        if not _same_heads(first, weight):
+            raise ValueError(
+                f"attention {name!r} has one weight as {first.path} and {weight.path}, but with different heads, so no one"
+                f" factor fits both; leave it alone with specs={{{name!r}: None}}"
+            )
+        is_tied |= not torch.equal(first.channels.kinds, weight.channels.kinds)
+    return own, is_tied
+
+
+def _same_heads(a: Weight, b: Weight) -> bool:
+    return a.dim == b.dim and torch.equal(a.channels.heads, b.channels.heads)
+
+
+def _share(
+    weights: list[Weight], trained: list[str], is_tied: bool, alpha: float, shared_keys: str
+) -> tuple[float, str]:
+    """The queries' share of gamma in one layer, and its policy for shared keys."""
+    if trained == ["q"]:
+        return 1.0, "query"
+    if trained == ["k"]:
+        return 0.0, "group"
+    if is_tied:
+        return 0.5, shared_keys  # it enters a logit twice
+    has_own_heads = {bool((w.channels.heads[~w.channels.of_kind(("*",))] != NO_HEAD).any()) for w in weights}
+    if len(has_own_heads) > 1:
+        return alpha, "group"  # gains of every head against gains of all: the smallest gamma has to reach both
+    return alpha, shared_keys
+
+
+class _Rule(NamedTuple):
+    """Arguments of :func:`~lightning_muonclip.qk_clip.rule.key_factors`, in which layers may be alike."""
+
+    heads: int
+    groups: int
+    alpha: float
+    shared_keys: str
+
+
+class _Use(NamedTuple):
+    """One layer's use of a weight."""
+
+    row: int
+    name: str
+    weight: Weight
+    rule: _Rule
+
+
 class _Ties:
     """Weights that several layers share: their heads are clipped alike, by the largest logit of all uses, once."""
 
     def __init__(self, layers: int) -> None:
-        self.owners: dict[Tensor, tuple[int, str, Weight, tuple[float, str]]] = {}
         self.joined: list[tuple[int, int]] = []
+        self._first: dict[Tensor, _Use] = {}
         self._layers = layers
 
-    def join(self, param: Tensor, row: int, name: str, weight: Weight, rule: tuple[float, str]) -> bool:
-        """Notes one more use of a weight; tells whether it is queries and keys of the same layer."""
-        first_row, first_name, first, first_rule = self.owners[param]
-        same_heads = torch.equal(first.channels.heads, weight.channels.heads) and first.dim == weight.dim
-        same_kinds = torch.equal(first.channels.kinds, weight.channels.kinds)
-        if first_row == row and same_heads and not same_kinds:
+    def is_first(self, param: Tensor, use: _Use) -> bool:
+        """Notes the use of a weight; tells whether it is the first.
+
+        Raises:
+            ValueError: If no factor fits this use and the first.
+        """
+        first = self._first.setdefault(param, use)
+        if first is use:
             return True
-        if not same_heads or not same_kinds or first_rule != rule:
+        same_kinds = torch.equal(first.weight.channels.kinds, use.weight.channels.kinds)
+        if not _same_heads(first.weight, use.weight) or not same_kinds or first.rule != use.rule:
             raise ValueError(
-                f"attention {name!r} and {first_name!r} share {weight.path}, but use it as different heads or with different"
-                f" weights trained, so no one factor fits both; leave one alone with specs={{{name!r}: None}}"
+                f"attention {use.name!r} and {first.name!r} share {use.weight.path}, but use it as different heads or with"
+                " different weights trained, so no one factor fits both; leave one alone with"
+                f" specs={{{use.name!r}: None}}"
             )
-        self.joined.append((first_row, row))
+        self.joined.append((first.row, use.row))
         return False
 
     def rows(self) -> Tensor:

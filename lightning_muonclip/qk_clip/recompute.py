@@ -7,12 +7,15 @@ keys are made again from the output of their fused projection. Nothing here has 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from lightning_muonclip.kernels.max_logits import HIDDEN
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,11 @@ class Recomputation:
 def find_recomputation(module: nn.Module) -> Recomputation | None:
     """The row of a module's class, if there is one."""
     return next((PROJECTIONS[name] for name in qualified_names(type(module)) if name in PROJECTIONS), None)
+
+
+def is_heard_by_hooks_alone(module: nn.Module) -> bool:
+    """Whether no function that the module calls, and torch.compile guards, is rebound to hear it."""
+    return any(name in METHODS or name in PROJECTIONS for name in qualified_names(type(module)))
 
 
 def qualified_names(cls: type) -> Iterator[str]:
@@ -136,6 +144,38 @@ def _timm(
 ) -> Logits:
     query, key, _value = projected.unflatten(-1, (3, module.num_heads, module.head_dim)).transpose(1, 3).unbind(2)
     return Logits(module.q_norm(query), module.k_norm(key), module.scale, attn_mask, is_causal)
+
+
+def multi_head(asked: Mapping[str, Any]) -> Logits:
+    """The logits of torch's ``multi_head_attention_forward``, from its arguments by name."""
+    query, key, heads = asked["query"], asked["key"], asked["num_heads"]
+    padding, mask = asked.get("key_padding_mask"), asked.get("attn_mask")
+    if query.ndim == 2:
+        query, key, padding = query[:, None], key[:, None], None if padding is None else padding[None]
+    if asked.get("use_separate_proj_weight"):
+        query_weight, key_weight = asked["q_proj_weight"], asked["k_proj_weight"]
+    else:
+        query_weight, key_weight, _ = asked["in_proj_weight"].chunk(3)
+    bias = asked["in_proj_bias"]
+    query_bias, key_bias, _ = (None, None, None) if bias is None else bias.chunk(3)
+    query, key = F.linear(query, query_weight, query_bias), F.linear(key, key_weight, key_bias)
+    if asked["bias_k"] is not None:
+        key = torch.cat([key, asked["bias_k"].expand(1, key.shape[1], -1)])
+    query, key = (x.unflatten(-1, (heads, -1)).permute(1, 2, 0, 3) for x in (query, key))
+    if asked.get("static_k") is not None:
+        key = asked["static_k"].unflatten(0, (-1, heads))
+    if asked["add_zero_attn"]:
+        key = F.pad(key, (0, 0, 0, 1))
+    masks = [] if padding is None else [padding[:, None, None, :]]
+    if mask is not None:
+        masks.append(mask.unflatten(0, (-1, heads)) if mask.ndim == 3 else mask)
+    visible: Tensor | None = None
+    for mask in masks:
+        shown = ~mask if mask.dtype is torch.bool else mask > HIDDEN
+        visible = shown if visible is None else visible & shown
+    if visible is not None:  # what was added behind the keys is always seen
+        visible = F.pad(visible, (0, key.shape[-2] - visible.shape[-1]), value=True)
+    return Logits(query, key, query.shape[-1] ** -0.5, visible)
 
 
 METHODS: dict[str, Method] = {

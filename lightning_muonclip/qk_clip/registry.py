@@ -136,8 +136,8 @@ def _separate_spec(module: nn.Module, query: str, key: str, value: str) -> Atten
 
 def _weight_rows(module: nn.Module, name: str) -> int:
     """Output channels of a plain linear submodule of that name, an adapter around it aside; 0 if there is none."""
-    # Not getattr: a compiled module passes on its original's attributes.
-    child = dict(module.named_children()).get(name)
+    # Not getattr: a compiled module passes on its original's attributes. Not named_children: it leaves out a second name.
+    child = module._modules.get(name)
     child = getattr(child, "base_layer", child)
     return child.out_features if isinstance(child, nn.Linear) else 0
 

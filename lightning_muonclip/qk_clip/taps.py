@@ -10,16 +10,17 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._guards import detect_fake_mode
 
 from lightning_muonclip.kernels.log_sum_exp import attention_log_sum_exp, tells_log_sum_exp
 from lightning_muonclip.kernels.max_logits import max_logits
-from lightning_muonclip.qk_clip.recompute import METHODS, Logits, qualified_names
+from lightning_muonclip.qk_clip.recompute import METHODS, Logits, multi_head, qualified_names
 
 
 class Listener(Protocol):
@@ -36,6 +37,8 @@ class Listener(Protocol):
 inside: list[Any] = []
 
 Tap = Callable[[Any], Any]
+
+_MULTI_HEAD_ARGUMENTS = tuple(inspect.signature(F.multi_head_attention_forward).parameters)
 
 
 class Bindings:
@@ -115,9 +118,15 @@ def _places(module: nn.Module) -> Iterator[tuple[Any, str, Tap]]:
         if name in METHODS:
             owner = next(base for base in cls.__mro__ if METHODS[name].method in vars(base))
             yield owner, METHODS[name].method, functools.partial(_tap_method, METHODS[name].logits)
-    scope = inspect.unwrap(cls.forward).__globals__
-    yield from _hugging_face_places(scope)
-    yield from _imported_places(scope)
+    for scope in _scopes(cls):
+        yield from _hugging_face_places(scope)
+        yield from _imported_places(scope)
+
+
+def _scopes(cls: type) -> Iterable[dict[str, Any]]:
+    """The globals of every file in which a method of the class or its bases is written, each once."""
+    methods = (inspect.unwrap(x) for base in cls.__mro__ for x in vars(base).values() if inspect.isfunction(x))
+    return {id(x.__globals__): x.__globals__ for x in methods if inspect.isfunction(x)}.values()
 
 
 def _hugging_face_places(scope: dict[str, Any]) -> Iterator[tuple[Any, str, Tap]]:
@@ -146,7 +155,9 @@ def _imported_places(scope: dict[str, Any]) -> Iterator[tuple[Any, str, Tap]]:
 
 
 def _listener() -> Listener | None:
-    return inside[-1] if inside else None
+    if not inside or (not torch.compiler.is_dynamo_compiling() and detect_fake_mode() is not None):
+        return None  # tensors without values: torch.compile looks at a function that it does not trace
+    return inside[-1]
 
 
 def _measure(listener: Listener, source: str, query: Tensor, key: Tensor, scale: float | None, **visible: Any) -> None:
@@ -165,8 +176,10 @@ def _unheard(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def _tap_sdpa(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def scaled_dot_product_attention(
+    is_torchs = inspect.isbuiltin(original)  # else another library's, which is not to be replaced by a kernel of torch
+
+    def listen(
+        listener: Listener,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -175,16 +188,21 @@ def _tap_sdpa(original: Callable[..., Any]) -> Callable[..., Any]:
         is_causal: bool = False,
         scale: float | None = None,
         enable_gqa: bool = False,
-    ) -> Tensor:
-        listener = _listener()
-        if listener is not None and listener.logits == "lse" and tells_log_sum_exp(query, value, attn_mask, dropout_p):
+    ) -> Tensor | None:
+        bounded = listener.logits == "lse" and is_torchs and not (is_causal and attn_mask is not None)
+        if bounded and tells_log_sum_exp(query, key, value, attn_mask, dropout_p):
             factor = query.shape[-1] ** -0.5 if scale is None else scale
             output, bound = attention_log_sum_exp(query, key, value, attn_mask, is_causal, factor)
             listener.record(bound, "log-sum-exp of scaled_dot_product_attention")
             return output
-        if listener is not None:
-            _measure(listener, "scaled_dot_product_attention", query, key, scale, mask=attn_mask, is_causal=is_causal)
-        return original(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        _measure(listener, "scaled_dot_product_attention", query, key, scale, mask=attn_mask, is_causal=is_causal)
+        return None
+
+    @functools.wraps(original)
+    def scaled_dot_product_attention(*args: Any, **kwargs: Any) -> Tensor:
+        listener = _listener()
+        output = None if listener is None else listen(listener, *args, **kwargs)
+        return original(*args, **kwargs) if output is None else output
 
     return scaled_dot_product_attention
 
@@ -192,31 +210,39 @@ def _tap_sdpa(original: Callable[..., Any]) -> Callable[..., Any]:
 def _tap_multi_head(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def multi_head_attention_forward(*args: Any, **kwargs: Any) -> Any:
-        if _listener() is not None and kwargs.get("need_weights", True):
-            # Asked for its weights it multiplies by itself; asked for none it calls the function above.
-            with torch.no_grad():
-                original(*args, **{**kwargs, "need_weights": False, "training": False})
-        return original(*args, **kwargs)
+        listener = _listener()
+        asked = {**dict(zip(_MULTI_HEAD_ARGUMENTS, args)), **kwargs}
+        # Asked for its weights it multiplies by itself, and to torch.compile it is opaque; else it calls the function above.
+        if listener is None or not (asked.get("need_weights", True) or torch.compiler.is_compiling()):
+            return original(*args, **kwargs)
+        with torch.no_grad():
+            logits = multi_head(asked)
+            _measure(listener, "multi_head_attention_forward", logits.query, logits.key, logits.scale, mask=logits.mask)
+        return _unheard(original, *args, **kwargs)
 
     return multi_head_attention_forward
 
 
 def _tap_flex(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def flex_attention(
+    def listen(
+        listener: Listener,
         query: Tensor,
         key: Tensor,
         value: Tensor,
         score_mod: Any = None,
         block_mask: Any = None,
         scale: float | None = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
+        *_: Any,
+        **__: Any,
+    ) -> None:
+        _measure(listener, "flex_attention", query, key, scale, mask=_dense(block_mask, query, key))
+
+    @functools.wraps(original)
+    def flex_attention(*args: Any, **kwargs: Any) -> Any:
         listener = _listener()
         if listener is not None:
-            _measure(listener, "flex_attention", query, key, scale, mask=_dense(block_mask, query, key))
-        return original(query, key, value, score_mod, block_mask, scale, *args, **kwargs)
+            listen(listener, *args, **kwargs)
+        return original(*args, **kwargs)
 
     return flex_attention
 
@@ -266,7 +292,14 @@ def _through_interface(
     return _unheard(original, module, query, key, value, attention_mask, **kwargs)
 
 
-class _Interface:
+def _through_torch(original: Callable[..., Any], module: nn.Module, query: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Torch's function knows its mask better, but a single query it may be given as several of fewer heads."""
+    if query.shape[-2] > 1:
+        return original(module, query, *args, **kwargs)
+    return _through_interface(original, module, query, *args, **kwargs)
+
+
+class _Interface(MutableMapping[str, Callable[..., Any]]):
     """Stands before Hugging Face's table of attention functions and lends it our ears."""
 
     def __init__(self, original: Any) -> None:
@@ -279,15 +312,26 @@ class _Interface:
     def __getitem__(self, name: str) -> Callable[..., Any]:
         return self._observed(name, self._original[name])
 
-    def __contains__(self, name: str) -> bool:
+    def __setitem__(self, name: str, function: Callable[..., Any]) -> None:
+        self._original[name] = function
+
+    def __delitem__(self, name: str) -> None:
+        del self._original[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._original)
+
+    def __len__(self) -> int:
+        return len(self._original)
+
+    def __contains__(self, name: object) -> bool:
         return name in self._original
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._original, name)
 
     def _observed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        # "sdpa" ends in torch's function, which knows its mask better.
-        return function if name == "sdpa" else functools.partial(_through_interface, function)
+        return functools.partial(_through_torch if name == "sdpa" else _through_interface, function)
 
 
 def _visible(module: nn.Module, query: Tensor, key: Tensor, mask: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -312,5 +356,9 @@ def _dense(block_mask: Any, query: Tensor, key: Tensor) -> Tensor | None:
         return block_mask
     from torch.nn.attention.flex_attention import create_mask
 
-    batch, heads = block_mask.shape[:2]
-    return create_mask(block_mask.mask_mod, batch, heads, query.shape[-2], key.shape[-2], str(query.device))
+    (batch, heads), (queries, keys) = block_mask.shape[:2], (query.shape[-2], key.shape[-2])
+    rows, columns = block_mask.BLOCK_SIZE
+    # Hidden is what the function hides, and every block that is not listed.
+    listed = block_mask.to_dense().bool().repeat_interleave(rows, -2).repeat_interleave(columns, -1)
+    visible = create_mask(block_mask.mask_mod, batch, heads, queries, keys, str(query.device))
+    return visible & listed[..., :queries, :keys]

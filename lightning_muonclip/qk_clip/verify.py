@@ -4,53 +4,70 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_map
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_iter, tree_map
 
+from lightning_muonclip.attention import core
+from lightning_muonclip.kernels import max_logits as kernel
+from lightning_muonclip.qk_clip import observe, taps
 from lightning_muonclip.qk_clip.layout import KEY_KINDS, NO_HEAD, QUERY_KINDS
 from lightning_muonclip.qk_clip.observe import Observer
 from lightning_muonclip.qk_clip.plan import aligned, clipped_weights
 from lightning_muonclip.qk_clip.registry import AttentionModules
 from lightning_muonclip.qk_clip.spec import AttentionSpec
-from lightning_muonclip.qk_clip.weights import Weight
+from lightning_muonclip.qk_clip.weights import UnscalableError, Weight
 from lightning_muonclip.tables import table
 
 #: A factor of two is exact in floating point, so a right spec is off by rounding alone.
 TOLERANCE = 1e-4
 
-Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a module was given, and the dtype of autocast, if there was any."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    autocast: torch.dtype | None
+
+
+#: What leaves every logit as it is.
+_AGAINST = {**dict.fromkeys(("q", "qn"), 2.0), **dict.fromkeys(KEY_KINDS, 0.5)}
 
 
 @dataclass(frozen=True)
 class Check:
-    """One experiment on one layer.
+    """What one experiment on one layer should have done to every head, and what it did.
 
     Attributes:
-        side: ``"q"``, ``"k"``, or ``"qn against kn"``: what was scaled.
-        head: Whose channels; ``NO_HEAD`` for a gain that all heads share.
-        expected: Largest logits that a right spec gives, shape (heads,).
-        found: Those that were seen.
+        side: What was scaled: ``"q"``, ``"k"``, ``"q and k"`` where one weight makes both, ``"kn against qn"`` beside a
+            rotated key that all heads share, or ``"q against k"``.
+        head: Whose channels; ``NO_HEAD`` for those that all heads share, and for all heads.
+        what: What was looked at: ``"largest logit"``, or the norm of the ``"queries"``, ``"keys"`` or ``"output"``.
+        expected: What a right spec gives, shape (heads,); (1,) for the output.
+        found: What was seen.
+        errors: Largest deviation of an element, relative to the largest one; NaN where nothing was seen.
     """
 
     layer: str
     side: str
     head: int
+    what: str
     expected: Tensor
     found: Tensor
-
-    @property
-    def errors(self) -> Tensor:
-        """Deviation of every head, relative to the layer's largest logit; NaN where nothing was seen."""
-        return (self.found - self.expected).abs() / self.expected.abs().clamp_min(self.expected.abs().max() * 1e-3)
+    errors: Tensor
 
     @property
     def wrong_heads(self) -> list[int]:
-        """Heads whose logits are not as expected."""
+        """Heads that are not as expected."""
         return [head for head, error in enumerate(self.errors.tolist()) if not error <= TOLERANCE]
 
 
@@ -65,8 +82,9 @@ class Verification:
         rows = [("layer", "heads", "verified", "worst error")]
         for layer in dict.fromkeys(check.layer for check in self.checks):
             own = [check for check in self.checks if check.layer == layer]
-            sides = " and ".join(dict.fromkeys(check.side for check in own))
-            each = ", all heads together" if own[0].head == NO_HEAD else ", per head"
+            experiments = [check for check in own if check.what != "output"]
+            sides = " and ".join(dict.fromkeys(check.side for check in experiments))
+            each = ", all heads together" if all(check.head == NO_HEAD for check in experiments) else ", per head"
             worst = max(float(check.errors.max()) for check in own)
             rows.append((layer or "(model)", str(len(own[0].expected)), sides + each, f"{worst:.1e}"))
         rows += [(layer or "(model)", "", f"nothing: {reason}", "") for layer, reason in self.watched.items()]
@@ -81,7 +99,6 @@ class Capture:
 
     def __init__(self, observer: Observer) -> None:
         self.inputs: dict[str, Inputs] = {}
-        self._observer = observer
         self._handles = [
             module.register_forward_pre_hook(self._keep(name), with_kwargs=True)
             for name, (module, _) in observer.attention.items()
@@ -100,32 +117,40 @@ class Capture:
         self.close()
 
     def run(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
-        """A forward in training mode, unrecorded, after which the model's mode and buffers are as before."""
+        """An unrecorded forward, after which the model's modes and buffers are as before."""
         modes = {module: module.training for module in model.modules()}
-        buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-        active = self._observer.active
-        self._observer.pause(False)
+        buffers = [(m, name, b, b.clone()) for m in model.modules() for name, b in m.named_buffers(recurse=False)]
+        fastpath = torch.backends.mha.get_fastpath_enabled()
         try:
-            with torch.random.fork_rng():
-                model.train()  # in eval mode torch's TransformerEncoder passes by its attention modules
+            with _apart(model):
+                # In training a layer may be left out by chance; in evaluation torch's TransformerEncoder would pack what it
+                # gives to its layers. Not eval(), which some modules take for a reason to merge their weights.
+                torch.backends.mha.set_fastpath_enabled(False)
+                for module in modes:
+                    module.training = False
                 model(*args, **kwargs)
         finally:
-            self._observer.pause(active)
-            for buffer, before in buffers:
+            torch.backends.mha.set_fastpath_enabled(fastpath)
+            for module, name, buffer, before in buffers:
                 buffer.copy_(before)
+                module._buffers[name] = buffer
             for module, training in modes.items():
                 module.training = training
 
     def _keep(self, name: str) -> Any:
         def keep(module: nn.Module, args: Any, kwargs: Any) -> None:
             if name not in self.inputs:
-                self.inputs[name] = _fresh((args, kwargs))
+                device = _device(module).type
+                autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+                with _DetachedCopies():
+                    args, kwargs = tree_map(_detached, (args, kwargs))
+                self.inputs[name] = Inputs(args, kwargs, autocast)
 
         return keep
 
 
 def verify_attention(
-    attention: AttentionModules, inputs: Mapping[str, Inputs], qk_norm: str, lora: str
+    attention: AttentionModules, inputs: Mapping[str, Inputs], qk_norm: str, lora: str, *, scales: bool = True
 ) -> Verification:
     """Runs every experiment on a copy of every attention module.
 
@@ -134,6 +159,7 @@ def verify_attention(
         inputs: What each was given in a forward.
         qk_norm: As in :class:`~lightning_muonclip.QKClip`.
         lora: As there.
+        scales: Whether anything will be scaled; if not, what cannot be scaled is no error.
 
     Raises:
         ValueError: See :meth:`~lightning_muonclip.QKClip.verify`.
@@ -141,13 +167,18 @@ def verify_attention(
     checks: list[Check] = []
     watched: dict[str, str] = {}
     for name, (module, spec) in attention.items():
-        weights, reason = clipped_weights(name, module, spec, qk_norm, lora)
-        if reason:
-            watched[name] = reason
+        try:
+            weights, reason = clipped_weights(name, module, spec, qk_norm, lora)
+        except UnscalableError as error:
+            if scales:
+                raise
+            reason = error.reason
+        if reason or not weights:
+            watched[name] = reason or "no weight is named"
             continue
         if name not in inputs:
             raise ValueError(f"attention {name!r} was not used in this forward, so its spec cannot be verified")
-        if any(isinstance(param, DTensor) for param in module.parameters()):
+        if _is_sharded(module):
             raise ValueError(
                 f"attention {name!r} has weights that are sharded over devices; verify the model before it is sharded, on"
                 " one device"
@@ -157,6 +188,16 @@ def verify_attention(
     return Verification(checks, watched)
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """What one forward shows: the largest logit of every head, all its queries and keys, and the output."""
+
+    logits: Tensor
+    queries: Tensor
+    keys: Tensor
+    output: Tensor
+
+
 class _Laboratory:
     """A copy of one attention module whose parameters are all random, so that none is zero or like another."""
 
@@ -164,71 +205,220 @@ class _Laboratory:
         self.name = name
         self.spec = spec
         self.inputs = inputs
-        self.module = copy.deepcopy(module)
-        self.module.train()
-        for child in self.module.children():
-            child.eval()  # without dropout before the logits; that of the probabilities comes after them
-        with torch.random.fork_rng(), torch.no_grad():
-            torch.manual_seed(0)
+        # Hooks on the module itself have had their say: what they make of its inputs is what was captured.
+        no_hooks = {id(hooks): type(hooks)() for key, hooks in vars(module).items() if key.endswith("_hooks")}
+        with _DetachedCopies():
+            self.module = copy.deepcopy(module, no_hooks)
+        for child in self.module.modules():
+            child.training = child is self.module  # without dropout before the logits
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
             for param in self.module.parameters():
-                if param.is_floating_point():
-                    param.add_(torch.randn_like(param) * (0.1 if param.ndim < 2 else param.shape[-1] ** -0.5))
+                if param.is_floating_point() and param.itemsize > 1:
+                    noise = torch.randn(param.shape, generator=generator)
+                    param.copy_(1 + noise / 2 if param.ndim < 2 else noise * param[0].numel() ** -0.5)
 
     @torch.no_grad()
-    def checks(self, weights: list[Weight]) -> Iterator[Check]:
-        with torch.random.fork_rng():
-            base = self._max_logits()
-            heads = torch.arange(self.spec.num_heads)
-            group = self.spec.num_heads // self.spec.sizes["G"]
-            rotated = any(weight.has_kind(("qr",)) for weight in weights)
-            for side, kinds, size in (("q", QUERY_KINDS, 1), ("k", KEY_KINDS, group)):
-                own = torch.cat([w.channels.heads[w.channels.of_kind(kinds)] for w in weights])
-                for head in sorted(set(own.tolist())):
-                    # Beside a rotated key that all heads share, half a key is not half a logit: the query makes up for it.
-                    undone = QUERY_KINDS[:2] if rotated and side == "k" else ()
-                    found = self._with_factors(
-                        weights, head, {**dict.fromkeys(kinds, 0.5), **dict.fromkeys(undone, 2.0)}
-                    )
-                    touched = (heads // size == head) | (head == NO_HEAD)
-                    expected = base if undone else torch.where(touched.to(base.device), base / 2, base)
-                    yield Check(self.name, "kn against qn" if undone else side, head, expected.cpu(), found.cpu())
-
-    def _with_factors(self, weights: list[Weight], head: int, factors: Mapping[str, float]) -> Tensor:
-        """Largest logits while the channels of one head are scaled."""
-        params = [self.module.get_parameter(weight.path) for weight in weights]
-        before = [param.clone() for param in params]
-        for weight, param in zip(weights, params):
-            for kind, factor in factors.items():
-                chosen = weight.channels.of_kind((kind,)) & (weight.channels.heads == head)
-                scale = aligned(torch.where(chosen, factor, 1.0).to(param.device, param.dtype), param, weight.dim)
-                param.copy_((param + weight.offset) * scale - weight.offset)
-        found = self._max_logits()
-        for param, value in zip(params, before):
-            param.copy_(value)
-        return found
-
-    def _max_logits(self) -> Tensor:
-        observer = Observer({self.name: (self.module, self.spec)})
+    def checks(self, weights: list[Weight]) -> list[Check]:
+        """Every experiment."""
+        for param in (self._param(weight) for weight in weights if weight.offset):
+            param.copy_((16 * param).round() / 16)  # half of (w + offset) is exact in every dtype
+        self.observer = Observer({self.name: (self.module, self.spec)})
         try:
-            args, kwargs = _fresh(self.inputs)
-            self.module(*args, **kwargs)
-            return observer.ledger.values[0]
+            return list(self._experiments(weights))
         finally:
-            observer.close()
+            self.observer.close()
+
+    def _experiments(self, weights: list[Weight]) -> Iterator[Check]:
+        base = self._forward()
+        self._refuse_zeros(base)
+        self._refuse_other_groups(base)
+        if self._is_tied(weights):
+            yield from self._halved(weights, base, "q and k", (*QUERY_KINDS, *KEY_KINDS))
+            return
+        yield from self._halved(weights, base, "q", QUERY_KINDS)
+        if any(weight.has_kind(("qr",)) for weight in weights):
+            yield from self._halved_against(weights, base)
+        else:
+            yield from self._halved(weights, base, "k", KEY_KINDS)
+        if all(any(weight.has_kind(kinds) for weight in weights) for kinds in (QUERY_KINDS, KEY_KINDS)):
+            output = self._with_factors(weights, None, _AGAINST).output
+            yield from self._compared("q against k", NO_HEAD, "output", base.output, output)
+
+    def _is_tied(self, weights: list[Weight]) -> bool:
+        """Whether one weight makes queries and keys."""
+        makes: dict[Tensor, Tensor] = {}
+        kinds = [makes.setdefault(self._param(weight), weight.channels.kinds) for weight in weights]
+        return any(not torch.equal(first, weight.channels.kinds) for first, weight in zip(kinds, weights))
+
+    def _halved(self, weights: list[Weight], base: _Seen, side: str, kinds: tuple[str, ...]) -> Iterator[Check]:
+        """Half of a head's queries or keys is half of its logits, and nothing to any other head."""
+        heads = torch.arange(self.spec.num_heads, device=base.logits.device)
+        group = self.spec.num_heads // self.spec.sizes["G"]
+        for head in _heads(weights, kinds):
+            seen = self._with_factors(weights, head, dict.fromkeys(kinds, 0.5))
+            query, key = torch.ones_like(base.logits), torch.ones_like(base.logits)
+            if side != "k":
+                query[(heads == head) | (head == NO_HEAD)] = 0.5
+            if side != "q":
+                key[(heads // group == head) | (head == NO_HEAD)] = 0.5
+            yield from self._compared(side, head, "largest logit", base.logits * query * key, seen.logits)
+            yield from self._compared(side, head, "queries", base.queries * query[:, None], seen.queries)
+            yield from self._compared(side, head, "keys", base.keys * key[:, None], seen.keys)
+
+    def _halved_against(self, weights: list[Weight], base: _Seen) -> Iterator[Check]:
+        """Beside a rotated key that all heads share, half a key is not half a logit: the query makes up for it."""
+        is_shared = (base.keys == base.keys[:1]).all(0)
+        for head in _heads(weights, KEY_KINDS):
+            seen = self._with_factors(weights, head, _AGAINST)
+            keys, own = base.keys.clone(), base.keys[head]
+            keys[head] = torch.where(is_shared & (seen.keys[head] == own), own, own / 2)
+            yield from self._compared("kn against qn", head, "largest logit", base.logits, seen.logits)
+            yield from self._compared("kn against qn", head, "keys", keys, seen.keys)
+
+    def _compared(self, side: str, head: int, what: str, expected: Tensor, found: Tensor) -> Iterator[Check]:
+        if not expected.numel():  # a module that tells its maxima and nothing else
+            return
+        size, deviation = expected.abs(), (found - expected).abs()
+        if what != "largest logit":
+            size, deviation = size.amax(-1), deviation.amax(-1)
+            expected, found = expected.norm(dim=-1), found.norm(dim=-1)
+        errors = deviation / size.clamp_min(size.max() * 1e-3)
+        yield Check(self.name, side, head, what, expected.cpu(), found.cpu(), errors.cpu())
+
+    def _refuse_zeros(self, base: _Seen) -> None:
+        for what, seen in (("queries", base.queries), ("keys", base.keys)):
+            zero = (seen == 0).all(-1)
+            if seen.numel() and zero.any():
+                raise ValueError(
+                    f"attention {self.name!r}: the {what} of head {int(zero.nonzero()[0])} are all zero on these inputs, so"
+                    " its spec cannot be verified; pass others"
+                )
+
+    def _refuse_other_groups(self, base: _Seen) -> None:
+        """Keys of one group are one and the same, and those of two are not."""
+        size = base.keys.abs().max() if base.keys.numel() else 0
+        starts = ((base.keys[1:] - base.keys[:-1]).abs() > TOLERANCE * size).any(-1).nonzero()[:, 0] + 1
+        groups = self.spec.sizes["G"]
+        expected = torch.arange(1, groups) * (self.spec.num_heads // groups)
+        if base.keys.numel() and not torch.equal(starts.cpu(), expected):
+            raise ValueError(
+                f"attention {self.name!r}: {self.spec.num_heads} query heads share {len(starts) + 1} key heads, but its spec"
+                f" says {groups}; correct num_key_value_heads"
+            )
+
+    def _with_factors(self, weights: list[Weight], head: int | None, factors: Mapping[str, float]) -> _Seen:
+        """What is seen while channels of these kinds, of one head or of all (``None``), are scaled."""
+        before: dict[Tensor, Tensor] = {}
+        for weight in weights:
+            param = self._param(weight)
+            if param in before:
+                continue
+            before[param] = param.clone()
+            for kind, factor in factors.items():
+                chosen = weight.channels.of_kind((kind,))
+                if head is not None:
+                    chosen &= weight.channels.heads == head
+                scale = aligned(torch.where(chosen, factor, 1.0).to(param), param, weight.dim)
+                param.copy_((param + weight.offset) * scale - weight.offset)
+        seen = self._forward()
+        for param, value in before.items():
+            param.copy_(value)
+        return seen
+
+    def _param(self, weight: Weight) -> Tensor:
+        return self.module.get_parameter(weight.path)
+
+    def _forward(self) -> _Seen:
+        ledger, inputs = self.observer.ledger, self.inputs
+        ledger.close_step()
+        with _DetachedCopies():
+            args, kwargs = tree_map(_copied, (inputs.args, inputs.kwargs))
+        # Autocast would keep what it has cast once, although it was scaled since.
+        autocast = torch.autocast(
+            _device(self.module).type, inputs.autocast, enabled=inputs.autocast is not None, cache_enabled=False
+        )
+        with _apart(self.module), autocast, _shown_pairs() as pairs:
+            output = self.module(*args, **kwargs)
+        floats = (leaf for leaf in tree_iter(output) if isinstance(leaf, Tensor) and leaf.is_floating_point())
+        nothing = ledger.values.new_empty(self.spec.num_heads, 0)
+        return _Seen(
+            ledger.values[0].clone(),
+            torch.cat([query for query, _ in pairs], 1) if pairs else nothing,
+            torch.cat([key for _, key in pairs], 1) if pairs else nothing,
+            next(floats, nothing).reshape(1, -1).float(),
+        )
 
 
-def _fresh(inputs: Inputs) -> Inputs:
-    """The same inputs again: tensors without their history, anything else, such as a cache of keys, as a copy."""
-    return tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else copy.deepcopy(leaf), inputs)
+class _DetachedCopies(TorchFunctionMode):
+    """Lets deepcopy copy tensors that have a history, without it."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not Tensor.__deepcopy__:
+            return func(*args, **(kwargs or {}))
+        tensor, memo = args
+        memo[id(tensor)] = tensor.detach().clone()
+        return memo[id(tensor)]
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next((param.device for param in module.parameters()), torch.device("cpu"))
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    return any(isinstance(child, FSDPModule) for child in module.modules()) or any(
+        isinstance(param, DTensor) for param in module.parameters()
+    )
+
+
+@contextmanager
+def _apart(module: nn.Module) -> Iterator[None]:
+    """Not compiled, and without a trace in the state of random numbers."""
+    devices = {param.device for param in module.parameters() if param.device.type not in ("cpu", "meta")}
+    kind = next((device.type for device in devices), "cuda")
+    indices = [device.index or 0 for device in devices]
+    with torch.random.fork_rng(indices, device_type=kind), torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@contextmanager
+def _shown_pairs() -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """The queries and keys whose logits are measured meanwhile, both of shape (heads, everything else)."""
+    pairs = []
+    original = kernel.max_logits
+
+    def max_logits(query: Tensor, key: Tensor, **options: Any) -> Tensor:
+        maxima = original(query, key, **options)
+        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
+        pairs.append((query.movedim(-3, 0).flatten(1).float(), key.movedim(-3, 0).flatten(1).float()))
+        return maxima
+
+    places: list[Any] = [core, observe, taps]
+    for place in places:
+        place.max_logits = max_logits
+    try:
+        yield pairs
+    finally:
+        for place in places:
+            place.max_logits = original
+
+
+def _copied(leaf: Any) -> Any:
+    return leaf.clone() if isinstance(leaf, Tensor) else copy.deepcopy(leaf)
+
+
+def _detached(leaf: Any) -> Any:
+    return leaf.detach() if isinstance(leaf, Tensor) else copy.deepcopy(leaf)
+
+
+def _heads(weights: list[Weight], kinds: tuple[str, ...]) -> list[int]:
+    """Heads that have channels of these kinds; :data:`NO_HEAD` is among them if any are shared."""
+    own = [weight.channels.heads[weight.channels.of_kind(kinds)] for weight in weights]
+    return sorted(set(torch.cat(own).tolist()))
 
 
 def _raise_for(checks: list[Check]) -> None:
-    failures = [
-        f"{check.layer or '(model)'}: head {check.head}'s {check.side} halved, head {head} should have the largest logit"
-        f" {float(check.expected[head]):.6g}, but has {float(check.found[head]):.6g}"
-        for check in checks
-        for head in check.wrong_heads
-    ]
+    failures = [_failure(check, head) for check in checks for head in check.wrong_heads]
     if failures:
         more = f"\n    ... and {len(failures) - 8} more" if len(failures) > 8 else ""
         raise ValueError(
@@ -237,3 +427,16 @@ def _raise_for(checks: list[Check]) -> None:
             + more
             + "\nCorrect the layout, the sizes or the number of heads; a bias has to be named with its weight."
         )
+
+
+def _failure(check: Check, head: int) -> str:
+    layer, expected, found = check.layer or "(model)", float(check.expected[head]), float(check.found[head])
+    if check.what == "output":
+        return (
+            f"{layer}: all queries doubled and all keys halved, the output should stay as it is (norm {expected:.6g}), but"
+            f" changes (norm {found:.6g}): channels of something else, such as values, are among those of queries or keys"
+        )
+    whose = "all heads'" if check.head == NO_HEAD else f"head {check.head}'s"
+    done = {"kn against qn": "keys halved and queries doubled"}.get(check.side, f"{check.side} halved")
+    what = "the largest logit" if check.what == "largest logit" else f"{check.what} of norm"
+    return f"{layer}: {whose} {done}, head {head} should have {what} {expected:.6g}, but has {found:.6g}"

@@ -16,6 +16,14 @@ from lightning_muonclip.qk_clip.spec import AttentionSpec, Projection
 LORA_CHOICES = ("monitor", "scale")
 
 
+class UnscalableError(ValueError):
+    """A factor on a weight would not do what it has to; ``reason`` says why in a few words."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
 @dataclass(frozen=True)
 class Weight:
     """One parameter that makes queries or keys.
@@ -60,22 +68,24 @@ def weights_of(
         shared: Whether a channel may belong to all heads (gains).
 
     Raises:
-        ValueError: If a parameter is missing, quantized, parametrized or behind an adapter other than LoRA, or if a
-            layout does not fit.
+        UnscalableError: If a parameter is quantized, parametrized or behind an adapter other than LoRA.
+        ValueError: If a parameter is missing, or a layout does not fit.
     """
     weights = []
     for projection in projections:
         if layout_kinds(projection.layout) == {"*"}:
             continue
-        for path, dim in _paths(module, name, projection):
+        for path, dim, offset in _paths(module, name, projection):
             param = _scalable(module, name, path)
+            if not -param.ndim <= dim < param.ndim:
+                raise ValueError(f"attention {name!r}, {path}: it has {param.ndim} dimensions, so none is dim={dim}")
             dim %= param.ndim
             try:
                 channels = compile_layout(projection.layout, param.shape[dim], spec.sizes, shared=shared)
             except ValueError as error:
                 raise ValueError(f"attention {name!r}, {path}: {error}") from error
             trained = param.requires_grad or is_adapted(module, projection)
-            weights.append(Weight(path, dim, channels, projection.offset, trained))
+            weights.append(Weight(path, dim, channels, offset, trained))
     return weights
 
 
@@ -86,46 +96,69 @@ def _child(module: nn.Module, projection: Projection) -> Any:
         return None
 
 
-def _paths(module: nn.Module, name: str, projection: Projection) -> list[tuple[str, int]]:
-    """Path and channel dimension of every parameter of a projection; a bias follows its weight."""
+def _paths(module: nn.Module, name: str, projection: Projection) -> list[tuple[str, int, float]]:
+    """Path, channel dimension and offset of every parameter of a projection; a bias follows its weight."""
     child = _child(module, projection)
     if child is None:
-        return [(projection.name, projection.dim)]
+        return [(projection.name, projection.dim, projection.offset)]
     base, adapters = projection.name, {}
     if is_adapted(module, projection):
         base, adapters = f"{projection.name}.base_layer", dict(getattr(child, "lora_B", {}))
-        if not adapters or len(getattr(child, "lora_magnitude_vector", ())):
-            raise ValueError(
-                f"{name}.{projection.name} is adapted by {type(child).__name__}, of which QK-Clip can scale only plain LoRA;"
-                f" watch it with lora='monitor', or leave it alone with specs={{{name!r}: None}}"
+        is_plain = adapters and all(isinstance(adapter, nn.Linear) for adapter in adapters.values())
+        if not is_plain or len(getattr(child, "lora_magnitude_vector", ())):
+            kind = "DoRA" if is_plain else _class_name(child)
+            raise UnscalableError(
+                f"adapted by {kind}",
+                f"{_under(name, projection.name)} is adapted by {kind}, and QK-Clip can scale only plain LoRA; watch it with"
+                f" lora='monitor', or leave it alone with specs={{{name!r}: None}}",
             )
         child = child.base_layer
-    paths = [(f"{base}.weight", projection.dim)]
-    if getattr(child, "bias", None) is not None:
-        paths.append((f"{base}.bias", 0))
+    paths = [(f"{base}.weight", projection.dim, projection.offset)]
+    if isinstance(getattr(child, "bias", None), Tensor):
+        paths.append((f"{base}.bias", 0, 0.0))
     for adapter, linear in adapters.items():
-        paths.append((f"{projection.name}.lora_B.{adapter}.weight", 0))
+        paths.append((f"{projection.name}.lora_B.{adapter}.weight", 0, 0.0))
         if linear.bias is not None:
-            paths.append((f"{projection.name}.lora_B.{adapter}.bias", 0))
+            paths.append((f"{projection.name}.lora_B.{adapter}.bias", 0, 0.0))
     return paths
 
 
 def _scalable(module: nn.Module, name: str, path: str) -> Tensor:
     owner_path, _, leaf = path.rpartition(".")
-    owner = module.get_submodule(owner_path)
-    reason = ""
-    param = dict(owner.named_parameters(recurse=False)).get(leaf)
-    if param is None:
-        reason = "is no parameter"
-        if parametrize.is_parametrized(owner, leaf) or f"{leaf}_g" in dict(owner.named_parameters(recurse=False)):
-            reason = f"is parametrized: {type(owner).__name__} computes it from others"
-    elif type(param) not in (nn.Parameter, DTensor) or not param.is_floating_point() or param.dtype.itemsize == 1:
-        kind = type(param).__name__ if type(param) is not nn.Parameter else param.dtype
-        reason = f"is quantized or otherwise special ({kind}): multiplied, it would not be the same weight scaled"
-    if reason:
+    try:
+        owner = module.get_submodule(owner_path)
+    except AttributeError:
+        owner = nn.Module()
+    own = dict(owner.named_parameters(recurse=False))
+    param = own.get(leaf)
+    if param is None and not hasattr(owner, leaf):
+        known = ", ".join(known for known, _ in module.named_parameters())
         raise ValueError(
-            f"{name}.{path} {reason}, so QK-Clip cannot scale it. Train a plain weight there, pass threshold=None to only"
-            f" watch its logits, or leave the module alone with specs={{{name!r}: None}}"
+            f"attention {name!r} has no parameter {path!r}, which its spec names; it has {known or 'none'}"
+        )
+    reason = None
+    if param is None:
+        reason = f"no parameter of {_class_name(owner)}"
+        if parametrize.is_parametrized(owner, leaf) or any(other.startswith(f"{leaf}_") for other in own):
+            reason = "parametrized"  # made anew in every forward
+    elif type(param) not in (nn.Parameter, DTensor):
+        reason = f"a {type(param).__name__}"  # which multiplied need not be the same weight scaled
+    elif not param.is_floating_point() or param.itemsize == 1:
+        reason = f"quantized ({param.dtype})"
+    if reason is not None:
+        raise UnscalableError(
+            f"{path} is {reason}",
+            f"{_under(name, path)} is {reason}, so QK-Clip cannot scale it. Train a plain weight there, pass threshold=None"
+            f" to only watch its logits, or leave the module alone with specs={{{name!r}: None}}",
         )
     assert param is not None
     return param
+
+
+def _class_name(module: Any) -> str:
+    """With its module: in many libraries a class of layers is named Linear."""
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def _under(name: str, path: str) -> str:
+    return f"{name}.{path}" if name else path

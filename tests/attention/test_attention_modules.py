@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -127,7 +128,8 @@ def test_positions_count_from_zero_for_all_sequences_unless_told(kind: str) -> N
 class Listener:
     """Collects what a module reports."""
 
-    def __init__(self) -> None:
+    def __init__(self, logits: str = "exact") -> None:
+        self.logits = logits
         self.heard: list[Tensor] = []
 
     def record(self, maxima: Tensor) -> None:
@@ -143,29 +145,65 @@ def make(kind: str) -> Any:
     return module
 
 
+def masked(case: str) -> tuple[Tensor, dict[str, Any]]:
+    """Which pairs count, and the arguments that say so to a module."""
+    if case == "positions":
+        return causal(LENGTH), {"position_ids": torch.randint(200, (3, LENGTH))}
+    if case == "causal":
+        return causal(LENGTH), {}
+    padding = right_padding(3, LENGTH)
+    real = padding[:, None, None] & padding[:, None, :, None]  # neither a padded query nor a padded key counts
+    is_causal = case == "padded"
+    return real & causal(LENGTH) if is_causal else real, {"mask": AttentionMask(causal=is_causal, padding=padding)}
+
+
+CASES = ["causal", "padded", "padded both ways", "positions"]
+
+
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("case", ["causal", "padded", "padded both ways", "positions"])
+@pytest.mark.parametrize("case", CASES)
 def test_maxima_are_those_of_brute_force(kind: str, case: str) -> None:
     module = make(kind)
     module.recorder = Listener()
     x = torch.randn(3, LENGTH, 32)
-    visible, mask, positions = causal(LENGTH), None, None
-    if case == "positions":
-        positions = torch.randint(200, (3, LENGTH))
-    elif case != "causal":
-        padding = right_padding(3, LENGTH)
-        mask = AttentionMask(causal=case == "padded", padding=padding)
-        real = padding[:, None, None] & padding[:, None, :, None]  # neither a padded query nor a padded key counts
-        visible = real & (visible if mask.causal else torch.ones_like(visible))
-    module(x, mask=mask, position_ids=positions)
+    visible, options = masked(case)
+    module(x, **options)
     (maxima,) = module.recorder.heard
-    expected = module_max_logits(module, x, visible, positions)
+    expected = module_max_logits(module, x, visible, options.get("position_ids"))
     torch.testing.assert_close(maxima.double(), expected, rtol=1e-5, atol=0)
 
 
-def test_a_batch_of_padding_alone_has_no_maximum() -> None:
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("case", CASES)
+def test_the_log_sum_exp_bounds_them_and_attends_alike(kind: str, case: str) -> None:
+    module = make(kind)
+    twin = copy.deepcopy(module)
+    module.recorder, twin.recorder = Listener("lse"), Listener("exact")
+    x = torch.randn(3, LENGTH, 32)
+    visible, options = masked(case)
+    with pytest.MonkeyPatch.context() as patch:
+        if kind != "mla_wide_values":  # whose values are wider than its keys, so that torch has no such kernel
+            patch.setattr("lightning_muonclip.attention.core.max_logits", None)
+        output = module(x, **options)
+    expected_output = twin(x, **options)
+    torch.testing.assert_close(output, expected_output, rtol=1e-6, atol=1e-6)
+    output.square().mean().backward()
+    expected_output.square().mean().backward()
+    for param, expected in zip(module.parameters(), twin.parameters()):
+        torch.testing.assert_close(param.grad, expected.grad, rtol=1e-6, atol=1e-6)
+    (bounds,), largest = module.recorder.heard, module_max_logits(module, x, visible, options.get("position_ids"))
+    if kind == "mla_wide_values":
+        assert torch.equal(bounds, twin.recorder.heard[0])
+    else:
+        assert (bounds > largest).any()
+    assert (bounds >= largest - 1e-5 * largest.abs()).all()
+    assert (bounds <= largest + math.log(LENGTH) + 1e-5 * largest.abs()).all()
+
+
+@pytest.mark.parametrize("logits", ["exact", "lse"])
+def test_a_batch_of_padding_alone_has_no_maximum(logits: str) -> None:
     module = make("gqa")
-    module.recorder = Listener()
+    module.recorder = Listener(logits)
     output = module(torch.randn(1, 5, 32), mask=AttentionMask(padding=torch.zeros(1, 5, dtype=torch.bool)))
     assert module.recorder.heard[0].tolist() == [-INF] * 4
     assert output.isfinite().all()
@@ -190,7 +228,7 @@ def test_reporting_changes_neither_output_nor_gradients(kind: str) -> None:
 def test_nothing_is_reported_in_evaluation(kind: str) -> None:
     module = make(kind).eval()
     module.recorder = Listener()
-    assert not module.is_tracked
+    assert module.track is None
     module(torch.randn(2, 9, 32))
     assert module.recorder.heard == []
 

@@ -12,7 +12,7 @@ from oracles import INF, brute_max_logits, causal
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_muonclip.kernels.max_logits import max_logits
+from lightning_muonclip.kernels.max_logits import HIDDEN, max_logits
 
 LENGTHS = st.one_of(st.sampled_from([1, 63, 64, 65, 127, 128, 129]), st.integers(1, 150))
 
@@ -73,18 +73,33 @@ def test_an_additive_mask_hides_but_does_not_count(drawn: tuple[Tensor, Tensor, 
     query, key, _, _ = drawn
     shape = data.draw(broadcast_shape((*query.shape[:-1], key.shape[-2])))
     dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
-    hidden = data.draw(st.sampled_from([-INF, torch.finfo(dtype).min]))
+    hidden = data.draw(st.sampled_from([-INF, torch.finfo(dtype).min, -1e4]))
     visible = normal(shape, seed=7) > 0.5
     bias = (100 * normal(shape, seed=8)).to(dtype)
     check(*drawn, mask=bias.masked_fill(~visible, hidden), visible=visible)
 
 
-def test_a_large_negative_bias_does_not_hide() -> None:
-    query = key = torch.ones(1, 1, 1, 1)
-    assert max_logits(query, key, scale=3.0, mask=torch.full((1, 1), -1e9)).tolist() == [3.0]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bias", [-700.0, 0.0, 700.0])
+def test_a_bias_hides_nothing_and_uncovers_nothing(dtype: torch.dtype, bias: float) -> None:
+    query, key = torch.ones(1, 1, 1, 1), torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0]).reshape(1, 1, 5, 1)
+    lowest = torch.finfo(dtype).min
+    mask = torch.tensor([0.0, 0.0, -1e4, lowest, -INF], dtype=dtype) + torch.tensor(bias, dtype=dtype)
+    assert max_logits(query, key, scale=3.0, mask=mask).tolist() == [6.0]
 
 
-@pytest.mark.parametrize("hidden", [False, -INF, torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("slopes", [[0.5, 0.25], [0.004, 1.0]])
+def test_alibi_hides_nothing_before_its_weight_is_nothing(slopes: list[float]) -> None:
+    length = 8192
+    query, key = torch.ones(1, 2, 1, 1), torch.arange(length, 0.0, -1)[:, None].expand(1, 2, length, 1)
+    distance = torch.arange(length - 1, -1.0, -1)
+    bias = -torch.tensor(slopes)[:, None, None] * distance
+    assert bias.min() > HIDDEN
+    assert max_logits(query, key, scale=1.0, mask=bias).tolist() == [length, length]
+    assert torch.exp(torch.tensor(HIDDEN / 50, dtype=torch.float32)) == 0
+
+
+@pytest.mark.parametrize("hidden", [False, -INF, torch.finfo(torch.float32).min, -1e4])
 def test_a_head_that_sees_nothing_is_minus_infinity(hidden: Any) -> None:
     query = normal((2, 4, 70, 3))
     mask = torch.full((1, 4, 70, 70), True if hidden is False else 0.0)
@@ -158,6 +173,16 @@ def test_inputs_need_not_be_contiguous() -> None:
     for key in (shared, expanded):
         assert not key.is_contiguous()
         check(query, key, 0.5, True, mask, mask)
+
+
+@pytest.mark.parametrize("batches", [((1,), (3,)), ((3,), (1,)), ((2, 3), (3,)), ((1, 3), (2, 1)), ((), (2, 2))])
+def test_a_batch_may_be_broadcast(batches: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
+    query, key = (normal((*batch, 4, 70, 3), seed) for seed, batch in enumerate(batches))
+    batch = torch.broadcast_shapes(*batches)
+    mask = normal((*batch, 1, 70, 70), seed=2) > 0
+    query_of_all, key_of_all = (x.expand(*batch, 4, 70, 3) for x in (query, key))
+    expected = brute_max_logits(query_of_all, key_of_all, 0.5, mask)
+    torch.testing.assert_close(max_logits(query, key, scale=0.5, mask=mask).double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_keeps_no_graph_and_changes_no_input() -> None:

@@ -388,34 +388,12 @@ def test_a_module_that_is_used_twice_is_scaled_once(kind: str) -> None:
     close(true_maxima(once, x), true_maxima(layer, x))
 
 
-def test_a_weight_that_two_modules_share_is_refused_by_name() -> None:
-    model = Residual(make("mha"), make("mha"))
-    model.layers[1].k_proj.weight = model.layers[0].k_proj.weight
-    with pytest.raises(ValueError, match=r"attention 'layers.1' and 'layers.0' share k_proj.weight"):
-        QKClip(model)
-
-
-@pytest.mark.parametrize("name", ["q_proj.weight", "k_proj.bias"])
-def test_a_frozen_weight_is_refused_by_name(name: str) -> None:
-    model = Residual(make("mha"), make("mha_bias"))
-    model.layers[1].get_parameter(name).requires_grad_(False)
-    with pytest.raises(ValueError, match=rf"layers.1.{name} is frozen.*pass threshold=None to watch"):
-        QKClip(model)
-
-
 def test_frozen_values_are_nobodys_business() -> None:
     module = make("mha_bias")
     for name in ("v_proj.weight", "o_proj.bias"):
         module.get_parameter(name).requires_grad_(False)
-    QKClip(module).close()
-
-
-@pytest.mark.parametrize("kind", ["mha", "third_party"])
-def test_a_parametrized_weight_is_refused_by_name(kind: str) -> None:
-    model = Residual(make(kind))
-    nn.utils.parametrizations.weight_norm(model.layers[0].k_proj)
-    with pytest.raises(ValueError, match=r"attention 'layers.0' has no parameter 'k_proj.weight'.*parametrized"):
-        QKClip(model)
+    with QKClip(module) as qk_clip:
+        assert len(qk_clip.params) == 4 and qk_clip.summary().endswith("q and k")
 
 
 # The caller's maxima
@@ -530,6 +508,135 @@ def test_counts_survive_a_checkpoint() -> None:
         qk_clip.load_state_dict(state)
 
 
+# Every n-th step
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_the_first_of_every_n_steps_is_measured_and_clips(n: int) -> None:
+    model = Residual(make("mha"), make("third_party"))
+    with QKClip(model, threshold=1e-3, every_n_steps=n) as qk_clip:
+        for step in range(2 * n + 1):
+            x, before = torch.randn(3, 9, 16), snapshot(model)
+            expected = true_maxima(model.layers[0], x)
+            assert qk_clip.is_due == (step % n == 0)
+            model(x)
+            if qk_clip.is_due:
+                close(qk_clip.max_logits[0], expected)
+            else:
+                assert qk_clip.max_logits.isneginf().all()
+            result = qk_clip.step()
+            is_clipped = not same(before, model.state_dict())
+            assert is_clipped == (step % n == 0) == bool((result.gamma < 1).all())
+            model.load_state_dict(before)
+        assert (qk_clip.clips == 3).all()
+    assert model.layers[0].recorder is None
+
+
+def test_a_step_is_not_due_for_the_callers_maxima_either() -> None:
+    module = make("mha")
+    with QKClip(module, threshold=1.0, every_n_steps=2, logits="off") as qk_clip:
+        assert qk_clip.step([[4.0] * 4]).gamma.tolist() == [[0.25] * 4]
+        before = snapshot(module)
+        assert qk_clip.step([[4.0] * 4]).gamma.tolist() == [[1.0] * 4]
+        assert same(before, module.state_dict())
+        assert qk_clip.step([[4.0] * 4]).gamma.tolist() == [[0.25] * 4]
+        assert module.recorder is None
+    assert qk_clip.clips.tolist() == [[2] * 4]
+
+
+def test_the_maxima_between_two_due_steps_do_not_pile_up() -> None:
+    module, x = make("mha"), torch.randn(3, 9, 16)
+    with QKClip(module, threshold=None, every_n_steps=2) as qk_clip:
+        module(x)
+        qk_clip.step()
+        module(100 * x)
+        qk_clip.step()
+        module(x)
+        close(qk_clip.step().max_logits[0], true_maxima(module, x))
+
+
+@pytest.mark.parametrize("done", range(5))
+def test_resumed_it_counts_its_steps_on(done: int) -> None:
+    x = torch.randn(3, 9, 16)
+    model, seen = Residual(make("mha"), make("third_party")), {}
+    first = snapshot(model)
+    for resumes in (False, True):
+        model.load_state_dict(first)
+        qk_clip = QKClip(model, threshold=1e-2, every_n_steps=3)
+        steps = []
+        for step in range(5):
+            if step == done and resumes:
+                state = saved_and_loaded(qk_clip.state_dict())
+                assert state["steps"] == step and set(state) == {"steps", "clips"}
+                qk_clip.close()
+                qk_clip = QKClip(model, threshold=1e-2, every_n_steps=3)
+                qk_clip.load_state_dict(state)
+            model((step + 1) * x)
+            steps.append((qk_clip.is_due, qk_clip.max_logits, qk_clip.step().gamma, qk_clip.clips.clone()))
+        qk_clip.close()
+        seen[resumes] = steps
+    for straight, resumed in zip(*seen.values()):
+        assert straight[0] == resumed[0]
+        assert all(torch.equal(a, b) for a, b in zip(straight[1:], resumed[1:]))
+    assert [step[0] for step in seen[True]] == [True, False, False, True, False]
+
+
+def test_counts_saved_without_steps_are_taken_as_of_the_first_step() -> None:
+    with QKClip(make("mha"), every_n_steps=2) as qk_clip:
+        qk_clip.step()
+        qk_clip.load_state_dict({"clips": torch.ones(1, 4, dtype=torch.int64)})
+        assert qk_clip.is_due and qk_clip.clips.tolist() == [[1] * 4]
+
+
+def test_a_closed_one_that_is_loaded_does_not_watch_again() -> None:
+    module = make("mha")
+    with QKClip(module, every_n_steps=2) as qk_clip:
+        state = qk_clip.state_dict()
+    qk_clip.load_state_dict(state)
+    assert module.recorder is None
+    with QKClip(module) as other:
+        module(torch.randn(3, 9, 16))
+        assert other.max_logits.isfinite().all()
+
+
+# What it says of itself
+
+
+def test_the_summary_tells_heads_layouts_sources_and_sides() -> None:
+    model = nn.Sequential(make("mha"), make("third_party"), make("mla"), Attention(16, 2, qk_norm=True))
+    model[1].k_proj.requires_grad_(False)
+    with QKClip(model, qk_norm="monitor") as qk_clip:
+        lines = [line.split("  ") for line in qk_clip.summary().splitlines()]
+        header, *rows = [[cell.strip() for cell in line if cell.strip()] for line in lines]
+        assert header == ["layer", "class", "heads", "layout", "logits from", "clip scales"]
+        separate = "q_proj: q(H d), k_proj: k(G d), v_proj: *(G d)"
+        latent = "q_proj: (H [qn:n, qr:r]), kv_b_proj: (H [kn:n, *:v])"
+        assert rows == [
+            ["0", "Attention", "4", separate, "not seen", "q and k"],
+            ["1", "SdpaAttention", "4 / 2", separate, "not seen", "q"],
+            ["2", "MultiheadLatentAttention", "4", latent, "not seen", "q and k"],
+            ["3", "Attention", "2", f"{separate}, q_norm: q(d), k_norm: k(d)", "not seen", "watched (QK-norm)"],
+        ]
+        model(torch.randn(3, 9, 16))
+        sources = [line.split("  ") for line in qk_clip.summary().splitlines()[1:]]
+        own = [[cell.strip() for cell in line if cell.strip()][4] for line in sources]
+        assert own == ["the module", "scaled_dot_product_attention", "the module", "the module"]
+    with QKClip(model, threshold=None) as qk_clip:
+        assert all(line.endswith("watched (threshold=None)") for line in qk_clip.summary().splitlines()[1:])
+
+
+def test_the_summary_of_a_model_that_is_attention_itself_and_of_a_dimension() -> None:
+    class Columns(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(8, 24))
+
+    spec = AttentionSpec((Projection("weight", "[q(H d) | k(H d) | *]", dim=1),), 2, sizes={"d": 4})
+    with QKClip(Columns(), specs={"": spec}) as qk_clip:
+        row = [cell.strip() for cell in qk_clip.summary().splitlines()[1].split("  ") if cell.strip()]
+        assert row == ["(model)", "Columns", "2", "weight: [q(H d) | k(H d) | *] dim=1", "not seen", "q and k"]
+
+
 class Operations(TorchDispatchMode):
     """Names of all operations."""
 
@@ -582,8 +689,10 @@ def test_a_step_costs_as_many_operations_for_many_layers_as_for_few(layers: int)
         ({"alpha": -0.1}, r"alpha.* must be in \[0, 1\]; got -0.1"),
         ({"alpha": 1.1}, "alpha"),
         ({"shared_keys": "mean"}, "unknown shared_keys 'mean'; known: query, group, min_k, compensate"),
-        ({"qk_norm": "gian"}, "unknown qk_norm 'gian'; known: error, monitor"),
-        ({"logits": "guess"}, "unknown logits 'guess'; known: exact, off"),
+        ({"qk_norm": "gian"}, "unknown qk_norm 'gian'; known: error, monitor, gain"),
+        ({"logits": "guess"}, "unknown logits 'guess'; known: exact, lse, off"),
+        ({"lora": "merge"}, "unknown lora 'merge'; known: monitor, scale"),
+        ({"every_n_steps": 0}, "every_n_steps must be at least 1, got 0"),
     ],
 )
 def test_arguments_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:

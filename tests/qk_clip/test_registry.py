@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,7 +22,7 @@ from lightning_muonclip import (
     register_attention,
 )
 from lightning_muonclip.qk_clip import registry
-from lightning_muonclip.qk_clip.registry import find_attention
+from lightning_muonclip.qk_clip.registry import find_attention, recognise
 
 
 @pytest.fixture(autouse=True)
@@ -33,8 +34,17 @@ def specs(model: nn.Module, **kwargs: Any) -> dict[str, AttentionSpec]:
     return {name: spec for name, (_, spec) in find_attention(model, **kwargs).items()}
 
 
-def separate(query: str, key: str, heads: int, groups: int, dim: int, **kwargs: Any) -> AttentionSpec:
-    return AttentionSpec((Projection(query, "q(H d)"), Projection(key, "k(G d)")), heads, groups, {"d": dim}, **kwargs)
+def separate(
+    query: str, key: str, heads: int, groups: int, dim: int, value: str | None = None, **kwargs: Any
+) -> AttentionSpec:
+    projections = [Projection(query, "q(H d)"), Projection(key, "k(G d)")]
+    if value is not None:
+        projections.append(Projection(value, "*(G d)"))
+    return AttentionSpec(tuple(projections), heads, groups, {"d": dim}, **kwargs)
+
+
+def gains(query: str, key: str, offset: float = 0.0) -> tuple[Projection, ...]:
+    return Projection(query, "q(d)", offset=offset), Projection(key, "k(d)", offset=offset)
 
 
 class Generic(nn.Module):
@@ -60,7 +70,7 @@ def test_our_modules_in_the_order_of_the_model() -> None:
     sizes = {"n": 4, "r": 2, "v": 6}
     found = specs(model)
     assert found == {
-        "0": separate("q_proj", "k_proj", 4, 2, 2, qk_norm=True),
+        "0": separate("q_proj", "k_proj", 4, 2, 2, "v_proj", qk_norm=True, gains=gains("q_norm", "k_norm")),
         "2": AttentionSpec((Projection("q_proj", "(H [qn:n, qr:r])"), kv), 2, 2, sizes),
         "3.0": AttentionSpec((Projection("q_b_proj", "(H [qn:n, qr:r])"), kv), 2, 2, sizes),
     }
@@ -124,8 +134,42 @@ def test_hugging_face_llama_and_qwen() -> None:
     sizes = {"hidden_size": 16, "intermediate_size": 16, "vocab_size": 5, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
     llama = specs(LlamaModel(LlamaConfig(**sizes, **heads)))
-    assert llama == {f"layers.{i}.self_attn": separate("q_proj", "k_proj", 4, 2, 8) for i in range(2)}
-    assert all(spec.qk_norm for spec in specs(Qwen3Model(Qwen3Config(**sizes, **heads))).values())
+    names = [f"layers.{i}.self_attn" for i in range(2)]
+    expected = separate("q_proj", "k_proj", 4, 2, 8, "v_proj")
+    assert llama == dict.fromkeys(names, expected)
+    normed = replace(expected, qk_norm=True, gains=gains("q_norm", "k_norm"))
+    assert specs(Qwen3Model(Qwen3Config(**sizes, **heads))) == dict.fromkeys(names, normed)
+
+
+def test_values_are_named_where_they_are_as_many_as_keys() -> None:
+    class WithValues(Generic):
+        def __init__(self, rows: int) -> None:
+            super().__init__((8, 4), num_heads=4)
+            self.v_proj = nn.Linear(8, rows)
+
+    assert specs(WithValues(4)) == {"": separate("q_proj", "k_proj", 4, 2, 2, "v_proj")}
+    assert specs(WithValues(6)) == {"": separate("q_proj", "k_proj", 4, 2, 2)}
+
+
+def test_one_module_under_two_names_is_found_under_both() -> None:
+    module = Generic((8, 8), num_heads=4)
+    module.k_proj = module.q_proj
+    assert specs(module) == {"": separate("q_proj", "k_proj", 4, 4, 2)}
+
+
+def test_a_norm_that_is_not_there_has_no_gain_and_one_without_a_weight_neither() -> None:
+    module = Attention(8, 4, qk_norm=True)
+    module.k_norm = nn.RMSNorm(2, elementwise_affine=False)
+    found = specs(module)[""]
+    assert found.qk_norm and found.gains == gains("q_norm", "k_norm")[:1]
+    module.q_norm, module.k_norm = nn.Identity(), None
+    assert specs(module) == {"": separate("q_proj", "k_proj", 4, 4, 2, "v_proj")}
+
+
+def test_what_cannot_be_read_is_told_apart_from_what_can() -> None:
+    found, refused = recognise(Wrapper())
+    assert list(found) == ["other"]
+    assert list(refused) == ["encoder.attn"] and "cannot read the attention 'encoder.attn'" in refused["encoder.attn"]
 
 
 def test_a_module_that_is_used_twice_is_found_once() -> None:
@@ -133,24 +177,37 @@ def test_a_module_that_is_used_twice_is_found_once() -> None:
     assert list(specs(Residual(layer, layer))) == ["layers.0"]
 
 
+class StrangeAttention(nn.Module):
+    """Attention of a kind that is not known."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_weight = nn.Parameter(torch.randn(24, 8))
+        self.in_bias = nn.Parameter(torch.randn(24))
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = F.linear(x, self.in_weight, self.in_bias).unflatten(-1, (3, 2, 4)).transpose(1, 3).unbind(2)
+        return F.scaled_dot_product_attention(*parts).transpose(1, 2).flatten(2)
+
+
 class Wrapper(nn.Module):
     """A model with a kind of attention that is not known."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.encoder = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2, batch_first=True)})
+        self.encoder = nn.ModuleDict({"attn": StrangeAttention()})
         self.other = SdpaAttention(8, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.other(self.encoder["attn"](x, x, x, need_weights=False)[0])
+        return self.other(self.encoder["attn"](x))
 
 
 def test_unknown_attention_is_refused_by_name_with_a_way_out() -> None:
     with pytest.raises(ValueError, match=r"cannot read the attention 'encoder.attn'") as error:
         QKClip(Wrapper())
     message = str(error.value)
-    assert "(MultiheadAttention)" in message
-    assert "in_proj_weight (24, 8)" in message
+    assert "(StrangeAttention)" in message
+    assert "in_weight (24, 8)" in message and "in_bias" not in message
     assert "specs={'encoder.attn': None}" in message
     assert "specs={'encoder.attn': AttentionSpec((Projection(" in message
     assert "register_attention" in message
@@ -161,7 +218,16 @@ def test_attention_that_is_to_be_left_alone_is_left_alone() -> None:
         assert qk_clip.layers == ["other"]
 
 
-IN_PROJ = (Projection("in_proj_weight", "[q(H d) | k(H d) | *]"), Projection("in_proj_bias", "[q(H d) | k(H d) | *]"))
+IN_PROJ = (Projection("in_weight", "[q(H d) | k(H d) | *]"), Projection("in_bias", "[q(H d) | k(H d) | *]"))
+
+
+def test_what_a_refusal_proposes_works() -> None:
+    with pytest.raises(ValueError, match=r"Projection\('wqkv', '(.*?)'\)") as error:
+        QKClip(Wrapper())
+    layout = str(error.value).split("Projection('wqkv', '")[1].split("'")[0]
+    spec = AttentionSpec((Projection("in_weight", layout), Projection("in_bias", layout)), 2, sizes={"d": 4})
+    with QKClip(Wrapper(), specs={"encoder.attn": spec}) as qk_clip:
+        assert {check.layer for check in qk_clip.verify(torch.randn(2, 5, 8)).checks} == {"encoder.attn", "other"}
 
 
 def test_the_users_spec_comes_first() -> None:
@@ -178,15 +244,47 @@ def test_a_name_in_specs_that_is_no_module_is_refused() -> None:
 
 @pytest.mark.parametrize("by_name", [False, True])
 def test_a_registered_class_is_known_with_its_subclasses(by_name: bool) -> None:
-    class Mine(nn.MultiheadAttention):
-        pass
+    class Mine(StrangeAttention):
+        heads = 4
 
+    name = f"{StrangeAttention.__module__}.StrangeAttention"
     register_attention(
-        "torch.nn.modules.activation.MultiheadAttention" if by_name else nn.MultiheadAttention,
-        lambda module: AttentionSpec(IN_PROJ, module.num_heads, sizes={"d": module.head_dim}),
+        name if by_name else StrangeAttention,
+        lambda module: AttentionSpec(IN_PROJ, getattr(module, "heads", 2), sizes={"d": 4}),
     )
-    model = nn.Sequential(nn.MultiheadAttention(8, 2), Mine(8, 4))
+    model = nn.Sequential(StrangeAttention(), Mine())
     assert {name: spec.num_heads for name, spec in specs(model).items()} == {"0": 2, "1": 4}
+
+
+def test_a_registered_class_comes_before_the_one_that_is_known() -> None:
+    register_attention(nn.MultiheadAttention, lambda module: separate("q", "k", 1, 1, 8))
+    assert specs(nn.Sequential(nn.MultiheadAttention(8, 2)))["0"].num_heads == 1
+
+
+def test_torchs_own_attention_with_all_of_its_parameters() -> None:
+    fused = Projection("in_proj_weight", "[q(H d) | k(G d) | *(G d)]")
+    both = fused, replace(fused, name="in_proj_bias")
+    assert specs(nn.MultiheadAttention(8, 2, bias=False)) == {"": AttentionSpec((fused,), 2, sizes={"d": 4})}
+    assert specs(nn.MultiheadAttention(8, 2)) == {"": AttentionSpec(both, 2, sizes={"d": 4})}
+    extra = Projection("bias_k", "k(G d)", dim=2)
+    assert specs(nn.MultiheadAttention(8, 2, add_bias_kv=True))[""].projections == (*both, extra)
+    apart = (
+        Projection("q_proj_weight", "q(H d)"),
+        Projection("k_proj_weight", "k(G d)"),
+        Projection("v_proj_weight", "*(G d)"),
+    )
+    assert specs(nn.MultiheadAttention(8, 2, kdim=6))[""].projections == (*apart, both[1])
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"bias": False}, {"add_bias_kv": True, "add_zero_attn": True}, {"kdim": 6, "vdim": 6}]
+)
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_torchs_own_attention_is_as_its_spec_says(options: dict[str, Any], need_weights: bool) -> None:
+    module, x = nn.MultiheadAttention(8, 2, batch_first=True, **options), torch.randn(2, 5, 8)
+    memory = torch.randn(2, 7, options.get("kdim", 8))
+    with QKClip(module) as qk_clip:
+        assert len(qk_clip.verify(x, memory, memory, need_weights=need_weights).checks) == 13
 
 
 def test_the_nearest_class_decides() -> None:
@@ -244,5 +342,7 @@ def test_a_spec_of_other_sizes_is_refused() -> None:
 
 def test_a_spec_of_something_that_is_no_parameter_is_refused() -> None:
     spec = separate("q_proj", "w_k", 2, 2, 4)
-    with pytest.raises(ValueError, match=r"attention 'layers.0' has no parameter 'w_k'"):
+    with pytest.raises(
+        ValueError, match=r"attention 'layers.0' has no parameter 'w_k', which its spec names; it has q_proj"
+    ):
         QKClip(Residual(SdpaAttention(8, 2)), specs={"layers.0": spec})

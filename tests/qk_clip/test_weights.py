@@ -1,0 +1,390 @@
+"""Parameters that are not just a weight: adapters of LoRA, quantized and parametrized weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from oracles import Residual, SdpaAttention, enlarge, snapshot
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from lightning_muonclip import Attention, AttentionSpec, Projection, QKClip
+
+try:
+    import peft
+except ImportError:
+    peft = None
+needs_peft = pytest.mark.skipif(peft is None, reason="needs peft")
+
+SIZES = {"hidden_size": 16, "intermediate_size": 16, "vocab_size": 11, "num_hidden_layers": 2}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+def tokens() -> Tensor:
+    return torch.randint(11, (3, 9))
+
+
+def llama(attention_bias: bool = False) -> LlamaForCausalLM:
+    model = LlamaForCausalLM(LlamaConfig(**SIZES, **HEADS, attention_bias=attention_bias))
+    enlarge(model, 12.0)
+    return model
+
+
+def gpt2() -> GPT2LMHeadModel:
+    sizes = {"vocab_size": 11, "n_positions": 16, "n_embd": 16, "n_layer": 2, "n_head": 4}
+    model = GPT2LMHeadModel(GPT2Config(**sizes, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0))
+    enlarge(model, 12.0)
+    return model
+
+
+def adapted(model: nn.Module, targets: list[str], names: tuple[str, ...] = ("default",), **options: Any) -> Any:
+    """A model with adapters that are not zero, all of them active."""
+    found = None
+    for name in names:
+        config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=targets, **options)
+        if found is None:
+            found = peft.get_peft_model(model, config, adapter_name=name)
+        else:
+            found.add_adapter(name, config)
+    assert found is not None
+    found.base_model.set_adapter(list(names))
+    with torch.no_grad():
+        for name, param in found.named_parameters():
+            if "lora_B" in name:
+                param.normal_(std=0.3)
+    return found.train()
+
+
+def merged(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Weight, as (in, out) or (out, in), and bias that a LoRA layer amounts to; float64."""
+    layer: Any = module
+    weight = layer.base_layer.weight.detach().double()
+    bias = None if layer.base_layer.bias is None else layer.base_layer.bias.detach().double()
+    for name in layer.active_adapters:
+        a, b = layer.lora_A[name], layer.lora_B[name]
+        delta = layer.scaling[name] * (b.weight.detach().double() @ a.weight.detach().double())
+        weight = weight + (delta.T if layer.fan_in_fan_out else delta)
+        if b.bias is not None:
+            extra = layer.scaling[name] * b.bias.detach().double()
+            bias = extra if bias is None else bias + extra
+    return weight, bias
+
+
+def close(found: Tensor, expected: Tensor, rtol: float = 1e-4) -> None:
+    torch.testing.assert_close(found.double(), expected.double(), rtol=rtol, atol=1e-6)
+
+
+def between(maxima: Tensor) -> float:
+    low, high = maxima.flatten().sort().values[[maxima.numel() // 2 - 1, maxima.numel() // 2]].tolist()
+    return (max(low, 0.0) + high) / 2
+
+
+# LoRA
+
+
+@needs_peft
+def test_adapted_layers_are_only_watched_unless_told_otherwise() -> None:
+    model = adapted(llama(), ["q_proj", "k_proj"], layers_to_transform=[1])
+    for param in model.base_model.model.model.layers[0].parameters():
+        param.requires_grad_(True)
+    before = snapshot(model)
+    with QKClip(model, threshold=1e-3) as qk_clip:
+        lines = qk_clip.summary().splitlines()
+        assert lines[1].endswith("q and k") and lines[2].endswith("watched (adapted by LoRA)")
+        found = qk_clip.verify(tokens())
+        assert list(found.watched.values()) == ["adapted by LoRA"]
+        model(tokens())
+        result = qk_clip.step()
+        assert (result.max_logits > 1e-3).all()
+        assert result.clipped_heads == 4 and (result.gamma[1] == 1).all()
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {f"base_model.model.model.layers.0.self_attn.{x}_proj.weight" for x in "q"}
+
+
+@needs_peft
+def test_adapted_values_are_nobodys_business() -> None:
+    model = adapted(llama(), ["v_proj", "o_proj"])
+    for name, param in model.named_parameters():
+        if "q_proj" in name or "k_proj" in name:
+            param.requires_grad_(True)
+    with QKClip(model) as qk_clip:
+        assert all(line.endswith("q and k") for line in qk_clip.summary().splitlines()[1:])
+        assert len(qk_clip.params) == 4
+
+
+@needs_peft
+@pytest.mark.parametrize("shared_keys", ["query", "compensate"])
+@pytest.mark.parametrize(
+    ("names", "options"),
+    [
+        (("default",), {}),
+        (("one", "two"), {}),
+        (("default",), {"lora_bias": True}),
+        (("default",), {"use_rslora": True, "init_lora_weights": "gaussian"}),
+    ],
+    ids=["one", "two adapters", "bias", "rslora"],
+)
+@pytest.mark.parametrize("attention_bias", [False, True])
+def test_scaled_with_its_adapters_a_replay_has_the_threshold(
+    attention_bias: bool, names: tuple[str, ...], options: dict[str, Any], shared_keys: str
+) -> None:
+    base = llama(attention_bias or "lora_bias" in options)
+    model, x = adapted(base, ["q_proj", "k_proj"], names, **options), tokens()
+    layer = model.base_model.model.model.layers[0].self_attn  # the first one's inputs do not depend on attention
+    before = [merged(child) for child in (layer.q_proj, layer.k_proj)]
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    with QKClip(model, None) as watcher:
+        model(x)
+        maxima = watcher.max_logits
+    threshold = between(maxima[0])
+    with QKClip(model, threshold, alpha=0.25, shared_keys=shared_keys, lora="scale") as qk_clip:
+        assert all(line.endswith("q and k") for line in qk_clip.summary().splitlines()[1:])
+        qk_clip.verify(x)
+        model(x)
+        gamma = qk_clip.step().gamma[0].double()
+        assert (gamma < 1).sum() == 2
+        model(x)
+        close(qk_clip.max_logits[0], maxima[0].clamp(max=threshold))
+    smallest = gamma.unflatten(0, (2, 2)).amin(1).repeat_interleave(2)
+    key = smallest[::2] ** 0.75 if shared_keys == "compensate" else torch.ones(2)
+    query = gamma / smallest**0.75 if shared_keys == "compensate" else gamma
+    for child, (weight, bias), factor in zip((layer.q_proj, layer.k_proj), before, (query, key)):
+        rows = factor.repeat_interleave(4).double()
+        found = merged(child)
+        close(found[0], weight * rows[:, None])
+        assert (found[1] is None) == (bias is None)
+        if bias is not None:
+            close(found[1], bias * rows)
+    assert frozen == {name for name, p in model.named_parameters() if not p.requires_grad}
+    logits = model.eval()(x).logits
+    close(model.merge_and_unload()(x).logits, logits, rtol=1e-3)
+
+
+@needs_peft
+def test_transposed_weights_of_gpt2_are_scaled_with_their_adapters() -> None:
+    model, x = adapted(gpt2(), ["c_attn"], fan_in_fan_out=True), tokens()
+    attention = model.base_model.model.transformer.h[0].attn
+    weight, bias = merged(attention.c_attn)
+    with QKClip(model, None) as watcher:
+        model(x)
+        maxima = watcher.max_logits
+    threshold = between(maxima[0])
+    with QKClip(model, threshold, alpha=0.25, lora="scale") as qk_clip:
+        qk_clip.verify(x)
+        model(x)
+        gamma = qk_clip.step().gamma[0].double()
+        model(x)
+        close(qk_clip.max_logits[0], maxima[0].clamp(max=threshold))
+    columns = torch.cat([gamma**0.25, gamma**0.75, torch.ones(4)]).repeat_interleave(4)
+    found = merged(attention.c_attn)
+    close(found[0], weight * columns)
+    assert bias is not None and found[1] is not None
+    close(found[1], bias * columns)
+
+
+@needs_peft
+def test_where_only_queries_are_adapted_and_keys_are_frozen_queries_take_all() -> None:
+    model, x = adapted(llama(), ["q_proj"]), tokens()
+    with QKClip(model, 1e-2, alpha=0.25, lora="scale") as qk_clip:
+        assert all(line.endswith(" q") for line in qk_clip.summary().splitlines()[1:])
+        assert len(qk_clip.params) == 2 * 2
+        model(x)
+        maxima = qk_clip.step().max_logits
+        model(x)
+        close(qk_clip.max_logits[0], maxima[0].clamp(max=1e-2), rtol=1e-3)
+
+
+@needs_peft
+@pytest.mark.parametrize(
+    ("config", "kind"),
+    [
+        (lambda: peft.LoraConfig(target_modules=["q_proj"], use_dora=True), "DoRA"),
+        (lambda: peft.LoHaConfig(target_modules=["q_proj"]), "peft.tuners.loha.layer.Linear"),
+        (lambda: peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]), "peft.tuners.ia3.layer.Linear"),
+        (lambda: peft.AdaLoraConfig(target_modules=["q_proj"], total_step=9), "peft.tuners.adalora.layer.SVDLinear"),
+    ],
+    ids=["dora", "loha", "ia3", "adalora"],
+)
+def test_other_adapters_are_refused_by_name_and_can_be_watched(config: Callable[[], Any], kind: str) -> None:
+    model = peft.get_peft_model(llama(), config())
+    message = rf"layers.0.self_attn.q_proj is adapted by {kind}, and .* only plain LoRA; watch it with lora='monitor'"
+    with pytest.raises(ValueError, match=message):
+        QKClip(model, lora="scale")
+    for options in ({"lora": "monitor"}, {"lora": "scale", "threshold": None}):
+        before = snapshot(model)
+        with QKClip(model, **options) as qk_clip:
+            model.train()(tokens())
+            result = qk_clip.step()
+        assert result.max_logits.isfinite().all() and result.clipped_heads == 0
+        assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+# Weights that a factor does not scale
+
+
+def _old_weight_norm(module: nn.Module) -> None:
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        nn.utils.weight_norm(module)
+
+
+class Params4bit(nn.Parameter):
+    """As bitsandbytes packs weights; the class alone says so."""
+
+
+def _packed(module: Any) -> None:
+    module.weight = Params4bit(module.weight.data)
+
+
+def _integers(module: Any) -> None:
+    module.weight = nn.Parameter(module.weight.data.to(torch.int8), requires_grad=False)
+
+
+def _eight_bits(module: Any) -> None:
+    module.weight = nn.Parameter(module.weight.data.to(torch.float8_e4m3fn), requires_grad=False)
+
+
+def _as_buffer(module: Any) -> None:
+    weight = module.weight.data
+    del module.weight
+    module.register_buffer("weight", weight)
+
+
+def _pruned(module: Any) -> None:
+    nn.utils.prune.l1_unstructured(module, "weight", amount=0.5)
+
+
+UNSCALABLE: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "weight_norm": (nn.utils.parametrizations.weight_norm, "parametrized"),
+    "old weight_norm": (_old_weight_norm, "parametrized"),
+    "spectral_norm": (nn.utils.parametrizations.spectral_norm, "parametrized"),
+    "old spectral_norm": (nn.utils.spectral_norm, "parametrized"),
+    "orthogonal": (nn.utils.parametrizations.orthogonal, "parametrized"),
+    "pruned": (_pruned, "parametrized"),
+    "subclass": (_packed, "a Params4bit"),
+    "int8": (_integers, r"quantized \(torch.int8\)"),
+    "float8": (_eight_bits, r"quantized \(torch.float8_e4m3fn\)"),
+    "buffer": (_as_buffer, "no parameter of torch.nn.modules.linear.Linear"),
+}
+
+
+@pytest.mark.parametrize("kind", UNSCALABLE)
+@pytest.mark.parametrize("child", ["q_proj", "k_proj"])
+@pytest.mark.parametrize("make", [lambda: SdpaAttention(16, 4), lambda: Attention(16, 4)], ids=["third_party", "ours"])
+def test_a_weight_that_cannot_be_scaled_is_refused_by_name_with_a_way_out(
+    make: Callable[[], nn.Module], child: str, kind: str
+) -> None:
+    model, x = Residual(make(), make()), torch.randn(2, 5, 16)
+    change, reason = UNSCALABLE[kind]
+    change(model.layers[1].get_submodule(child))
+    message = (
+        rf"layers.1.{child}.weight is {reason}, so QK-Clip cannot scale it. Train a plain weight there, pass"
+        r" threshold=None to only watch its logits, or leave the module alone with specs=\{'layers.1': None\}"
+    )
+    with pytest.raises(ValueError, match=message):
+        QKClip(model)
+    with QKClip(model, specs={"layers.1": None}) as qk_clip:
+        assert qk_clip.layers == ["layers.0"]
+    before = snapshot(model)
+    with QKClip(model, threshold=None) as qk_clip:
+        if kind not in ("int8", "float8"):  # those are of no use to a plain nn.Linear
+            model(x)
+            assert qk_clip.step().max_logits.isfinite().all()
+            found = qk_clip.verify(x)
+            assert list(found.watched) == ["layers.1"] and found.watched["layers.1"].startswith(f"{child}.weight is ")
+            assert {check.layer for check in found.checks} == {"layers.0"}
+    assert all(
+        torch.equal(value.float(), before[name].float())
+        for name, value in model.state_dict().items()
+        if not name.endswith(("_u", "_v"))
+    )
+
+
+def test_values_may_be_of_any_kind() -> None:
+    for change, _ in UNSCALABLE.values():
+        module = SdpaAttention(16, 4)
+        change(module.v_proj)
+        QKClip(module).close()
+
+
+def test_dynamically_quantized_layers_are_refused_and_watched() -> None:
+    spec = AttentionSpec((Projection("q_proj", "q(H d)"), Projection("k_proj", "k(G d)")), 4, sizes={"d": 4})
+    model = Residual(SdpaAttention(16, 4))
+    with pytest.warns(DeprecationWarning, match="torch.ao.quantization"):
+        torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, inplace=True)
+    specs = {"layers.0": spec}
+    with pytest.raises(
+        ValueError, match=r"q_proj.weight is no parameter of torch.*quantized.*\.Linear, so QK-Clip cannot"
+    ):
+        QKClip(model, specs=specs)
+    with QKClip(model.train(), threshold=None, specs=specs) as qk_clip:
+        model(torch.randn(2, 5, 16))
+        assert qk_clip.step().max_logits.isfinite().all()
+
+
+@pytest.mark.parametrize("old", [True, False])
+def test_the_magnitude_of_weight_norm_is_a_weight_that_can_be_scaled(old: bool) -> None:
+    module, x = SdpaAttention(16, 4, 2), torch.randn(3, 9, 16)
+    enlarge(module)
+    projections = []
+    for child, layout in (("q_proj", "q(H d)"), ("k_proj", "k(G d)")):
+        linear = module.get_submodule(child)
+        if old:
+            _old_weight_norm(linear)
+        else:
+            nn.utils.parametrizations.weight_norm(linear)
+        magnitude = f"{child}.weight_g" if old else f"{child}.parametrizations.weight.original0"
+        projections += [Projection(magnitude, layout), Projection(f"{child}.bias", layout)]
+    specs = {"": AttentionSpec(tuple(projections), 4, 2, {"d": 4})}
+    with QKClip(module, None, specs=specs) as watcher:
+        module(x)
+        old_maxima = watcher.max_logits
+    with QKClip(module, between(old_maxima), specs=specs, shared_keys="compensate") as qk_clip:
+        qk_clip.verify(x)
+        module(x)
+        assert qk_clip.step().clipped_heads == 2
+        module(x)
+        close(qk_clip.max_logits, old_maxima.clamp(max=qk_clip.threshold))
+
+
+# Specs that do not fit their module
+
+SPEC = AttentionSpec((Projection("q_proj", "q(H d)"), Projection("k_proj", "k(G d)")), 4, sizes={"d": 4})
+
+
+@pytest.mark.parametrize(
+    ("projection", "message"),
+    [
+        (
+            Projection("w_q", "q(H d)"),
+            "has no parameter 'w_q', which its spec names; it has q_proj.weight, q_proj.bias, k_",
+        ),
+        (Projection("attn.w_q", "q(H d)"), "has no parameter 'attn.w_q', which its spec names"),
+        (Projection("q_proj.wait", "q(H d)"), "has no parameter 'q_proj.wait'"),
+        (Projection("q_proj", "q(H d)", dim=2), "q_proj.weight: it has 2 dimensions, so none is dim=2"),
+        (Projection("q_proj", "q(H d)", dim=-3), "q_proj.weight: it has 2 dimensions, so none is dim=-3"),
+        (Projection("q_proj.bias", "q(H d)", dim=1), "q_proj.bias: it has 1 dimensions, so none is dim=1"),
+        (
+            Projection("q_proj", "q(H 3)"),
+            r"q_proj.weight: layout 'q\(H 3\)' describes 12 channels .* the weight has 16",
+        ),
+    ],
+)
+def test_a_projection_that_is_not_there_is_refused_by_name(projection: Projection, message: str) -> None:
+    model = Residual(SdpaAttention(16, 4))
+    specs = {"layers.0": replace(SPEC, projections=(projection, SPEC.projections[1]))}
+    with pytest.raises(ValueError, match=rf"attention 'layers.0'.*{message}"):
+        QKClip(model, specs=specs)
+
+
+def test_a_dimension_may_be_counted_from_the_end() -> None:
+    model = Residual(SdpaAttention(16, 4))
+    projections = Projection("q_proj", "q(H d)", dim=-2), Projection("q_proj.bias", "q(H d)", dim=-1)
+    specs = {"layers.0": replace(SPEC, projections=(*projections, SPEC.projections[1]))}
+    before = model.layers[0].q_proj.weight.detach().clone()
+    with QKClip(model, 1.0, specs=specs) as qk_clip:
+        qk_clip.step([[4.0] * 4])
+    assert torch.equal(model.layers[0].q_proj.weight, before / 2)
