@@ -16,11 +16,11 @@ from torch.optim import Optimizer
 from lightning_muonclip.mixin import MaxLogitsMixin
 from lightning_muonclip.optim.muon import Muon, check_muon_options
 from lightning_muonclip.optim.routing import Route, route_params, routes_under, routing_table
+from lightning_muonclip.qk_clip.capture import Capture
 from lightning_muonclip.qk_clip.clip import ClipResult, QKClip, check_clip_options
 from lightning_muonclip.qk_clip.registry import recognise
 from lightning_muonclip.qk_clip.spec import AttentionSpec
 from lightning_muonclip.qk_clip.split import check_split, matrix_parts
-from lightning_muonclip.qk_clip.verify import Capture
 from lightning_muonclip.strategies import check_mesh, check_strategy
 
 _INCOMPATIBLE_CALLBACKS = {

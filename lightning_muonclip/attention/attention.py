@@ -88,5 +88,5 @@ class Attention(Tracked):
         cos, sin = self.rotary(position_ids)
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         output, maxima = attention(query, key, value, scale=self.scaling, mask=mask, track=self.track)
-        self.report(maxima)
+        self.report(maxima, query, key)
         return self.o_proj(output.transpose(1, 2).flatten(2))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -50,8 +49,7 @@ def attention(
         return output[..., :width], bounds
     maxima = None
     if track is not None:
-        with torch.profiler.record_function("muonclip::max_logits"):
-            maxima = max_logits(query, key, scale=scale, is_causal=mask.causal, mask=mask.real_pairs(dense))
+        maxima = max_logits(query, key, scale=scale, is_causal=mask.causal, mask=mask.real_pairs(dense))
     output = F.scaled_dot_product_attention(
         query,
         key,

@@ -102,7 +102,7 @@ class MultiheadLatentAttention(Tracked):
         key = torch.cat([key_nope, key_rope.expand(-1, self.num_attention_heads, -1, -1)], dim=-1)
 
         output, maxima = attention(query, key, value, scale=self.scaling, mask=mask, track=self.track)
-        self.report(maxima)
+        self.report(maxima, query, key)
         return self.o_proj(output.transpose(1, 2).flatten(2))
 
     def _queries(self, hidden_states: Tensor) -> Tensor:

@@ -12,8 +12,8 @@ class MaxLogitsRecorder(Protocol):
 
     logits: str
 
-    def record(self, maxima: Tensor) -> None:
-        """Takes the maxima of one forward pass, shape ``(heads,)``."""
+    def record(self, maxima: Tensor, *, pair: tuple[Tensor, Tensor]) -> None:
+        """Takes the maxima of one forward pass, shape ``(heads,)``, and the queries and keys that they are of."""
 
 
 class Tracked(nn.Module):
@@ -28,7 +28,7 @@ class Tracked(nn.Module):
         """How the next forward has to measure its logits, if it has to."""
         return self.recorder.logits if self.training and self.recorder is not None else None
 
-    def report(self, maxima: Tensor | None) -> None:
+    def report(self, maxima: Tensor | None, query: Tensor, key: Tensor) -> None:
         """Passes on what a forward has measured, if it has."""
         if maxima is not None and self.recorder is not None:
-            self.recorder.record(maxima)
+            self.recorder.record(maxima, pair=(query, key))

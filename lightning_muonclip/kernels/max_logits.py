@@ -69,7 +69,8 @@ def max_logits(
         raise ValueError(f"{heads} query heads cannot share {key_heads} key heads evenly")
     if torch.compiler.is_compiling():
         return torch.ops.muonclip.max_logits(query, key, scale, is_causal, mask)
-    return _max_logits(query, key, scale, is_causal, mask)
+    with torch.profiler.record_function("muonclip::max_logits"):
+        return _max_logits(query, key, scale, is_causal, mask)
 
 
 def _max_logits(query: Tensor, key: Tensor, scale: float, is_causal: bool, mask: Tensor | None) -> Tensor:

@@ -35,11 +35,29 @@ class Recorder:
         self.source: str | None = None
         #: Whether anything was recorded in the forward under way.
         self.reported = False
+        #: Filled with the queries and keys that are measured, if somebody puts a list here (see ``verify``).
+        self.pairs: list[tuple[Tensor, Tensor]] | None = None
         #: Output of the fused projection in the forward under way, where the logits have to be recomputed from it.
         self.projected: Tensor | None = None
 
-    def record(self, maxima: Tensor, source: str = "the module") -> None:
-        """Takes the maxima of one forward, shape ``(heads,)``."""
+    def measure(
+        self,
+        source: str,
+        query: Tensor,
+        key: Tensor,
+        scale: float | None,
+        *,
+        mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> None:
+        """Takes the queries and keys of one call, as :func:`~lightning_muonclip.kernels.max_logits.max_logits` does."""
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        self.record(max_logits(query, key, scale=scale, is_causal=is_causal, mask=mask), source)
+        if self.pairs is not None:
+            self.pairs.append((query, key))
+
+    def record(self, maxima: Tensor, source: str = "the module", *, pair: tuple[Tensor, Tensor] | None = None) -> None:
+        """Takes the maxima of one forward, shape ``(heads,)``, and the queries and keys that they are of, if known."""
         heads = self.ledger.heads[self.row]
         if maxima.shape[0] != heads:
             raise ValueError(
@@ -48,6 +66,8 @@ class Recorder:
         self.reported = True
         self.source = source
         self.ledger.record(self.row, maxima)
+        if self.pairs is not None and pair is not None:
+            self.pairs.append(pair)
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         # A copy of an observed module, by deepcopy or pickle, is not observed: its recorder is None.
@@ -188,9 +208,8 @@ class _Leave:
                 " cannot be seen. Let it call that function (in Hugging Face: attn_implementation='sdpa'), or leave it alone"
                 f" with specs={{{recorder.name!r}: None}}"
             )
-        with torch.no_grad(), torch.profiler.record_function("muonclip::max_logits"):
+        with torch.no_grad():
             logits = self.recomputation.logits(module, projected, *args, **kwargs)
-            maxima = max_logits(
-                logits.query, logits.key, scale=logits.scale, is_causal=logits.is_causal, mask=logits.mask
-            )
-        recorder.record(maxima, "recomputed")
+        recorder.measure(
+            "recomputed", logits.query, logits.key, logits.scale, mask=logits.mask, is_causal=logits.is_causal
+        )

@@ -19,15 +19,25 @@ from torch import Tensor, nn
 from torch._guards import detect_fake_mode
 
 from lightning_muonclip.kernels.log_sum_exp import attention_log_sum_exp, tells_log_sum_exp
-from lightning_muonclip.kernels.max_logits import max_logits
 from lightning_muonclip.qk_clip.recompute import METHODS, Logits, multi_head, qualified_names
 
 
 class Listener(Protocol):
-    """Whoever takes the maxima of the attention module in its forward."""
+    """Whoever wants to know the logits of the attention module in its forward: the Recorder of an observer."""
 
     logits: str
-    reported: bool
+
+    def measure(
+        self,
+        source: str,
+        query: Tensor,
+        key: Tensor,
+        scale: float | None,
+        *,
+        mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> None:
+        """Takes queries and keys as :func:`~lightning_muonclip.kernels.max_logits.max_logits` does."""
 
     def record(self, maxima: Tensor, source: str) -> None:
         """Takes maxima of shape ``(heads,)``."""
@@ -160,12 +170,6 @@ def _listener() -> Listener | None:
     return inside[-1]
 
 
-def _measure(listener: Listener, source: str, query: Tensor, key: Tensor, scale: float | None, **visible: Any) -> None:
-    factor = query.shape[-1] ** -0.5 if scale is None else scale
-    with torch.profiler.record_function("muonclip::max_logits"):
-        listener.record(max_logits(query, key, scale=factor, **visible), source)
-
-
 def _unheard(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Calls a function whose logits are measured already, so that the functions in it do not measure them again."""
     inside.append(None)
@@ -195,7 +199,7 @@ def _tap_sdpa(original: Callable[..., Any]) -> Callable[..., Any]:
             output, bound = attention_log_sum_exp(query, key, value, attn_mask, is_causal, factor)
             listener.record(bound, "log-sum-exp of scaled_dot_product_attention")
             return output
-        _measure(listener, "scaled_dot_product_attention", query, key, scale, mask=attn_mask, is_causal=is_causal)
+        listener.measure("scaled_dot_product_attention", query, key, scale, mask=attn_mask, is_causal=is_causal)
         return None
 
     @functools.wraps(original)
@@ -217,7 +221,7 @@ def _tap_multi_head(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(*args, **kwargs)
         with torch.no_grad():
             logits = multi_head(asked)
-            _measure(listener, "multi_head_attention_forward", logits.query, logits.key, logits.scale, mask=logits.mask)
+            listener.measure("multi_head_attention_forward", logits.query, logits.key, logits.scale, mask=logits.mask)
         return _unheard(original, *args, **kwargs)
 
     return multi_head_attention_forward
@@ -235,7 +239,7 @@ def _tap_flex(original: Callable[..., Any]) -> Callable[..., Any]:
         *_: Any,
         **__: Any,
     ) -> None:
-        _measure(listener, "flex_attention", query, key, scale, mask=_dense(block_mask, query, key))
+        listener.measure("flex_attention", query, key, scale, mask=_dense(block_mask, query, key))
 
     @functools.wraps(original)
     def flex_attention(*args: Any, **kwargs: Any) -> Any:
@@ -255,7 +259,7 @@ def _tap_method(read: Callable[..., Logits | None], original: Callable[..., Any]
         if listener is None or logits is None:
             return original(module, *args, **kwargs)
         source = f"{type(module).__name__}.{original.__name__}"
-        _measure(listener, source, logits.query, logits.key, logits.scale, mask=logits.mask, is_causal=logits.is_causal)
+        listener.measure(source, logits.query, logits.key, logits.scale, mask=logits.mask, is_causal=logits.is_causal)
         return _unheard(original, module, *args, **kwargs)
 
     return method
@@ -269,7 +273,7 @@ def _tap_eager(original: Callable[..., Any]) -> Callable[..., Any]:
         listener = _listener()
         if listener is not None:  # of itself it is never causal: the mask says everything
             mask = None if attention_mask is None else attention_mask[..., : key.shape[-2]]
-            _measure(listener, "eager_attention_forward", query, key, kwargs.get("scaling"), mask=mask)
+            listener.measure("eager_attention_forward", query, key, kwargs.get("scaling"), mask=mask)
         return original(module, query, key, value, attention_mask, **kwargs)
 
     return eager_attention_forward
@@ -288,7 +292,7 @@ def _through_interface(
     if listener is None:
         return original(module, query, key, value, attention_mask, **kwargs)
     visible = _visible(module, query, key, attention_mask, kwargs)
-    _measure(listener, "the attention interface", query, key, kwargs.get("scaling"), **visible)
+    listener.measure("the attention interface", query, key, kwargs.get("scaling"), **visible)
     return _unheard(original, module, query, key, value, attention_mask, **kwargs)
 
 

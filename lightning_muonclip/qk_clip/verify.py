@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_iter, tree_map
+from torch.utils._pytree import tree_iter
 
-from lightning_muonclip.attention import core
-from lightning_muonclip.kernels import max_logits as kernel
-from lightning_muonclip.qk_clip import observe, taps
+from lightning_muonclip.qk_clip.capture import DetachedCopies, Inputs, apart, device_of
 from lightning_muonclip.qk_clip.layout import KEY_KINDS, NO_HEAD, QUERY_KINDS
 from lightning_muonclip.qk_clip.observe import Observer
 from lightning_muonclip.qk_clip.plan import aligned, clipped_weights
@@ -28,15 +23,6 @@ from lightning_muonclip.tables import table
 
 #: A factor of two is exact in floating point, so a right spec is off by rounding alone.
 TOLERANCE = 1e-4
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What a module was given, and the dtype of autocast, if there was any."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    autocast: torch.dtype | None
 
 
 #: What leaves every logit as it is.
@@ -89,64 +75,6 @@ class Verification:
             rows.append((layer or "(model)", str(len(own[0].expected)), sides + each, f"{worst:.1e}"))
         rows += [(layer or "(model)", "", f"nothing: {reason}", "") for layer, reason in self.watched.items()]
         return table(rows)
-
-
-class Capture:
-    """Keeps what every attention module is given in its first forward, from construction to :meth:`close`.
-
-    Nothing that the forward does to a cache or another object among its arguments is seen. Also a context manager.
-    """
-
-    def __init__(self, observer: Observer) -> None:
-        self.inputs: dict[str, Inputs] = {}
-        self._handles = [
-            module.register_forward_pre_hook(self._keep(name), with_kwargs=True)
-            for name, (module, _) in observer.attention.items()
-        ]
-
-    def close(self) -> None:
-        """Stops; may be called twice."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-
-    def __enter__(self) -> Capture:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.close()
-
-    def run(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
-        """An unrecorded forward, after which the model's modes and buffers are as before."""
-        modes = {module: module.training for module in model.modules()}
-        buffers = [(m, name, b, b.clone()) for m in model.modules() for name, b in m.named_buffers(recurse=False)]
-        fastpath = torch.backends.mha.get_fastpath_enabled()
-        try:
-            with _apart(model):
-                # In training a layer may be left out by chance; in evaluation torch's TransformerEncoder would pack what it
-                # gives to its layers. Not eval(), which some modules take for a reason to merge their weights.
-                torch.backends.mha.set_fastpath_enabled(False)
-                for module in modes:
-                    module.training = False
-                model(*args, **kwargs)
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fastpath)
-            for module, name, buffer, before in buffers:
-                buffer.copy_(before)
-                module._buffers[name] = buffer
-            for module, training in modes.items():
-                module.training = training
-
-    def _keep(self, name: str) -> Any:
-        def keep(module: nn.Module, args: Any, kwargs: Any) -> None:
-            if name not in self.inputs:
-                device = _device(module).type
-                autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-                with _DetachedCopies():
-                    args, kwargs = tree_map(_detached, (args, kwargs))
-                self.inputs[name] = Inputs(args, kwargs, autocast)
-
-        return keep
 
 
 def verify_attention(
@@ -207,7 +135,7 @@ class _Laboratory:
         self.inputs = inputs
         # Hooks on the module itself have had their say: what they make of its inputs is what was captured.
         no_hooks = {id(hooks): type(hooks)() for key, hooks in vars(module).items() if key.endswith("_hooks")}
-        with _DetachedCopies():
+        with DetachedCopies():
             self.module = copy.deepcopy(module, no_hooks)
         for child in self.module.modules():
             child.training = child is self.module  # without dropout before the logits
@@ -332,37 +260,22 @@ class _Laboratory:
     def _forward(self) -> _Seen:
         ledger, inputs = self.observer.ledger, self.inputs
         ledger.close_step()
-        with _DetachedCopies():
-            args, kwargs = tree_map(_copied, (inputs.args, inputs.kwargs))
+        args, kwargs = inputs.copied()
+        pairs = self.observer.recorders[0].pairs = []
         # Autocast would keep what it has cast once, although it was scaled since.
         autocast = torch.autocast(
-            _device(self.module).type, inputs.autocast, enabled=inputs.autocast is not None, cache_enabled=False
+            device_of(self.module).type, inputs.autocast, enabled=inputs.autocast is not None, cache_enabled=False
         )
-        with _apart(self.module), autocast, _shown_pairs() as pairs:
+        with apart(self.module), autocast:
             output = self.module(*args, **kwargs)
         floats = (leaf for leaf in tree_iter(output) if isinstance(leaf, Tensor) and leaf.is_floating_point())
         nothing = ledger.values.new_empty(self.spec.num_heads, 0)
         return _Seen(
             ledger.values[0].clone(),
-            torch.cat([query for query, _ in pairs], 1) if pairs else nothing,
-            torch.cat([key for _, key in pairs], 1) if pairs else nothing,
+            torch.cat([_by_head(query) for query, _ in pairs], 1) if pairs else nothing,
+            torch.cat([_by_head(key, query.shape[-3]) for query, key in pairs], 1) if pairs else nothing,
             next(floats, nothing).reshape(1, -1).float(),
         )
-
-
-class _DetachedCopies(TorchFunctionMode):
-    """Lets deepcopy copy tensors that have a history, without it."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not Tensor.__deepcopy__:
-            return func(*args, **(kwargs or {}))
-        tensor, memo = args
-        memo[id(tensor)] = tensor.detach().clone()
-        return memo[id(tensor)]
-
-
-def _device(module: nn.Module) -> torch.device:
-    return next((param.device for param in module.parameters()), torch.device("cpu"))
 
 
 def _is_sharded(module: nn.Module) -> bool:
@@ -371,44 +284,9 @@ def _is_sharded(module: nn.Module) -> bool:
     )
 
 
-@contextmanager
-def _apart(module: nn.Module) -> Iterator[None]:
-    """Not compiled, and without a trace in the state of random numbers."""
-    devices = {param.device for param in module.parameters() if param.device.type not in ("cpu", "meta")}
-    kind = next((device.type for device in devices), "cuda")
-    indices = [device.index or 0 for device in devices]
-    with torch.random.fork_rng(indices, device_type=kind), torch.compiler.set_stance("force_eager"):
-        yield
-
-
-@contextmanager
-def _shown_pairs() -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """The queries and keys whose logits are measured meanwhile, both of shape (heads, everything else)."""
-    pairs = []
-    original = kernel.max_logits
-
-    def max_logits(query: Tensor, key: Tensor, **options: Any) -> Tensor:
-        maxima = original(query, key, **options)
-        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
-        pairs.append((query.movedim(-3, 0).flatten(1).float(), key.movedim(-3, 0).flatten(1).float()))
-        return maxima
-
-    places: list[Any] = [core, observe, taps]
-    for place in places:
-        place.max_logits = max_logits
-    try:
-        yield pairs
-    finally:
-        for place in places:
-            place.max_logits = original
-
-
-def _copied(leaf: Any) -> Any:
-    return leaf.clone() if isinstance(leaf, Tensor) else copy.deepcopy(leaf)
-
-
-def _detached(leaf: Any) -> Any:
-    return leaf.detach() if isinstance(leaf, Tensor) else copy.deepcopy(leaf)
+def _by_head(x: Tensor, heads: int | None = None) -> Tensor:
+    """Shape (heads, everything else), float32; keys that several queries share are repeated."""
+    return x.repeat_interleave((heads or x.shape[-3]) // x.shape[-3], -3).movedim(-3, 0).flatten(1).float()
 
 
 def _heads(weights: list[Weight], kinds: tuple[str, ...]) -> list[int]:

@@ -132,7 +132,7 @@ class Listener:
         self.logits = logits
         self.heard: list[Tensor] = []
 
-    def record(self, maxima: Tensor) -> None:
+    def record(self, maxima: Tensor, *, pair: tuple[Tensor, Tensor]) -> None:
         self.heard.append(maxima)
 
 

@@ -305,6 +305,28 @@ def test_torchs_multihead_attention_without_a_batch() -> None:
             close(qk_clip.max_logits, multihead_maxima(module, x[None], x[None], x[None], HIDDEN_PAIRS))
 
 
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_keys_that_torchs_multihead_attention_adds_are_seen_by_all(need_weights: bool) -> None:
+    module = nn.MultiheadAttention(16, HEADS, add_bias_kv=True, batch_first=True)
+    x = torch.randn(2, LENGTH, 16)
+    masks = {"attn_mask": HIDDEN_PAIRS, "key_padding_mask": HIDDEN_KEYS}
+    with torch.no_grad():
+        module.bias_k.mul_(1000)
+    with QKClip(module) as qk_clip:
+        module(x, x, x, need_weights=need_weights, **masks)
+        expected = multihead_maxima(module, x, x, x, HIDDEN_PAIRS | HIDDEN_KEYS[:, None, None])
+        close(qk_clip.max_logits, expected)
+    assert (expected > 50).all()
+
+    module = nn.MultiheadAttention(16, HEADS, bias=False, add_zero_attn=True, batch_first=True)
+    with torch.no_grad():
+        module.in_proj_weight[16:32] = -module.in_proj_weight[:16]
+    x = torch.randn(2, 1, 16)  # one token that turns away from itself: nothing is as large as the zero beside it
+    with QKClip(module) as qk_clip:
+        module(x, x, x, need_weights=need_weights)
+        assert qk_clip.max_logits.tolist() == [[0.0] * HEADS]
+
+
 def test_a_subclass_that_calls_torchs_function_by_position() -> None:
     class ByPosition(nn.MultiheadAttention):
         def forward(self, x: Tensor) -> Tensor:
@@ -543,6 +565,29 @@ def test_a_mask_of_two_dimensions_tells_padding_and_the_window_comes_on_top() ->
         with QKClip(model) as qk_clip:
             attention(x, position_embeddings=(cos, sin), attention_mask=keep.long(), sliding_window=window)
             close(qk_clip.max_logits[0], brute_max_logits(query, key, DIM**-0.5, keep[:, None, None] & near))
+
+
+@pytest.mark.usefixtures("_mine")
+def test_what_a_function_of_the_interface_does_inside_is_its_own_affair() -> None:
+    def folded(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        """Hands torch one long row of heads, and has room for more keys than there are."""
+        groups, keys = query.shape[1] // key.shape[1], key.shape[2]
+        key, value = (part.repeat_interleave(groups, 1).flatten(0, 1) for part in (key, value))
+        visible = mask[..., :keys].expand(*query.shape[:-1], keys).flatten(0, 1)
+        output = F.scaled_dot_product_attention(query.flatten(0, 1), key, value, visible)
+        return output.unflatten(0, query.shape[:2]).transpose(1, 2), None
+
+    AttentionInterface.register("mine", folded)
+    model = llama("mine")
+    attention = model.layers[0].self_attn
+    x = torch.randn(2, LENGTH, 16)
+    not_rotated = torch.ones(1, LENGTH, DIM), torch.zeros(1, LENGTH, DIM)
+    with torch.no_grad():
+        query, key = (p(x).unflatten(-1, (-1, DIM)).transpose(1, 2) for p in (attention.q_proj, attention.k_proj))
+    room = ARE_SEEN[None, None]  # for 13 keys
+    with QKClip(model) as qk_clip:
+        attention(x, position_embeddings=not_rotated, attention_mask=room)
+        close(qk_clip.max_logits[0], brute_max_logits(query, key, DIM**-0.5, ARE_SEEN[:, :LENGTH]))
 
 
 @pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])

@@ -32,8 +32,9 @@ from transformers import (
 )
 
 from lightning_muonclip import Attention, AttentionSpec, MultiheadLatentAttention, Projection, QKClip
+from lightning_muonclip.qk_clip.capture import Capture
 from lightning_muonclip.qk_clip.layout import KINDS
-from lightning_muonclip.qk_clip.verify import Capture, Verification
+from lightning_muonclip.qk_clip.verify import Verification
 from lightning_muonclip.qk_clip.weights import weights_of
 
 LATENT = {"kv_lora_rank": 8, "qk_nope_head_dim": 4, "qk_rope_head_dim": 2, "v_head_dim": 6}
