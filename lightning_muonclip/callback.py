@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_muonclip.fit import check_fit, scaler_of, users_optimizer
 from lightning_muonclip.mixin import MaxLogitsMixin
 from lightning_muonclip.optim.muon import Muon, check_muon_options
 from lightning_muonclip.optim.routing import Route, route_params, routes_under, routing_table
@@ -22,13 +23,6 @@ from lightning_muonclip.qk_clip.registry import recognise
 from lightning_muonclip.qk_clip.spec import AttentionSpec
 from lightning_muonclip.qk_clip.split import check_split, matrix_parts
 from lightning_muonclip.strategies import check_mesh, check_strategy
-
-_INCOMPATIBLE_CALLBACKS = {
-    "StochasticWeightAveraging": "it rebuilds the schedule of one optimizer; use WeightAveraging",
-    "LearningRateFinder": "it replaces the learning rate of one optimizer; sweep the learning rate instead",
-    "BatchSizeFinder": "it saves and restores the Trainer before Muon is in it; find the batch size without the callback",
-    "BaseFinetuning": "it adds parameter groups to every optimizer; freeze parameters before fitting instead",
-}
 
 
 class MuonClipCallback(Callback):
@@ -150,20 +144,9 @@ class MuonClipCallback(Callback):
             return
         self.muon, self.qk_clip, self.last, self._restored_clips = None, None, None, None
         check_strategy(trainer.strategy)
-        if not pl_module.automatic_optimization:
-            raise ValueError(
-                f"{type(pl_module).__name__} uses manual optimization, where no hook surrounds a step; use the optimizer"
-                " MuonClip in configure_optimizers instead of MuonClipCallback"
-            )
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        if sum(isinstance(callback, MuonClipCallback) for callback in callbacks) > 1:
+        check_fit(trainer, pl_module)
+        if sum(isinstance(callback, MuonClipCallback) for callback in trainer.callbacks) > 1:  # type: ignore[attr-defined]
             raise ValueError("the Trainer has more than one MuonClipCallback; keep one of them")
-        for callback in callbacks:
-            for cls in type(callback).__mro__:
-                if reason := _INCOMPATIBLE_CALLBACKS.get(cls.__name__):
-                    raise ValueError(
-                        f"{cls.__name__} cannot run beside MuonClipCallback: {reason}, or remove one of them"
-                    )
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -190,11 +173,11 @@ class MuonClipCallback(Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Moves the hidden matrices to Muon and starts to observe; optimizers exist, nothing is restored yet."""
         check_mesh(pl_module.device_mesh)
-        optimizer = _users_optimizer(trainer)
+        optimizer = users_optimizer(trainer)
         routes = routes_under(optimizer, route_params(pl_module, self.exclude, self.include))
         self.muon = self._take_matrices(optimizer, routes, pl_module)
         self._follow_user(optimizer, self.muon)
-        if _scaler(trainer) is not None and not any(group["params"] for group in optimizer.param_groups):
+        if scaler_of(trainer) is not None and not any(group["params"] for group in optimizer.param_groups):
             raise ValueError(
                 f"Muon takes every parameter and leaves nothing for {type(optimizer).__name__}, which a GradScaler cannot"
                 " step; keep some parameters from Muon by exclude=[...], or train in bf16-mixed"
@@ -285,7 +268,7 @@ class MuonClipCallback(Callback):
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Under a GradScaler, lets a non-finite gradient of either optimizer make the scaler skip both."""
-        if _scaler(trainer) is None:
+        if scaler_of(trainer) is None:
             return
         grads = [[p.grad for p in _params(o) if p.grad is not None] for o in trainer.optimizers]
         # 0 where all is finite, else NaN: added to one gradient of each optimizer it shows up where the scaler looks.
@@ -302,7 +285,7 @@ class MuonClipCallback(Callback):
         if all(p.grad is None for p in _params(self.muon)):
             return  # training_step returned None: nothing to step, and nothing that a GradScaler could unscale
         self._follow_user(optimizer, self.muon)
-        scaler = _scaler(trainer)
+        scaler = scaler_of(trainer)
         if scaler is not None:
             scaler.unscale_(self.muon)
         self._clip_gradients(trainer, pl_module)
@@ -397,36 +380,9 @@ class MuonClipCallback(Callback):
             pl_module.stop_observing()
 
 
-def _users_optimizer(trainer: pl.Trainer) -> Optimizer:
-    optimizers = trainer.optimizers
-    if len(optimizers) != 1 or not optimizers[0].param_groups:
-        raise ValueError(
-            "MuonClipCallback needs the one optimizer that configure_optimizers returns, to step what Muon does not;"
-            f" it found {len(optimizers)}. Return torch.optim.AdamW(self.parameters(), ...)"
-        )
-    if isinstance(optimizers[0], Muon):
-        raise ValueError(
-            f"configure_optimizers returns {type(optimizers[0]).__name__} already; use either the callback or the optimizer"
-        )
-    if "LBFGS" in (cls.__name__ for cls in type(optimizers[0]).__mro__):
-        raise ValueError("LBFGS evaluates the model many times a step, and Muon would step each time; use AdamW or SGD")
-    groups = optimizers[0].param_groups
-    if any(group.get("maximize") for group in groups):
-        raise ValueError("Muon minimises, but the optimizer has maximize=True; negate the loss instead")
-    if _scaler(trainer) is not None and any(group.get("fused") for group in groups):
-        raise ValueError(
-            "fused=True unscales gradients inside its own step, after Muon's; pass fused=False in 16-mixed"
-        )
-    return optimizers[0]
-
-
 def _name_of(group: dict[str, Any]) -> dict[str, Any]:
     return {"name": group["name"]} if "name" in group else {}
 
 
 def _params(optimizer: Optimizer) -> list[Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
-
-
-def _scaler(trainer: pl.Trainer) -> torch.amp.GradScaler | None:
-    return getattr(trainer.precision_plugin, "scaler", None)

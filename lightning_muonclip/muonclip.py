@@ -108,7 +108,7 @@ class MuonClip(Muon):
             dtype=dtype,
             parts=matrix_parts(model, attention, split),
         )
-        self.qk_clip = QKClip(
+        self.qk_clip: QKClip | None = QKClip(
             model, threshold, alpha, specs, shared_keys, qk_norm, logits, lora=lora, every_n_steps=every_n_steps
         )
         #: What QK-Clip saw and did at the last step.
@@ -127,10 +127,32 @@ class MuonClip(Muon):
             closure: Evaluates the model again and returns the loss.
             max_logits: One list of numbers a layer, or a tensor of shape (layers, heads).
         """
+        if self.qk_clip is None:
+            raise RuntimeError(
+                "a copy of MuonClip observes no model, so it cannot clip; make a new one, MuonClip(model, ...), and load the"
+                " state_dict() of the first into it"
+            )
         loss = self._update(closure)
         self.last = self.qk_clip.step(max_logits)
         return loss
 
+    def state_dict(self) -> dict[str, Any]:
+        """State of the optimizer, and under ``"qk_clip"`` that of QK-Clip."""
+        own = {} if self.qk_clip is None else {"qk_clip": self.qk_clip.state_dict()}
+        return super().state_dict() | own
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Loads the state of a MuonClip, or of a :class:`Muon` with the same groups."""
+        state = dict(state_dict)
+        clips = state.pop("qk_clip", None)
+        super().load_state_dict(state)
+        if clips is not None and self.qk_clip is not None:
+            self.qk_clip.load_state_dict(clips)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"qk_clip": None, "last": None}
+
     def close(self) -> None:
         """Stops observing."""
-        self.qk_clip.close()
+        if self.qk_clip is not None:
+            self.qk_clip.close()

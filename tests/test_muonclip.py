@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import functools
 import io
 from collections.abc import Callable, Iterator
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import next_token_loss, tiny_gpt, token_batches
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -236,3 +238,41 @@ def test_hooks_run_once_a_step(muon_clip: Make, name: str) -> None:
 def test_errors(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MuonClip(gpt(), **options)
+
+
+def test_with_every_n_steps_it_resumes_to_the_bit(tmp_path: Any) -> None:
+    tokens = token_batches(8)
+
+    def make() -> tuple[nn.Module, MuonClip]:
+        torch.manual_seed(0)
+        model = tiny_gpt()
+        return model, MuonClip(model, lr=3e-3, threshold=1.0, every_n_steps=3)
+
+    def train(model: nn.Module, optimizer: MuonClip, batches: Any) -> None:
+        for batch in batches:
+            optimizer.zero_grad()
+            next_token_loss(model, batch).backward()
+            optimizer.step()
+
+    whole, first = make(), make()
+    train(*whole, tokens)
+    train(*first, tokens[:4])
+    torch.save([part.state_dict() for part in first], tmp_path / "state.pt")
+    first[1].close()
+    resumed = make()
+    for part, state in zip(resumed, torch.load(tmp_path / "state.pt", weights_only=True)):
+        part.load_state_dict(state)
+    train(*resumed, tokens[4:])
+    for ours, theirs in zip(resumed[0].parameters(), whole[0].parameters()):
+        assert torch.equal(ours, theirs)
+    assert torch.equal(resumed[1].qk_clip.clips, whole[1].qk_clip.clips)
+    assert int(whole[1].qk_clip.clips.max()) <= 3
+    whole[1].close()
+    resumed[1].close()
+
+
+def test_a_copy_observes_nothing_and_says_so() -> None:
+    optimizer = MuonClip(tiny_gpt(), lr=3e-3)
+    with pytest.raises(RuntimeError, match="a copy of MuonClip observes no model"):
+        copy.deepcopy(optimizer).step()
+    optimizer.close()

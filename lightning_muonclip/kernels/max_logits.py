@@ -55,7 +55,8 @@ def max_logits(
         float32 tensor of shape ``(heads,)``; ``-inf`` for a head that sees nothing, NaN where a logit is NaN.
 
     Raises:
-        ValueError: If the number of query heads is no multiple of the number of key heads.
+        ValueError: If the number of query heads is no multiple of the number of key heads, or the mask is for another
+            number of queries or keys.
 
     Source: Kimi K2, arXiv 2507.20534, section 2.1 (the :math:`S_{max}^h` of QK-Clip).
 
@@ -79,6 +80,9 @@ def _max_logits(query: Tensor, key: Tensor, scale: float, is_causal: bool, mask:
     maximum = torch.full((key_heads, group), float("-inf"), dtype=torch.float32, device=query.device)
     if query.numel() == 0 or key.numel() == 0:
         return maximum.flatten()
+    pairs = query.shape[-2], key.shape[-2]
+    if mask is not None and any(have not in (1, need) for have, need in zip(mask.shape[::-1], pairs[::-1])):
+        raise ValueError(f"a mask of shape {tuple(mask.shape)} is not for {pairs[0]} queries and {pairs[1]} keys")
     batch = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3])
     visible = None if mask is None else _visible(mask, batch, heads, key_heads)
     query = _as_batch(query, batch).unflatten(1, (key_heads, group))

@@ -22,12 +22,13 @@ class Parts:
         sizes: dict[int, list[Tensor]] = defaultdict(list)
         for own in channels:
             sizes[len(own)].append(own)
-        self._channels = [torch.stack(own) for own in sizes.values()]
+        self._channels = {torch.device("cpu"): [torch.stack(own).cpu() for own in sizes.values()]}
 
     def channels_on(self, device: torch.device) -> list[Tensor]:
         """Channels of matrices of one size together, each of shape (matrices, channels)."""
-        self._channels = [channels.to(device) for channels in self._channels]
-        return self._channels
+        if device not in self._channels:
+            self._channels[device] = [channels.to(device) for channels in self._channels[torch.device("cpu")]]
+        return self._channels[device]
 
 
 def intern_parts(parts: Mapping[Tensor, tuple[int, Sequence[Tensor]]]) -> dict[Tensor, Parts]:
@@ -39,7 +40,8 @@ def intern_parts(parts: Mapping[Tensor, tuple[int, Sequence[Tensor]]]) -> dict[T
     known: dict[tuple[int, tuple[bytes, ...]], Parts] = {}
     interned = {}
     for param, (dim, channels) in parts.items():
-        covered = torch.cat(list(channels)).sort().values
+        channels = [own.cpu() for own in channels]
+        covered = torch.cat(channels).sort().values
         if not torch.equal(covered, torch.arange(param.shape[dim])):
             raise ValueError(
                 f"the parts of a weight of shape {tuple(param.shape)} have to cover each of its {param.shape[dim]} channels"

@@ -64,7 +64,9 @@ class QKClip:
     Observes from construction until :meth:`close`; also a context manager.
 
     Args:
-        model: The model. Its attention modules are found by class, by names and shapes, or by ``specs``.
+        model: The model. Its attention modules are found by class, by names and shapes, or by ``specs``. Which weights are
+            trained is read once: make a new QKClip after freezing or unfreezing. Of attention that only hooks can hear
+            (GPT-J, Bloom, ...) a model that is compiled already is compiled anew.
         threshold: Largest logit that is left alone; ``None`` only monitors.
         alpha: Share of the clip that the query weight takes, in [0, 1].
         specs: The user's word on attention modules, by module name; ``None`` as a value leaves a module alone.
@@ -178,6 +180,7 @@ class QKClip:
                 return ClipResult(observed.clone(), torch.ones_like(observed))
             reduced = reduce_max(observed, self.process_group)
             ledger.close_step()
+            self.observer.start_anew()
             gamma = qk_clip_gamma(reduced, self.threshold)
             if self._plan is not None:
                 gamma = self._plan.apply(gamma)
@@ -235,7 +238,7 @@ class QKClip:
 
     def discard(self) -> None:
         """Forgets what was seen since the last step, for a step that was skipped."""
-        self.observer.ledger.values.fill_(float("-inf"))
+        self.observer.start_anew()
 
     def close(self) -> None:
         """Stops observing, unless the observer is shared, and detaches from optimizers. May be called twice."""

@@ -78,7 +78,7 @@ class Observer:
     """Keeps the ledger of the logits of attention modules, from construction to ``close()``.
 
     Only modules in training mode record; evaluation does not. Recomputation under activation checkpointing changes
-    nothing, since a maximum may be taken twice.
+    nothing, since a maximum may be taken twice. Forwards in several threads at once are not told apart.
 
     Args:
         attention: The modules to watch (see :func:`~lightning_muonclip.qk_clip.registry.find_attention`).
@@ -120,6 +120,11 @@ class Observer:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+
+    def start_anew(self) -> None:
+        """Forgets what was recorded, and forwards that an interrupt has cut off."""
+        self.ledger.values.fill_(float("-inf"))
+        inside.clear()
 
     def pause(self, active: bool) -> None:
         """Records the next forwards, or does not."""

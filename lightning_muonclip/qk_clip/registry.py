@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,6 +27,8 @@ SEPARATE_PROJECTIONS = (
     ("Wq", "Wk", "Wv"),
     ("q", "k", "v"),
 )
+#: A second set of them, as where two streams attend together, is more than the names tell.
+_MAKES_QUERIES_OR_KEYS = re.compile(r"(^|_)(q|k|qk|kv|qkv|query|key)(_|$)")
 _HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "heads", "num_q_heads", "nhead")
 _KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head", "num_query_groups", "kv_heads")
 _HEAD_DIM = ("head_dim", "head_size", "attention_head_size", "d_head", "dim_head", "d_kv")
@@ -124,7 +127,11 @@ def _separate_spec(module: nn.Module, query: str, key: str, value: str) -> Atten
     dim = query_rows // heads
     if key_rows % dim or (key_heads is not None and key_heads * dim != key_rows):
         raise ValueError(f"{key} has {key_rows} rows, which are not whole heads of {dim} channels")
-    projections = separate(query, key, value)
+    chosen = (query, key, value)
+    others = [name for name, child in module.named_children() if name not in chosen and _weight_rows(module, name)]
+    if more := [name for name in others if _MAKES_QUERIES_OR_KEYS.search(name)]:
+        raise ValueError(f"beside {query} and {key} it has {' and '.join(more)}, which may make queries or keys too")
+    projections = separate(*chosen)
     return AttentionSpec(
         projections if _weight_rows(module, value) == key_rows else projections[:2],
         heads,

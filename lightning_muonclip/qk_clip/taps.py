@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from typing import Any, Protocol
 
@@ -239,6 +240,11 @@ def _tap_flex(original: Callable[..., Any]) -> Callable[..., Any]:
         *_: Any,
         **__: Any,
     ) -> None:
+        if score_mod is not None and not torch.compiler.is_compiling():
+            warnings.warn(
+                "QK-Clip cannot see what a score_mod hides: hide pairs by block_mask, or their logits count as visible",
+                stacklevel=3,
+            )
         listener.measure("flex_attention", query, key, scale, mask=_dense(block_mask, query, key))
 
     @functools.wraps(original)
@@ -345,13 +351,16 @@ def _visible(module: nn.Module, query: Tensor, key: Tensor, mask: Any, kwargs: M
     queries, keys = query.shape[-2], key.shape[-2]
     is_causal = kwargs.get("is_causal")
     is_causal = queries > 1 and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    visible = None if mask is None else mask[:, None, None, :].bool()
     window = kwargs.get("sliding_window")
+    visible = None if mask is None else mask[:, None, None, :].bool()
+    if window is None and queries == keys:
+        return {"mask": visible, "is_causal": is_causal}
+    # The last query stands at the last key: those before it may come from a cache.
+    ahead = torch.arange(keys, device=query.device) - torch.arange(keys - queries, keys, device=query.device)[:, None]
+    pairs = ahead <= 0 if is_causal else torch.ones_like(ahead, dtype=torch.bool)
     if window is not None:
-        distance = torch.arange(queries, device=query.device)[:, None] - torch.arange(keys, device=query.device)
-        near = distance.abs() < window
-        visible = near if visible is None else visible & near
-    return {"mask": visible, "is_causal": is_causal}
+        pairs = pairs & (ahead.abs() < window)
+    return {"mask": pairs if visible is None else visible & pairs}
 
 
 def _dense(block_mask: Any, query: Tensor, key: Tensor) -> Tensor | None:

@@ -231,3 +231,10 @@ def test_is_an_operation_that_torch_can_compile(is_causal: bool, mask: Tensor | 
     compiled = torch.compile(max_logits, fullgraph=True, backend="aot_eager")
     options = {"scale": 0.5, "is_causal": is_causal, "mask": mask}
     assert torch.equal(compiled(query, key, **options), max_logits(query, key, **options))
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4, 7), (4, 5), (1, 1, 3, 6), (5,)])
+def test_a_mask_for_other_lengths_is_refused(shape: tuple[int, ...]) -> None:
+    query, key = torch.randn(2, 3, 4, 8), torch.randn(2, 3, 6, 8)
+    with pytest.raises(ValueError, match="is not for 4 queries and 6 keys"):
+        max_logits(query, key, scale=1.0, mask=torch.ones(shape, dtype=torch.bool))

@@ -346,3 +346,11 @@ def test_a_spec_of_something_that_is_no_parameter_is_refused() -> None:
         ValueError, match=r"attention 'layers.0' has no parameter 'w_k', which its spec names; it has q_proj"
     ):
         QKClip(Residual(SdpaAttention(8, 2)), specs={"layers.0": spec})
+
+
+@pytest.mark.parametrize("name", ["add_q_proj", "query_global", "k_proj_ip"])
+def test_a_second_set_of_projections_is_more_than_the_names_tell(name: str) -> None:
+    module = Generic((8, 8), num_heads=2)
+    setattr(module, name, nn.Linear(8, 8))
+    with pytest.raises(ValueError, match=f"beside q_proj and k_proj it has {name}, which may make queries or keys too"):
+        find_attention(module)

@@ -41,6 +41,8 @@ from transformers.models.gptj import modeling_gptj
 from transformers.models.llama import modeling_llama
 
 from lightning_muonclip import AttentionSpec, Projection, QKClip
+from lightning_muonclip.kernels.max_logits import max_logits
+from lightning_muonclip.qk_clip import taps
 
 PLACES: list[tuple[Any, str]] = [
     (F, "scaled_dot_product_attention"),
@@ -868,3 +870,12 @@ def test_a_copy_of_an_observed_model_is_not_observed(name: str, copied: Any) -> 
         assert torch.equal(qk_clip.max_logits, other.max_logits)
     assert not is_rebound()
     twin(TOKENS)
+
+
+@pytest.mark.parametrize("window", [None, 2])
+def test_without_a_mask_the_last_query_stands_at_the_last_key(window: int | None) -> None:
+    """As flash-attention aligns them: keys before the first query come from a cache."""
+    query, key = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 8, 4)
+    visible = causal(8)[-3:] & (~causal(8).tril(-2)[-3:] if window else True)
+    seen = taps._visible(nn.Module(), query, key, None, {"sliding_window": window})
+    close(max_logits(query, key, scale=1.0, **seen), brute_max_logits(query, key, 1.0, visible))

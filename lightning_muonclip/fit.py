@@ -1,0 +1,60 @@
+"""What the callback needs of a fit, and refuses by name where it cannot work."""
+
+from __future__ import annotations
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch.optim import Optimizer
+
+from lightning_muonclip.optim.muon import Muon
+
+_INCOMPATIBLE_CALLBACKS = {
+    "StochasticWeightAveraging": "it rebuilds the schedule of one optimizer; use WeightAveraging",
+    "LearningRateFinder": "it replaces the learning rate of one optimizer; sweep the learning rate instead",
+    "BatchSizeFinder": "it saves and restores the Trainer before Muon is in it; find the batch size without the callback",
+    "BaseFinetuning": "it adds parameter groups to every optimizer; freeze parameters before fitting instead",
+}
+
+
+def check_fit(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    """Raises ValueError, with the way out, for a module or callbacks that cannot work with an injected optimizer."""
+    if not pl_module.automatic_optimization:
+        raise ValueError(
+            f"{type(pl_module).__name__} uses manual optimization, where no hook surrounds a step; use the optimizer"
+            " MuonClip in configure_optimizers instead of MuonClipCallback"
+        )
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    for callback in callbacks:
+        for cls in type(callback).__mro__:
+            if reason := _INCOMPATIBLE_CALLBACKS.get(cls.__name__):
+                raise ValueError(f"{cls.__name__} cannot run beside MuonClipCallback: {reason}, or remove one of them")
+
+
+def users_optimizer(trainer: pl.Trainer) -> Optimizer:
+    """The one optimizer that ``configure_optimizers`` returned; raises ValueError for those that do not fit."""
+    optimizers = trainer.optimizers
+    if len(optimizers) != 1 or not optimizers[0].param_groups:
+        raise ValueError(
+            "MuonClipCallback needs the one optimizer that configure_optimizers returns, to step what Muon does not;"
+            f" it found {len(optimizers)}. Return torch.optim.AdamW(self.parameters(), ...)"
+        )
+    if isinstance(optimizers[0], Muon):
+        raise ValueError(
+            f"configure_optimizers returns {type(optimizers[0]).__name__} already; use either the callback or the optimizer"
+        )
+    if "LBFGS" in (cls.__name__ for cls in type(optimizers[0]).__mro__):
+        raise ValueError("LBFGS evaluates the model many times a step, and Muon would step each time; use AdamW or SGD")
+    groups = optimizers[0].param_groups
+    if any(group.get("maximize") for group in groups):
+        raise ValueError("Muon minimises, but the optimizer has maximize=True; negate the loss instead")
+    if scaler_of(trainer) is not None and any(group.get("fused") for group in groups):
+        raise ValueError(
+            "fused=True unscales gradients inside its own step, after Muon's; pass fused=False in 16-mixed"
+        )
+    return optimizers[0]
+
+
+def scaler_of(trainer: pl.Trainer) -> torch.amp.GradScaler | None:
+    """The GradScaler of 16-mixed precision, if there is one."""
+    return getattr(trainer.precision_plugin, "scaler", None)
