@@ -134,7 +134,6 @@ class MuonClipCallback(Callback):
         self._handles: list[Any] = []
         self._capture: Capture | None = None
         self._last_step = 0
-        self._first_step = True
 
     # Arm ------------------------------------------------------------------------------------------------------------
 
@@ -187,7 +186,10 @@ class MuonClipCallback(Callback):
             self._arm_qk_clip(optimizer, pl_module)
         rank_zero_info(f"MuonClip: who steps what\n{routing_table(routes)}")
         if self.qk_clip is not None:
-            rank_zero_info(f"QK-Clip watches {len(self.qk_clip.layers)} layers: {', '.join(self.qk_clip.layers)}")
+            sides = self.qk_clip.sides
+            rank_zero_info(
+                "QK-Clip, and what it scales: " + ", ".join(f"{name}: {side}" for name, side in sides.items())
+            )
 
     def _take_matrices(self, optimizer: Optimizer, routes: Sequence[Route], pl_module: pl.LightningModule) -> Muon:
         """Drops Muon's matrices from the user's groups, of which even an emptied one stays, and gives them to a Muon."""
@@ -236,7 +238,6 @@ class MuonClipCallback(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Notes where a resumed run goes on."""
         self._last_step = trainer.global_step
-        self._first_step = True
         if self.verify and self.qk_clip is not None:
             self._capture = Capture(self.qk_clip.observer)
         if trainer.gradient_clip_val and is_overridden("configure_gradient_clipping", pl_module):
@@ -330,21 +331,9 @@ class MuonClipCallback(Callback):
             return  # gradients are being accumulated
         self._last_step = trainer.global_step
         if self.last is not None:
-            if self._first_step:
-                self._warn_of_unseen_layers(self.last)
             self._log(trainer, pl_module, self.last)
         elif self.qk_clip is not None:
             self.qk_clip.discard()
-
-    def _warn_of_unseen_layers(self, result: ClipResult) -> None:
-        assert self.qk_clip is not None
-        self._first_step = False
-        seen = (result.max_logits > float("-inf")).any(1).tolist()  # the one look from the host, after the first step
-        if unseen := [name for name, ok in zip(self.qk_clip.layers, seen) if not ok]:
-            rank_zero_warn(
-                f"no logits were seen from {', '.join(unseen)}, so QK-Clip does not act there: the modules were not used,"
-                " or are in eval mode, as Hugging Face's from_pretrained returns them (call model.train())"
-            )
 
     def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule, result: ClipResult) -> None:
         assert self.qk_clip is not None

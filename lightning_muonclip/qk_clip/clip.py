@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -175,6 +176,8 @@ class QKClip:
             ledger = self.observer.ledger
             observed = ledger.values if max_logits is None else self._as_table(max_logits)
             is_due = self.is_due
+            if max_logits is None and self._steps == 0:
+                self._warn_of_unseen_layers()
             self._count(self._steps + 1)
             if not is_due:
                 return ClipResult(observed.clone(), torch.ones_like(observed))
@@ -186,6 +189,21 @@ class QKClip:
                 gamma = self._plan.apply(gamma)
                 self.clips = self.clips.to(gamma.device).add_(gamma < 1)
             return ClipResult(reduced, gamma)
+
+    @property
+    def sides(self) -> dict[str, str]:
+        """What a clip scales in every layer: ``"q and k"``, ``"q"``, ``"k"``, or ``"watched (...)"`` and why."""
+        sides = ["watched (threshold=None)"] * len(self.layers) if self._plan is None else self._plan.sides
+        return dict(zip(self.layers, sides))
+
+    def _warn_of_unseen_layers(self) -> None:
+        unseen = [recorder.name or "(model)" for recorder in self.observer.recorders if recorder.source is None]
+        if unseen:
+            warnings.warn(
+                f"no logits were seen from {', '.join(unseen)}, so QK-Clip does not act there: the modules were not used,"
+                " or are in eval mode, as Hugging Face's from_pretrained returns them (call model.train())",
+                stacklevel=3,
+            )
 
     @property
     def is_due(self) -> bool:
@@ -233,8 +251,7 @@ class QKClip:
 
     def summary(self) -> str:
         """A table of the layers: class, heads, layout, where their logits come from, and which sides are scaled."""
-        sides = ["watched (threshold=None)"] * len(self.layers) if self._plan is None else self._plan.sides
-        return summary_table(self.observer, sides)
+        return summary_table(self.observer, list(self.sides.values()))
 
     def discard(self) -> None:
         """Forgets what was seen since the last step, for a step that was skipped."""

@@ -50,19 +50,22 @@ def find_attention(model: nn.Module, specs: Mapping[str, AttentionSpec | None] |
 
     Args:
         model: The model.
-        specs: The user's word, by module name; ``None`` as a value leaves that module alone.
+        specs: The user's word, by module name; ``None`` as a value leaves that module, and what is in it, alone.
 
     Raises:
         ValueError: If a name in ``specs`` is no module, a module looks like attention but cannot be read, or there is
             no attention at all.
     """
     found, refused = recognise(model, specs)
-    for reason in refused.values():
-        raise ValueError(reason)
+    if refused:  # the innermost first: what is outside may only be a wrapper
+        innermost = max(refused, key=lambda name: name.count("."))
+        others = f"\nAnd {len(refused) - 1} more: {', '.join(name for name in refused if name != innermost)}"
+        raise ValueError(refused[innermost] + others * (len(refused) > 1))
     if not found:
         raise ValueError(
             f"{type(model).__name__} has no attention that QK-Clip knows; describe it by specs={{name: AttentionSpec(...)}}"
-            " or register_attention(cls, spec_fn), or switch QK-Clip off with logits='off'"
+            " or register_attention(cls, spec_fn), or leave QK-Clip out: MuonClipCallback(logits='off'), or in plain PyTorch"
+            " Muon(split_params(model))"
         )
     return found
 
@@ -84,7 +87,10 @@ def recognise(
             raise ValueError(f"specs names {name!r}, but the model has no such module; named_modules() lists them")
     found: AttentionModules = {}
     refused: dict[str, str] = {}
+    alone = tuple(f"{name}." for name, spec in specs.items() if spec is None and name)
     for name, module in modules.items():
+        if name.startswith(alone) and name not in specs:
+            continue
         try:
             spec = specs[name] if name in specs else _spec_of(module)
         except ValueError as error:

@@ -35,8 +35,8 @@ class AttentionSpec:
         sizes: Channel counts that the layouts name, such as ``{"d": 64}``. ``H``, ``G`` and ``r = H / G`` are known.
         qk_norm: Whether queries or keys are normalised after the projection: then no factor on a weight can lower a
             logit.
-        gains: The gains of those norms, which a factor can scale. A layout without ``H`` or ``G``, such as ``q(d)``, is
-            one gain for all heads.
+        gains: The gains of those norms, which a factor can scale; they imply ``qk_norm``. A layout without ``H`` or ``G``,
+            such as ``q(d)``, is one gain for all heads.
 
     Raises:
         ValueError: If the query heads cannot share the key heads evenly.
@@ -59,5 +59,6 @@ class AttentionSpec:
             raise ValueError(f"{self.num_heads} query heads cannot share {groups} key heads evenly")
         known = {"H": self.num_heads, "G": groups, "r": self.num_heads // groups}
         object.__setattr__(self, "num_key_value_heads", groups)
+        object.__setattr__(self, "qk_norm", self.qk_norm or bool(self.gains))
         # The user's r wins: to some layouts it is the size of a rotated part.
         object.__setattr__(self, "sizes", {**known, **self.sizes, "H": self.num_heads, "G": groups})

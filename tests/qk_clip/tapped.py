@@ -88,12 +88,12 @@ def through_torch(
     return output.transpose(1, 2), None
 
 
-def llama(attn_implementation: str, dropout: float = 0.0) -> LlamaModel:
+def llama(attn_implementation: str, dropout: float = 0.0, layers: int = 2) -> LlamaModel:
     config = LlamaConfig(
         hidden_size=16,
         intermediate_size=16,
         vocab_size=11,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=HEADS,
         num_key_value_heads=2,
         attn_implementation=attn_implementation,
@@ -105,14 +105,15 @@ def llama(attn_implementation: str, dropout: float = 0.0) -> LlamaModel:
     return model.train()
 
 
-def gptj(dropout: float = 0.0) -> GPTJModel:
-    config = GPTJConfig(n_embd=16, n_head=HEADS, n_layer=2, rotary_dim=2, vocab_size=11, n_positions=256, **NO_TOKENS)
+def gptj(dropout: float = 0.0, layers: int = 2) -> GPTJModel:
+    sizes = {"n_embd": 16, "n_head": HEADS, "n_layer": layers, "rotary_dim": 2, "vocab_size": 11, "n_positions": 256}
+    config = GPTJConfig(**sizes, **NO_TOKENS)
     config.attn_pdrop, config.resid_pdrop, config.embd_pdrop = dropout, 0.0, 0.0
     return GPTJModel(config).train()
 
 
-def bloom() -> BloomModel:
-    config = BloomConfig(hidden_size=16, n_head=HEADS, n_layer=2, vocab_size=11, **NO_TOKENS)
+def bloom(layers: int = 2) -> BloomModel:
+    config = BloomConfig(hidden_size=16, n_head=HEADS, n_layer=layers, vocab_size=11, **NO_TOKENS)
     return BloomModel(config).train()
 
 

@@ -41,27 +41,27 @@ def gpt_neo() -> nn.Module:
 
 
 def mpt() -> nn.Module:
-    return MptModel(MptConfig(d_model=16, n_heads=HEADS, n_layers=2, max_seq_len=256, vocab_size=11, **NO_TOKENS))
+    return MptModel(MptConfig(d_model=16, n_heads=HEADS, n_layers=1, max_seq_len=256, vocab_size=11, **NO_TOKENS))
 
 
 def falcon(alibi: bool) -> nn.Module:
-    sizes = {"hidden_size": 16, "num_attention_heads": HEADS, "num_hidden_layers": 2, "vocab_size": 11}
+    sizes = {"hidden_size": 16, "num_attention_heads": HEADS, "num_hidden_layers": 1, "vocab_size": 11}
     return FalconModel(FalconConfig(**sizes, alibi=alibi, attn_implementation="eager", **NO_TOKENS))
 
 
 def codegen() -> nn.Module:
-    sizes = {"n_embd": 32, "n_head": HEADS, "n_layer": 2, "rotary_dim": 2, "n_positions": 256, "n_ctx": 256}
+    sizes = {"n_embd": 32, "n_head": HEADS, "n_layer": 1, "rotary_dim": 2, "n_positions": 256, "n_ctx": 256}
     return CodeGenModel(CodeGenConfig(**sizes, vocab_size=11, **NO_TOKENS))
 
 
 def gpt2_upcast() -> nn.Module:
-    sizes = {"n_embd": 16, "n_head": HEADS, "n_layer": 2, "n_positions": 256, "vocab_size": 11}
+    sizes = {"n_embd": 16, "n_head": HEADS, "n_layer": 1, "n_positions": 256, "vocab_size": 11}
     config = GPT2Config(**sizes, reorder_and_upcast_attn=True, attn_implementation="eager", **NO_TOKENS)
     return GPT2Model(config)
 
 
 def bert() -> nn.Module:
-    sizes = {"hidden_size": 16, "num_attention_heads": HEADS, "num_hidden_layers": 2, "intermediate_size": 32}
+    sizes = {"hidden_size": 16, "num_attention_heads": HEADS, "num_hidden_layers": 1, "intermediate_size": 32}
     return BertModel(BertConfig(**sizes, vocab_size=11, attn_implementation="eager", **NO_TOKENS))
 
 
@@ -79,15 +79,15 @@ OBSERVED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "multihead": (lambda: Layers(SelfMultihead(False, 0.0)), "multi_head_attention_forward"),
     "multihead with weights": (lambda: Layers(SelfMultihead(True, 0.0)), "multi_head_attention_forward"),
     "encoder": (encoder, "multi_head_attention_forward"),
-    "hugging face sdpa": (lambda: llama("sdpa"), "scaled_dot_product_attention"),
-    "hugging face eager": (lambda: llama("eager"), "eager_attention_forward"),
-    "hugging face, a user's": (lambda: llama("mine"), "the attention interface"),
+    "hugging face sdpa": (lambda: llama("sdpa", layers=1), "scaled_dot_product_attention"),
+    "hugging face eager": (lambda: llama("eager", layers=1), "eager_attention_forward"),
+    "hugging face, a user's": (lambda: llama("mine", layers=1), "the attention interface"),
     "bert eager": (bert, "eager_attention_forward"),
-    "gpt-j": (gptj, "GPTJAttention._attn"),
+    "gpt-j": (lambda: gptj(layers=1), "GPTJAttention._attn"),
     "codegen": (codegen, "CodeGenAttention._attn"),
     "gpt-neo": (gpt_neo, "GPTNeoSelfAttention._attn"),
     "gpt-2 upcast": (gpt2_upcast, "GPT2Attention._upcast_and_reordered_attn"),
-    "bloom": (bloom, "recomputed"),
+    "bloom": (lambda: bloom(layers=1), "recomputed"),
     "mpt": (mpt, "recomputed"),
     "falcon": (lambda: falcon(alibi=False), "recomputed"),
     "falcon alibi": (lambda: falcon(alibi=True), "recomputed"),
@@ -166,8 +166,11 @@ def test_one_graph_with_the_log_sum_exp(name: str) -> None:
     check_one_graph(make(name), "aot_eager", source, logits="lse")
 
 
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+@needs_compiler
 @pytest.mark.parametrize("name", ["multihead with weights", "bloom"])
 def test_the_same_in_machine_code(name: str) -> None:
     check_one_graph(make(name), "inductor", OBSERVED[name][1])
@@ -278,6 +281,7 @@ def test_flex_attention_stays_one_graph(masked: bool) -> None:
 
 
 @pytest.mark.slow
+@needs_compiler
 def test_flex_attention_of_hugging_face_breaks_the_graph_no_more_than_without_an_observer() -> None:
     model = llama("flex_attention")
     batch = tokens(1)[0]
