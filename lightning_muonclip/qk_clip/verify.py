@@ -303,8 +303,8 @@ def _raise_for(checks: list[Check]) -> None:
             "a spec does not describe its attention, so QK-Clip would scale the wrong weights:\n    "
             + "\n    ".join(failures[:8])
             + more
-            + "\nCorrect the layout, the sizes or the number of heads; a bias has to be named with its weight. If queries or keys"
-            " are normalised after the projection, say qk_norm=True, or name the gains."
+            + "\nCorrect the layout, the sizes or the number of heads; a bias has to be named with its weight."
+            "\nIf queries or keys are normalised after the projection, say qk_norm=True, or name the gains."
         )
 
 

@@ -202,7 +202,7 @@ class Products(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func in (torch.ops.aten.bmm.default, torch.ops.aten.mm.default):
+        if func in (torch.ops.aten.bmm.default, torch.ops.aten.bmm.out, torch.ops.aten.mm.default):
             self.sizes.append(result.numel())
         return result
 
