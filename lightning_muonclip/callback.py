@@ -143,9 +143,7 @@ class MuonClipCallback(Callback):
             return
         self.muon, self.qk_clip, self.last, self._restored_clips = None, None, None, None
         check_strategy(trainer.strategy)
-        check_fit(trainer, pl_module)
-        if sum(isinstance(callback, MuonClipCallback) for callback in trainer.callbacks) > 1:  # type: ignore[attr-defined]
-            raise ValueError("the Trainer has more than one MuonClipCallback; keep one of them")
+        check_fit(trainer, pl_module, MuonClipCallback)
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]

@@ -17,14 +17,16 @@ _INCOMPATIBLE_CALLBACKS = {
 }
 
 
-def check_fit(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-    """Raises ValueError, with the way out, for a module or callbacks that cannot work with an injected optimizer."""
+def check_fit(trainer: pl.Trainer, pl_module: pl.LightningModule, own: type[Callback]) -> None:
+    """Raises ValueError, with the way out, for what cannot work beside ``own``, which injects an optimizer."""
     if not pl_module.automatic_optimization:
         raise ValueError(
             f"{type(pl_module).__name__} uses manual optimization, where no hook surrounds a step; use the optimizer"
             " MuonClip in configure_optimizers instead of MuonClipCallback"
         )
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    if sum(isinstance(callback, own) for callback in callbacks) > 1:
+        raise ValueError(f"the Trainer has more than one {own.__name__}; keep one of them")
     for callback in callbacks:
         for cls in type(callback).__mro__:
             if reason := _INCOMPATIBLE_CALLBACKS.get(cls.__name__):

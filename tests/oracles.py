@@ -159,6 +159,19 @@ class SdpaAttention(nn.Module):
         return brute_max_logits(query, key, self.dim**-0.5, causal(x.shape[1]))
 
 
+def true_maxima(module: Any, x: Tensor) -> Tensor:
+    """Largest logits of any module of these tests, by brute force."""
+    return module.max_logits(x) if isinstance(module, SdpaAttention) else module_max_logits(module, x)
+
+
+def between(maxima: Tensor) -> float:
+    """A threshold that some heads pass and others do not."""
+    middle = maxima.numel() // 2
+    low, high = maxima.flatten().sort().values[[middle - 1, middle]].tolist()
+    assert high > 0
+    return (max(low, 0.0) + high) / 2
+
+
 class Residual(nn.Module):
     """Layers on a residual stream."""
 

@@ -321,7 +321,9 @@ def test_scaled_gradients_are_unscaled_before_they_are_clipped() -> None:
         def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
             norms[self.name].append(float(torch.nn.utils.get_total_norm([p.grad for p in pl_module.parameters()])))
 
-    muonclip = lambda: MuonClipCallback(threshold=None, exclude=QUERIES_AND_KEYS)  # noqa: E731
+    def muonclip() -> MuonClipCallback:
+        return MuonClipCallback(threshold=None, exclude=QUERIES_AND_KEYS)
+
     trainer([muonclip(), Norms("plain")], gradient_clip_val=0.3, precision="bf16-mixed").fit(
         LitTiny(plain, OPTIMIZERS["sgd"]), loader(tokens)
     )

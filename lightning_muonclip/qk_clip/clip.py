@@ -173,8 +173,7 @@ class QKClip:
             ValueError: If ``max_logits`` does not have one row a layer and one number a head.
         """
         with torch.profiler.record_function("muonclip::qk_clip"):
-            ledger = self.observer.ledger
-            observed = ledger.values if max_logits is None else self._as_table(max_logits)
+            observed = self.observer.ledger.values if max_logits is None else self._as_table(max_logits)
             is_due = self.is_due
             if max_logits is None and self._steps == 0:
                 self._warn_of_unseen_layers()
@@ -182,8 +181,7 @@ class QKClip:
             if not is_due:
                 return ClipResult(observed.clone(), torch.ones_like(observed))
             reduced = reduce_max(observed, self.process_group)
-            ledger.close_step()
-            self.observer.start_anew()
+            self.observer.close_step()
             gamma = qk_clip_gamma(reduced, self.threshold)
             if self._plan is not None:
                 gamma = self._plan.apply(gamma)
@@ -255,7 +253,7 @@ class QKClip:
 
     def discard(self) -> None:
         """Forgets what was seen since the last step, for a step that was skipped."""
-        self.observer.start_anew()
+        self.observer.discard()
 
     def close(self) -> None:
         """Stops observing, unless the observer is shared, and detaches from optimizers. May be called twice."""

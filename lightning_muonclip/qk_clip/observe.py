@@ -14,64 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_muonclip.attention.tracking import Tracked
-from lightning_muonclip.kernels.max_logits import max_logits
 from lightning_muonclip.qk_clip.ledger import Ledger
 from lightning_muonclip.qk_clip.recompute import Recomputation, find_recomputation, is_heard_by_hooks_alone
+from lightning_muonclip.qk_clip.recorder import Recorder
 from lightning_muonclip.qk_clip.registry import AttentionModules
 from lightning_muonclip.qk_clip.taps import Bindings, inside
 
 LOGITS_CHOICES = ("exact", "lse", "off")
-
-
-class Recorder:
-    """Writes what one attention module sees into its row of the ledger."""
-
-    def __init__(self, ledger: Ledger, row: int, name: str, logits: str) -> None:
-        self.ledger = ledger
-        self.row = row
-        self.name = name
-        self.logits = logits
-        #: Where the maxima came from, once there are any.
-        self.source: str | None = None
-        #: Whether anything was recorded in the forward under way.
-        self.reported = False
-        #: Filled with the queries and keys that are measured, if somebody puts a list here (see ``verify``).
-        self.pairs: list[tuple[Tensor, Tensor]] | None = None
-        #: Output of the fused projection in the forward under way, where the logits have to be recomputed from it.
-        self.projected: Tensor | None = None
-
-    def measure(
-        self,
-        source: str,
-        query: Tensor,
-        key: Tensor,
-        scale: float | None,
-        *,
-        mask: Tensor | None = None,
-        is_causal: bool = False,
-    ) -> None:
-        """Takes the queries and keys of one call, as :func:`~lightning_muonclip.kernels.max_logits.max_logits` does."""
-        scale = query.shape[-1] ** -0.5 if scale is None else scale
-        self.record(max_logits(query, key, scale=scale, is_causal=is_causal, mask=mask), source)
-        if self.pairs is not None:
-            self.pairs.append((query, key))
-
-    def record(self, maxima: Tensor, source: str = "the module", *, pair: tuple[Tensor, Tensor] | None = None) -> None:
-        """Takes the maxima of one forward, shape ``(heads,)``, and the queries and keys that they are of, if known."""
-        heads = self.ledger.heads[self.row]
-        if maxima.shape[0] != heads:
-            raise ValueError(
-                f"attention {self.name!r} computed {maxima.shape[0]} heads, but its spec says {heads}; correct the spec"
-            )
-        self.reported = True
-        self.source = source
-        self.ledger.record(self.row, maxima)
-        if self.pairs is not None and pair is not None:
-            self.pairs.append(pair)
-
-    def __reduce__(self) -> tuple[type, tuple[()]]:
-        # A copy of an observed module, by deepcopy or pickle, is not observed: its recorder is None.
-        return type(None), ()
 
 
 class Observer:
@@ -121,8 +70,13 @@ class Observer:
             handle.remove()
         self._handles = []
 
-    def start_anew(self) -> None:
-        """Forgets what was recorded, and forwards that an interrupt has cut off."""
+    def close_step(self) -> None:
+        """Ends a step of the ledger, and forwards that an interrupt has cut off."""
+        self.ledger.close_step()
+        inside.clear()
+
+    def discard(self) -> None:
+        """Forgets what was recorded since the last step."""
         self.ledger.values.fill_(float("-inf"))
         inside.clear()
 
@@ -215,6 +169,4 @@ class _Leave:
             )
         with torch.no_grad():
             logits = self.recomputation.logits(module, projected, *args, **kwargs)
-        recorder.measure(
-            "recomputed", logits.query, logits.key, logits.scale, mask=logits.mask, is_causal=logits.is_causal
-        )
+        recorder.measure("recomputed", logits)

@@ -7,7 +7,7 @@ keys are made again from the output of their fused projection. Nothing here has 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,15 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_muonclip.kernels.max_logits import HIDDEN
+from lightning_muonclip.qk_clip.names import qualified_names
 
 
 @dataclass(frozen=True)
 class Logits:
-    """What :func:`~lightning_muonclip.kernels.max_logits.max_logits` takes."""
+    """What :func:`~lightning_muonclip.kernels.max_logits.max_logits` takes; a scale of ``None`` is ``d ** -0.5``."""
 
     query: Tensor
     key: Tensor
-    scale: float
+    scale: float | None = None
     mask: Tensor | None = None
     is_causal: bool = False
 
@@ -53,11 +54,6 @@ def find_recomputation(module: nn.Module) -> Recomputation | None:
 def is_heard_by_hooks_alone(module: nn.Module) -> bool:
     """Whether no function that the module calls, and torch.compile guards, is rebound to hear it."""
     return any(name in METHODS or name in PROJECTIONS for name in qualified_names(type(module)))
-
-
-def qualified_names(cls: type) -> Iterator[str]:
-    """Names of a class and its bases, with their modules."""
-    return (f"{base.__module__}.{base.__qualname__}" for base in cls.__mro__)
 
 
 def _gptj(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None) -> Logits:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_muonclip.qk_clip.families import FAMILIES, SpecFn, is_active, separate
+from lightning_muonclip.qk_clip.names import qualified_name, qualified_names
 from lightning_muonclip.qk_clip.spec import AttentionSpec
 
 #: The attention modules of a model by display name, in ``named_modules`` order, each with its spec.
@@ -42,7 +42,7 @@ def register_attention(cls: type[nn.Module] | str, spec_fn: SpecFn) -> None:
         cls: The class, or its qualified name (``"package.module.Class"``).
         spec_fn: Takes a module of that class and returns its :class:`AttentionSpec`.
     """
-    _BY_CLASS[cls if isinstance(cls, str) else _qualified_name(cls)] = spec_fn
+    _BY_CLASS[cls if isinstance(cls, str) else qualified_name(cls)] = spec_fn
 
 
 def find_attention(model: nn.Module, specs: Mapping[str, AttentionSpec | None] | None = None) -> AttentionModules:
@@ -112,8 +112,8 @@ def display_name(name: str) -> str:
 
 
 def _spec_of(module: nn.Module) -> AttentionSpec | None:
-    for cls in type(module).__mro__:
-        if spec_fn := _BY_CLASS.get(_qualified_name(cls)):
+    for name in qualified_names(type(module)):
+        if spec_fn := _BY_CLASS.get(name):
             return spec_fn(module)
     for names in SEPARATE_PROJECTIONS:
         if _weight_rows(module, names[0]) and _weight_rows(module, names[1]):
@@ -162,10 +162,6 @@ def _first_int(module: nn.Module, names: tuple[str, ...]) -> int | None:
             if isinstance(value, int) and not isinstance(value, bool):
                 return value
     return None
-
-
-def _qualified_name(cls: Any) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def _refusal(name: str, module: nn.Module, reason: str) -> str:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lightning_muonclip.qk_clip.layout import SPLITS, compile_layout, split_channels
+from lightning_muonclip.qk_clip.layout import SPLITS, split_channels
+from lightning_muonclip.qk_clip.names import qualified_name
 from lightning_muonclip.qk_clip.registry import AttentionModules
 from lightning_muonclip.qk_clip.spec import Projection
+from lightning_muonclip.qk_clip.weights import channel_map
 
 #: Linear layers whose weight is (in, out): output channels lie on dimension 1.
 _TRANSPOSED = ("transformers.pytorch_utils.Conv1D",)
@@ -37,7 +39,7 @@ def matrix_parts(model: nn.Module, attention: AttentionModules, split: str) -> M
     check_split(split)
     parts: MatrixParts = {}
     for module in model.modules():
-        if f"{type(module).__module__}.{type(module).__qualname__}" in _TRANSPOSED:
+        if qualified_name(type(module)) in _TRANSPOSED:
             transposed = module.get_parameter("weight")
             parts[transposed] = (1, [torch.arange(transposed.shape[1])])
     for name, (module, spec) in attention.items():
@@ -46,10 +48,7 @@ def matrix_parts(model: nn.Module, attention: AttentionModules, split: str) -> M
             if weight is None:
                 continue
             dim = projection.dim % 2
-            try:
-                channels = compile_layout(projection.layout, weight.shape[dim], spec.sizes)
-            except ValueError as error:
-                raise ValueError(f"attention {name!r}, {projection.name}: {error}") from error
+            channels = channel_map(name, projection.name, projection.layout, weight.shape[dim], spec)
             own = split_channels(channels, split)
             if dim or len(own) > 1:
                 parts[weight] = (dim, own)

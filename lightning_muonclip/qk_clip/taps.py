@@ -12,7 +12,7 @@ import inspect
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,32 +20,12 @@ from torch import Tensor, nn
 from torch._guards import detect_fake_mode
 
 from lightning_muonclip.kernels.log_sum_exp import attention_log_sum_exp, tells_log_sum_exp
-from lightning_muonclip.qk_clip.recompute import METHODS, Logits, multi_head, qualified_names
-
-
-class Listener(Protocol):
-    """Whoever wants to know the logits of the attention module in its forward: the Recorder of an observer."""
-
-    logits: str
-
-    def measure(
-        self,
-        source: str,
-        query: Tensor,
-        key: Tensor,
-        scale: float | None,
-        *,
-        mask: Tensor | None = None,
-        is_causal: bool = False,
-    ) -> None:
-        """Takes queries and keys as :func:`~lightning_muonclip.kernels.max_logits.max_logits` does."""
-
-    def record(self, maxima: Tensor, source: str) -> None:
-        """Takes maxima of shape ``(heads,)``."""
-
+from lightning_muonclip.qk_clip.names import qualified_names
+from lightning_muonclip.qk_clip.recompute import METHODS, Logits, multi_head
+from lightning_muonclip.qk_clip.recorder import Recorder
 
 #: The attention modules in their forward just now, innermost last; ``None`` is one that is not recorded.
-inside: list[Any] = []
+inside: list[Recorder | None] = []
 
 Tap = Callable[[Any], Any]
 
@@ -165,7 +145,7 @@ def _imported_places(scope: dict[str, Any]) -> Iterator[tuple[Any, str, Tap]]:
                 yield scope, name, tap
 
 
-def _listener() -> Listener | None:
+def _recorder() -> Recorder | None:
     if not inside or (not torch.compiler.is_dynamo_compiling() and detect_fake_mode() is not None):
         return None  # tensors without values: torch.compile looks at a function that it does not trace
     return inside[-1]
@@ -184,7 +164,7 @@ def _tap_sdpa(original: Callable[..., Any]) -> Callable[..., Any]:
     is_torchs = inspect.isbuiltin(original)  # else another library's, which is not to be replaced by a kernel of torch
 
     def listen(
-        listener: Listener,
+        recorder: Recorder,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -194,19 +174,19 @@ def _tap_sdpa(original: Callable[..., Any]) -> Callable[..., Any]:
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor | None:
-        bounded = listener.logits == "lse" and is_torchs and not (is_causal and attn_mask is not None)
+        bounded = recorder.logits == "lse" and is_torchs and not (is_causal and attn_mask is not None)
         if bounded and tells_log_sum_exp(query, key, value, attn_mask, dropout_p):
             factor = query.shape[-1] ** -0.5 if scale is None else scale
             output, bound = attention_log_sum_exp(query, key, value, attn_mask, is_causal, factor)
-            listener.record(bound, "log-sum-exp of scaled_dot_product_attention")
+            recorder.record(bound, "log-sum-exp of scaled_dot_product_attention")
             return output
-        listener.measure("scaled_dot_product_attention", query, key, scale, mask=attn_mask, is_causal=is_causal)
+        recorder.measure("scaled_dot_product_attention", Logits(query, key, scale, attn_mask, is_causal))
         return None
 
     @functools.wraps(original)
     def scaled_dot_product_attention(*args: Any, **kwargs: Any) -> Tensor:
-        listener = _listener()
-        output = None if listener is None else listen(listener, *args, **kwargs)
+        recorder = _recorder()
+        output = None if recorder is None else listen(recorder, *args, **kwargs)
         return original(*args, **kwargs) if output is None else output
 
     return scaled_dot_product_attention
@@ -215,14 +195,13 @@ def _tap_sdpa(original: Callable[..., Any]) -> Callable[..., Any]:
 def _tap_multi_head(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def multi_head_attention_forward(*args: Any, **kwargs: Any) -> Any:
-        listener = _listener()
+        recorder = _recorder()
         asked = {**dict(zip(_MULTI_HEAD_ARGUMENTS, args)), **kwargs}
         # Asked for its weights it multiplies by itself, and to torch.compile it is opaque; else it calls the function above.
-        if listener is None or not (asked.get("need_weights", True) or torch.compiler.is_compiling()):
+        if recorder is None or not (asked.get("need_weights", True) or torch.compiler.is_compiling()):
             return original(*args, **kwargs)
         with torch.no_grad():
-            logits = multi_head(asked)
-            listener.measure("multi_head_attention_forward", logits.query, logits.key, logits.scale, mask=logits.mask)
+            recorder.measure("multi_head_attention_forward", multi_head(asked))
         return _unheard(original, *args, **kwargs)
 
     return multi_head_attention_forward
@@ -230,7 +209,7 @@ def _tap_multi_head(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _tap_flex(original: Callable[..., Any]) -> Callable[..., Any]:
     def listen(
-        listener: Listener,
+        recorder: Recorder,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -245,13 +224,13 @@ def _tap_flex(original: Callable[..., Any]) -> Callable[..., Any]:
                 "QK-Clip cannot see what a score_mod hides: hide pairs by block_mask, or their logits count as visible",
                 stacklevel=3,
             )
-        listener.measure("flex_attention", query, key, scale, mask=_dense(block_mask, query, key))
+        recorder.measure("flex_attention", Logits(query, key, scale, _dense(block_mask, query, key)))
 
     @functools.wraps(original)
     def flex_attention(*args: Any, **kwargs: Any) -> Any:
-        listener = _listener()
-        if listener is not None:
-            listen(listener, *args, **kwargs)
+        recorder = _recorder()
+        if recorder is not None:
+            listen(recorder, *args, **kwargs)
         return original(*args, **kwargs)
 
     return flex_attention
@@ -260,12 +239,11 @@ def _tap_flex(original: Callable[..., Any]) -> Callable[..., Any]:
 def _tap_method(read: Callable[..., Logits | None], original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def method(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        listener = _listener()
-        logits = None if listener is None else read(module, *args, **kwargs)
-        if listener is None or logits is None:
+        recorder = _recorder()
+        logits = None if recorder is None else read(module, *args, **kwargs)
+        if recorder is None or logits is None:
             return original(module, *args, **kwargs)
-        source = f"{type(module).__name__}.{original.__name__}"
-        listener.measure(source, logits.query, logits.key, logits.scale, mask=logits.mask, is_causal=logits.is_causal)
+        recorder.measure(f"{type(module).__name__}.{original.__name__}", logits)
         return _unheard(original, module, *args, **kwargs)
 
     return method
@@ -276,10 +254,10 @@ def _tap_eager(original: Callable[..., Any]) -> Callable[..., Any]:
     def eager_attention_forward(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> Any:
-        listener = _listener()
-        if listener is not None:  # of itself it is never causal: the mask says everything
+        recorder = _recorder()
+        if recorder is not None:  # of itself it is never causal: the mask says everything
             mask = None if attention_mask is None else attention_mask[..., : key.shape[-2]]
-            listener.measure("eager_attention_forward", query, key, kwargs.get("scaling"), mask=mask)
+            recorder.measure("eager_attention_forward", Logits(query, key, kwargs.get("scaling"), mask))
         return original(module, query, key, value, attention_mask, **kwargs)
 
     return eager_attention_forward
@@ -294,11 +272,11 @@ def _through_interface(
     attention_mask: Any,
     **kwargs: Any,
 ) -> Any:
-    listener = _listener()
-    if listener is None:
+    recorder = _recorder()
+    if recorder is None:
         return original(module, query, key, value, attention_mask, **kwargs)
     visible = _visible(module, query, key, attention_mask, kwargs)
-    listener.measure("the attention interface", query, key, kwargs.get("scaling"), **visible)
+    recorder.measure("the attention interface", Logits(query, key, kwargs.get("scaling"), **visible))
     return _unheard(original, module, query, key, value, attention_mask, **kwargs)
 
 

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
 
 from lightning_muonclip.qk_clip.layout import ChannelMap, compile_layout, layout_kinds
+from lightning_muonclip.qk_clip.names import qualified_name
 from lightning_muonclip.qk_clip.spec import AttentionSpec, Projection
 
 LORA_CHOICES = ("monitor", "scale")
@@ -80,13 +81,20 @@ def weights_of(
             if not -param.ndim <= dim < param.ndim:
                 raise ValueError(f"attention {name!r}, {path}: it has {param.ndim} dimensions, so none is dim={dim}")
             dim %= param.ndim
-            try:
-                channels = compile_layout(projection.layout, param.shape[dim], spec.sizes, shared=shared)
-            except ValueError as error:
-                raise ValueError(f"attention {name!r}, {path}: {error}") from error
+            channels = channel_map(name, path, projection.layout, param.shape[dim], spec, shared=shared)
             trained = param.requires_grad or is_adapted(module, projection)
             weights.append(Weight(path, dim, channels, offset, trained))
     return weights
+
+
+def channel_map(
+    name: str, path: str, layout: str, channels: int, spec: AttentionSpec, *, shared: bool = False
+) -> ChannelMap:
+    """:func:`~lightning_muonclip.qk_clip.layout.compile_layout` whose errors name the attention and the parameter."""
+    try:
+        return compile_layout(layout, channels, spec.sizes, shared=shared)
+    except ValueError as error:
+        raise ValueError(f"attention {name!r}, {path}: {error}") from error
 
 
 def _child(module: nn.Module, projection: Projection) -> Any:
@@ -106,7 +114,7 @@ def _paths(module: nn.Module, name: str, projection: Projection) -> list[tuple[s
         base, adapters = f"{projection.name}.base_layer", dict(getattr(child, "lora_B", {}))
         is_plain = adapters and all(isinstance(adapter, nn.Linear) for adapter in adapters.values())
         if not is_plain or len(getattr(child, "lora_magnitude_vector", ())):
-            kind = "DoRA" if is_plain else _class_name(child)
+            kind = "DoRA" if is_plain else qualified_name(type(child))  # peft calls many layers Linear
             raise UnscalableError(
                 f"adapted by {kind}",
                 f"{_under(name, projection.name)} is adapted by {kind}, and QK-Clip can scale only plain LoRA; watch it with"
@@ -138,7 +146,7 @@ def _scalable(module: nn.Module, name: str, path: str) -> Tensor:
         )
     reason = None
     if param is None:
-        reason = f"no parameter of {_class_name(owner)}"
+        reason = f"no parameter of {qualified_name(type(owner))}"
         if parametrize.is_parametrized(owner, leaf) or any(other.startswith(f"{leaf}_") for other in own):
             reason = "parametrized"  # made anew in every forward
     elif type(param) not in (nn.Parameter, DTensor):
@@ -153,11 +161,6 @@ def _scalable(module: nn.Module, name: str, path: str) -> Tensor:
         )
     assert param is not None
     return param
-
-
-def _class_name(module: Any) -> str:
-    """With its module: in many libraries a class of layers is named Linear."""
-    return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 def _under(name: str, path: str) -> str:

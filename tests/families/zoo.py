@@ -661,7 +661,7 @@ TIMM = [
     timm("VisionTransformer, QK-norm", "", _timm_vit(qk_norm=True), image=True, **_ONE_GAIN),
 ]
 
-CASES = [*OURS, *TORCH, *HUGGING_FACE, *LITGPT]
+CASES = [*OURS, *TORCH, *HUGGING_FACE, *LITGPT, *TIMM]
 
 #: Classes of the registry that the versions installed here do not have.
 OF_OTHER_VERSIONS = {

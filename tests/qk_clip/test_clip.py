@@ -9,7 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from oracles import INF, Residual, SdpaAttention, enlarge, module_max_logits, policy_factors, snapshot
+from oracles import (
+    INF,
+    Residual,
+    SdpaAttention,
+    between,
+    enlarge,
+    policy_factors,
+    snapshot,
+    true_maxima,
+)
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -37,18 +46,6 @@ def make(kind: str) -> Any:
     module = MODULES[kind]()
     enlarge(module)
     return module
-
-
-def true_maxima(module: Any, x: Tensor) -> Tensor:
-    return module.max_logits(x) if isinstance(module, SdpaAttention) else module_max_logits(module, x)
-
-
-def between(maxima: Tensor) -> float:
-    """A threshold that some heads pass and others do not."""
-    middle = maxima.numel() // 2
-    low, high = maxima.flatten().sort().values[[middle - 1, middle]].tolist()
-    assert high > 0
-    return (max(low, 0.0) + high) / 2
 
 
 def close(found: Tensor, expected: Tensor) -> None:

@@ -10,7 +10,16 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from oracles import INF, Residual, SdpaAttention, brute_max_logits, causal, enlarge, module_max_logits, queries_and_keys
+from oracles import (
+    INF,
+    Residual,
+    SdpaAttention,
+    brute_max_logits,
+    causal,
+    enlarge,
+    queries_and_keys,
+    true_maxima,
+)
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaModel
@@ -38,10 +47,6 @@ def third_party() -> Any:
     return module
 
 
-def expected_maxima(module: Any, x: Tensor) -> Tensor:
-    return module.max_logits(x) if isinstance(module, SdpaAttention) else module_max_logits(module, x)
-
-
 def close(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found.double(), expected.reshape(found.shape), rtol=1e-5, atol=0)
 
@@ -56,8 +61,8 @@ def test_training_forwards_record_the_maximum_over_all_of_them(make: Callable[[]
     with QKClip(module) as qk_clip:
         for x in xs:
             module(x)
-        close(qk_clip.max_logits, torch.stack([expected_maxima(module, x) for x in xs]).amax(0))
-    assert len({int(i) for i in torch.stack([expected_maxima(module, x) for x in xs]).argmax(0)}) > 1
+        close(qk_clip.max_logits, torch.stack([true_maxima(module, x) for x in xs]).amax(0))
+    assert len({int(i) for i in torch.stack([true_maxima(module, x) for x in xs]).argmax(0)}) > 1
 
 
 @either
@@ -71,7 +76,7 @@ def test_evaluation_records_nothing(make: Callable[[], Any]) -> None:
         seen = qk_clip.max_logits
         module.eval()(100 * x)
         assert torch.equal(qk_clip.max_logits, seen)
-        close(seen, expected_maxima(module, x))
+        close(seen, true_maxima(module, x))
 
 
 @either
@@ -124,7 +129,7 @@ def test_calls_of_others_are_not_recorded() -> None:
         assert qk_clip.max_logits.isneginf().all()
         module(x)
         stranger(x)
-        close(qk_clip.max_logits, expected_maxima(module, x))
+        close(qk_clip.max_logits, true_maxima(module, x))
 
 
 @pytest.mark.parametrize("how", ["an error", "a recomputation that stops early"])
@@ -151,7 +156,7 @@ def test_a_module_that_is_used_twice_has_one_row(make: Callable[[], Any]) -> Non
         model(x)
         assert qk_clip.layers == ["layers.0"]
         second = x + layer.eval()(x)
-        close(qk_clip.max_logits, torch.maximum(expected_maxima(layer, x), expected_maxima(layer, second)))
+        close(qk_clip.max_logits, torch.maximum(true_maxima(layer, x), true_maxima(layer, second)))
 
 
 def test_layers_with_fewer_heads_have_shorter_rows() -> None:
@@ -326,7 +331,7 @@ def test_another_librarys_rebinding_is_kept(monkeypatch: pytest.MonkeyPatch) -> 
     for _ in range(2):
         with QKClip(module) as qk_clip, QKClip(third_party()):
             module(x)
-            close(qk_clip.max_logits, expected_maxima(module, x))
+            close(qk_clip.max_logits, true_maxima(module, x))
         assert F.scaled_dot_product_attention is faster
     assert len(calls) == 2
 
@@ -348,11 +353,11 @@ def test_two_models_are_observed_side_by_side(make: Callable[[], Any]) -> None:
     first(x)
     assert two.max_logits.isneginf().all()
     second(x)
-    close(one.max_logits, expected_maxima(first, x))
-    close(two.max_logits, expected_maxima(second, x))
+    close(one.max_logits, true_maxima(first, x))
+    close(two.max_logits, true_maxima(second, x))
     one.close()
     second(3 * x)
-    close(two.max_logits, torch.maximum(expected_maxima(second, x), expected_maxima(second, 3 * x)))
+    close(two.max_logits, torch.maximum(true_maxima(second, x), true_maxima(second, 3 * x)))
     two.close()
     assert F.scaled_dot_product_attention is TORCHS_OWN
 
@@ -367,7 +372,7 @@ def test_a_model_is_observed_once_at_a_time(make: Callable[[], Any]) -> None:
             QKClip(model.layers[1])
         x = torch.randn(2, 9, 16)
         model(x)
-        close(qk_clip.max_logits[0], expected_maxima(model.layers[0], x))
+        close(qk_clip.max_logits[0], true_maxima(model.layers[0], x))
     QKClip(model).close()
 
 
@@ -404,7 +409,7 @@ def test_a_copy_of_an_observed_model_is_not_observed(make: Callable[[], Any], co
             other.step()
             assert qk_clip.max_logits.isneginf().all()
         model(x)
-        close(qk_clip.max_logits, expected_maxima(model, x))
+        close(qk_clip.max_logits, true_maxima(model, x))
     twin(x)
     QKClip(twin).close()
 

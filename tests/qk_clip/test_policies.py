@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from drawn import Case, Drawn, true_spec
-from oracles import Residual, SdpaAttention, enlarge, module_max_logits, policy_factors, snapshot
+from oracles import Residual, SdpaAttention, between, enlarge, policy_factors, snapshot, true_maxima
 from torch import Tensor, nn
 
 from lightning_muonclip import Attention, AttentionSpec, MultiheadLatentAttention, Projection, QKClip
@@ -33,16 +33,6 @@ def make(kind: str) -> Any:
     module = MODULES[kind]()
     enlarge(module)
     return module
-
-
-def maxima_of(module: Any, x: Tensor) -> Tensor:
-    return module.max_logits(x) if isinstance(module, SdpaAttention) else module_max_logits(module, x)
-
-
-def between(maxima: Tensor) -> float:
-    """A threshold that some heads pass and others do not."""
-    low, high = maxima.flatten().sort().values[[maxima.numel() // 2 - 1, maxima.numel() // 2]].tolist()
-    return (max(low, 0.0) + high) / 2
 
 
 def close(found: Tensor, expected: Tensor, rtol: float = 1e-5) -> None:
@@ -88,7 +78,7 @@ def test_what_is_trained_takes_all_of_gamma(kind: str, frozen: str, alpha: float
     names, side = FROZEN[frozen]
     for name in names:
         module.get_parameter(name).requires_grad_(False)
-    before, old = snapshot(module), maxima_of(module, x)
+    before, old = snapshot(module), true_maxima(module, x)
     threshold = between(old)
     with QKClip(module, threshold, alpha, shared_keys=shared_keys) as qk_clip:
         assert qk_clip.summary().splitlines()[1].endswith(side)
@@ -107,13 +97,13 @@ def test_what_is_trained_takes_all_of_gamma(kind: str, frozen: str, alpha: float
     equal(factors_of(module, "k_proj", before, groups), key)
     equal(result.gamma[0].tolist(), [1.0] * 4 if side.startswith("watched") else gamma)
     both = torch.tensor([query[h] * key[h * groups // 4] for h in range(4)])
-    close(maxima_of(module, x), old * both)
+    close(true_maxima(module, x), old * both)
     if side.startswith("watched"):
         return
-    assert (maxima_of(module, x) <= threshold * 1.00001).all()
+    assert (true_maxima(module, x) <= threshold * 1.00001).all()
     is_exact = shared_keys in ("query", "compensate") if side == "q and k" else side == "q"
     if is_exact or groups == 4:
-        close(maxima_of(module, x), old.clamp(max=threshold))
+        close(true_maxima(module, x), old.clamp(max=threshold))
     assert all(torch.equal(before[name], module.get_parameter(name)) for name in (*names, "v_proj.weight"))
 
 
@@ -132,13 +122,13 @@ def test_frozen_sides_of_latent_attention(frozen: list[str], side: str, alpha: f
     enlarge(module)
     for name in frozen:
         module.get_submodule(name).requires_grad_(False)
-    before, old = snapshot(module), maxima_of(module, x)
+    before, old = snapshot(module), true_maxima(module, x)
     threshold = between(old)
     with QKClip(module, threshold, alpha) as qk_clip:
         assert qk_clip.summary().endswith(side)
         module(x)
         qk_clip.step()
-    close(maxima_of(module, x), old if side.startswith("watched") else old.clamp(max=threshold))
+    close(true_maxima(module, x), old if side.startswith("watched") else old.clamp(max=threshold))
     gamma = [threshold / s if s > threshold and not side.startswith("watched") else 1.0 for s in old.tolist()]
     share = 1.0 if side == "q" else alpha
     weight, key = module.q_b_proj.weight.detach(), module.kv_b_proj.weight.detach()
@@ -188,13 +178,13 @@ def test_a_key_weight_of_two_layers_is_scaled_once_for_the_largest_logit_of_both
         equal(factors_of(layer, "q_proj", old, 4), [g**alpha for g in gamma])
         equal(factors_of(layer, "k_proj", old, 4), [g ** (1 - alpha) for g in gamma])
     x = torch.randn(3, 9, 16)
-    old = [maxima_of(layer, x) for layer in model.layers]
+    old = [true_maxima(layer, x) for layer in model.layers]
     threshold = between(torch.cat([old[0], old[2]]))
     with QKClip(model, threshold, alpha) as qk_clip:
         for layer in model.layers:
             layer(x)
         qk_clip.step()
-    new = [maxima_of(layer, x) for layer in model.layers]
+    new = [true_maxima(layer, x) for layer in model.layers]
     assert all((maxima <= threshold * 1.00001).all() for maxima in new)
     worst = torch.maximum(old[0], old[2]) > threshold
     close(torch.maximum(new[0], new[2])[worst], torch.full_like(worst[worst], threshold, dtype=torch.float64))
@@ -220,13 +210,13 @@ def test_a_weight_that_makes_queries_and_keys_takes_half_of_gamma(kind: str, alp
     module, x = SdpaAttention(16, 4) if kind == "mha" else Attention(16, 4), torch.randn(3, 9, 16)
     enlarge(module)
     module.k_proj = module.q_proj
-    before, old = snapshot(module), maxima_of(module, x)
+    before, old = snapshot(module), true_maxima(module, x)
     threshold = between(old)
     with QKClip(module, threshold, alpha) as qk_clip:
         assert qk_clip.summary().endswith("q and k")
         module(x)
         assert qk_clip.step().clipped_heads == 2
-    close(maxima_of(module, x), old.clamp(max=threshold))
+    close(true_maxima(module, x), old.clamp(max=threshold))
     gamma = old.clamp(min=threshold).reciprocal() * threshold
     close(module.q_proj.weight.detach(), before["q_proj.weight"] * gamma.sqrt().repeat_interleave(4)[:, None])
 
@@ -234,11 +224,11 @@ def test_a_weight_that_makes_queries_and_keys_takes_half_of_gamma(kind: str, alp
 def test_a_tied_weight_keeps_the_biases_that_are_not_tied_in_step() -> None:
     module, x = make("mha"), torch.randn(3, 9, 16)
     module.k_proj.weight = module.q_proj.weight
-    old = maxima_of(module, x)
+    old = true_maxima(module, x)
     with QKClip(module, between(old), alpha=0.2) as qk_clip:
         module(x)
         assert qk_clip.step().clipped_heads == 2
-    close(maxima_of(module, x), old.clamp(max=qk_clip.threshold))
+    close(true_maxima(module, x), old.clamp(max=qk_clip.threshold))
     module.k_proj.bias.requires_grad_(False)
     with QKClip(module, 1.0) as qk_clip:
         assert qk_clip.summary().endswith("watched (not trained)")
@@ -249,13 +239,13 @@ def test_layers_that_share_a_weight_that_makes_queries_and_keys() -> None:
     shared = model.layers[0].q_proj
     for layer in model.layers:
         layer.q_proj = layer.k_proj = shared
-    old = maxima_of(model.layers[0], x)
+    old = true_maxima(model.layers[0], x)
     with QKClip(model, between(old), alpha=0.2) as qk_clip:
         for layer in model.layers:
             layer(x)
         assert qk_clip.step().clipped_heads == 4
         assert len(qk_clip.params) == 2
-    close(maxima_of(model.layers[0], x), old.clamp(max=qk_clip.threshold))
+    close(true_maxima(model.layers[0], x), old.clamp(max=qk_clip.threshold))
 
 
 def _other_heads(model: Residual) -> None:
@@ -514,9 +504,9 @@ def test_a_norm_without_a_gain_can_only_be_watched() -> None:
 def test_our_own_attention_with_qk_norm() -> None:
     module, x = Attention(16, 4, 2, qk_norm=True), torch.randn(3, 9, 16)
     enlarge(module)
-    old = maxima_of(module, x)
+    old = true_maxima(module, x)
     with QKClip(module, between(old), qk_norm="gain") as qk_clip:
         assert qk_clip.summary().splitlines()[1].endswith("q and k")
         module(x)
         close(qk_clip.step().max_logits[0], old)
-    close(maxima_of(module, x), old * qk_clip.threshold / old.max())
+    close(true_maxima(module, x), old * qk_clip.threshold / old.max())

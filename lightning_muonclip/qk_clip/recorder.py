@@ -1,0 +1,51 @@
+"""What one attention module sees, on its way into the ledger."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lightning_muonclip.kernels.max_logits import max_logits
+from lightning_muonclip.qk_clip.ledger import Ledger
+from lightning_muonclip.qk_clip.recompute import Logits
+
+
+class Recorder:
+    """Writes what one attention module sees into its row of the ledger."""
+
+    def __init__(self, ledger: Ledger, row: int, name: str, logits: str) -> None:
+        self.ledger = ledger
+        self.row = row
+        self.name = name
+        self.logits = logits
+        #: Where the maxima came from, once there are any.
+        self.source: str | None = None
+        #: Whether anything was recorded in the forward under way.
+        self.reported = False
+        #: Filled with the queries and keys that are measured, if somebody puts a list here (see ``verify``).
+        self.pairs: list[tuple[Tensor, Tensor]] | None = None
+        #: Output of the fused projection in the forward under way, where the logits have to be recomputed from it.
+        self.projected: Tensor | None = None
+
+    def measure(self, source: str, logits: Logits) -> None:
+        """Takes the queries and keys of one call."""
+        query, key = logits.query, logits.key
+        scale = query.shape[-1] ** -0.5 if logits.scale is None else logits.scale
+        maxima = max_logits(query, key, scale=scale, is_causal=logits.is_causal, mask=logits.mask)
+        self.record(maxima, source, pair=(query, key))
+
+    def record(self, maxima: Tensor, source: str = "the module", *, pair: tuple[Tensor, Tensor] | None = None) -> None:
+        """Takes the maxima of one forward, shape ``(heads,)``, and the queries and keys that they are of, if known."""
+        heads = self.ledger.heads[self.row]
+        if maxima.shape[0] != heads:
+            raise ValueError(
+                f"attention {self.name!r} computed {maxima.shape[0]} heads, but its spec says {heads}; correct the spec"
+            )
+        self.reported = True
+        self.source = source
+        self.ledger.record(self.row, maxima)
+        if self.pairs is not None and pair is not None:
+            self.pairs.append(pair)
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        # A copy of an observed module, by deepcopy or pickle, is not observed: its recorder is None.
+        return type(None), ()
