@@ -15,7 +15,8 @@ from torch.optim import Optimizer
 
 from lightning_muonclip.fit import check_fit, scaler_of, users_optimizer
 from lightning_muonclip.mixin import MaxLogitsMixin
-from lightning_muonclip.optim.muon import Muon, check_muon_options
+from lightning_muonclip.optim.coefficients import Coefficients
+from lightning_muonclip.optim.muon import KINDS, Muon, check_muon_options
 from lightning_muonclip.optim.routing import Route, route_params, routes_under, routing_table
 from lightning_muonclip.qk_clip.capture import Capture
 from lightning_muonclip.qk_clip.clip import ClipResult, QKClip, check_clip_options
@@ -81,7 +82,7 @@ class MuonClipCallback(Callback):
         weight_decay: float | None = None,
         momentum: float = 0.95,
         nesterov: bool = True,
-        ns_coefficients: str | Sequence[float] | Sequence[Sequence[float]] | None = None,
+        ns_coefficients: Coefficients | None = None,
         adjust_lr_fn: str | None = "match_rms_adamw",
         shared_keys: str = "query",
         qk_norm: str = "error",
@@ -191,18 +192,20 @@ class MuonClipCallback(Callback):
 
     def _take_matrices(self, optimizer: Optimizer, routes: Sequence[Route], pl_module: pl.LightningModule) -> Muon:
         """Drops Muon's matrices from the user's groups, of which even an emptied one stays, and gives them to a Muon."""
-        names = {route.param: route.name for route in routes if route.algorithm == "muon"}
+        taken = {route.param: route for route in routes if route.algorithm == "muon"}
         groups = []
         self._sources = []
         for i, source in enumerate(optimizer.param_groups):
-            matrices = [(names[p], p) for p in source["params"] if p in names]
-            if matrices:
-                groups.append({"params": matrices, **_name_of(source)})
+            own = [taken[p] for p in source["params"] if p in taken]
+            for kind in sorted({route.kind for route in own}, key=KINDS.index):
+                matrices = [(route.name, route.param) for route in own if route.kind == kind]
+                groups.append({"params": matrices, "kind": kind, **_name_of(source, kind)})
                 self._sources.append((i, float(source.get("initial_lr", source["lr"]))))
-                kept = [i for i, p in enumerate(source["params"]) if p not in names]
+            if own:
+                kept = [j for j, p in enumerate(source["params"]) if p not in taken]
                 for key in ("params", "param_names"):
                     if key in source:
-                        source[key] = [source[key][i] for i in kept]
+                        source[key] = [source[key][j] for j in kept]
         if not groups:
             raise ValueError(
                 f"no hidden matrix is left for Muon in {type(optimizer).__name__}. This is where parameters went:\n"
@@ -367,8 +370,11 @@ class MuonClipCallback(Callback):
             pl_module.stop_observing()
 
 
-def _name_of(group: dict[str, Any]) -> dict[str, Any]:
-    return {"name": group["name"]} if "name" in group else {}
+def _name_of(group: dict[str, Any], kind: str) -> dict[str, Any]:
+    """A name for Muon's share of a group that has one, as LearningRateMonitor wants them: no two alike."""
+    if "name" not in group:
+        return {}
+    return {"name": group["name"] if kind == "matrix" else f"{group['name']}-{kind}"}
 
 
 def _params(optimizer: Optimizer) -> list[Tensor]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_muonclip.optim.coefficients import Coefficients
 from lightning_muonclip.optim.muon import Muon
 from lightning_muonclip.optim.routing import split_params
 from lightning_muonclip.qk_clip.clip import ClipResult, QKClip
@@ -47,6 +48,7 @@ class MuonClip(Muon):
         exclude: Shell-style patterns of parameter names that are kept from Muon.
         include: Patterns of matrices that Muon takes although they look like an embedding or an output head.
         dtype: Working dtype of Newton-Schulz.
+        stack_numel: Most elements that are orthogonalised together (see :class:`~lightning_muonclip.Muon`).
 
     Raises:
         ValueError: If an argument is out of range, or the attention cannot be read.
@@ -70,7 +72,7 @@ class MuonClip(Muon):
         weight_decay: float = 0.1,
         momentum: float = 0.95,
         nesterov: bool = True,
-        ns_coefficients: str | Sequence[float] | Sequence[Sequence[float]] | None = None,
+        ns_coefficients: Coefficients | None = None,
         eps: float = 1e-7,
         ns_steps: int | None = None,
         adjust_lr_fn: str | None = "match_rms_adamw",
@@ -89,6 +91,7 @@ class MuonClip(Muon):
         exclude: Sequence[str] = (),
         include: Sequence[str] = (),
         dtype: torch.dtype | None = None,
+        stack_numel: int | None = None,
     ) -> None:
         groups = split_params(model, exclude, include)
         for group in groups:
@@ -106,6 +109,7 @@ class MuonClip(Muon):
             ns_steps,
             adjust_lr_fn,
             dtype=dtype,
+            stack_numel=stack_numel,
             parts=matrix_parts(model, attention, split),
         )
         self.qk_clip: QKClip | None = QKClip(

@@ -37,7 +37,7 @@ def attention(
         :func:`~lightning_muonclip.kernels.max_logits.max_logits`) or ``None``.
     """
     mask = CAUSAL if mask is None else mask
-    dense = mask.dense(query.shape[-2])
+    dense = mask.dense(query.shape[-2], query.device)
     is_causal = mask.causal and dense is None
     # The fused kernels want values as wide as keys; zeros that are cut off again are cheaper than the plain kernel.
     width = value.shape[-1]
@@ -49,7 +49,15 @@ def attention(
         return output[..., :width], bounds
     maxima = None
     if track is not None:
-        maxima = max_logits(query, key, scale=scale, is_causal=mask.causal, mask=mask.real_pairs(dense))
+        # Not by the dense mask: a window and documents tell which tiles need no look.
+        maxima = max_logits(
+            query,
+            key,
+            scale=scale,
+            is_causal=mask.causal,
+            window=mask.window,
+            documents=mask.real_documents(),
+        )
     output = F.scaled_dot_product_attention(
         query,
         key,

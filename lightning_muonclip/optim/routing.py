@@ -15,29 +15,40 @@ from torch.optim import Optimizer
 from lightning_muonclip.tables import table
 
 _HEADS = {"lm_head", "head", "classifier", "score", "embed_out", "unembed", "unembedding", "to_logits", "qa_outputs"}
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _EMBEDDING = re.compile(r"(?<!un)embed(?!_out)|(^|\.)w[tp]e(\.|$)")
 
 
 @dataclass(frozen=True)
 class Route:
-    """Where one parameter goes: ``algorithm`` is ``"muon"``, ``"adamw"``, ``"frozen"``, or what a caller names it."""
+    """Where one parameter goes: ``algorithm`` is ``"muon"``, ``"adamw"``, ``"frozen"``, or what a caller names it.
+
+    ``kind`` says how Muon sees it as matrices (see :data:`~lightning_muonclip.optim.muon.KINDS`).
+    """
 
     name: str
     param: Parameter
     algorithm: str
     reason: str
+    kind: str = "matrix"
 
 
 def route_params(module: nn.Module, exclude: Sequence[str] = (), include: Sequence[str] = ()) -> list[Route]:
     """Decides for every parameter of a module, in its own order, tied parameters once.
 
+    Muon takes matrices that are neither an embedding nor an output head, and expert stacks: parameters of shape
+    ``(experts, m, n)`` of something named so, every expert a matrix. It takes a convolution only by ``include``, flattened
+    to ``(out, in · kernel)``; transposed and grouped ones it cannot take. Any other tensor of more than two dimensions that
+    is included is a batch of matrices.
+
     Args:
         module: The model.
         exclude: Shell-style patterns of parameter names that are kept from Muon, such as ``"*.router.weight"``.
-        include: Patterns of matrices that Muon takes although they look like an embedding or an output head.
+        include: Patterns of parameters that Muon takes although it would not by itself.
 
     Raises:
-        ValueError: If a pattern matches no parameter, or ``include`` names one that is not a matrix.
+        ValueError: If a pattern matches no parameter, or ``include`` names one that Muon cannot take.
     """
     names = [name for name, _ in module.named_parameters()]
     for pattern in (*exclude, *include):
@@ -45,11 +56,14 @@ def route_params(module: nn.Module, exclude: Sequence[str] = (), include: Sequen
             raise ValueError(
                 f"the pattern {pattern!r} matches no parameter of {type(module).__name__}; check its spelling"
             )
+    owners = {param: owner for owner in module.modules() for param in owner.parameters(recurse=False)}
     embeddings = [m.weight for m in module.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))]
-    return [
-        Route(name, param, *_decide(name, param, embeddings, exclude, include))
-        for name, param in module.named_parameters()
-    ]
+    routes = []
+    for name, param in module.named_parameters():
+        kind = _kind(param, owners[param])
+        algorithm, reason = _decide(name, param, kind, embeddings, exclude, include)
+        routes.append(Route(name, param, algorithm, reason, kind or "matrix"))
+    return routes
 
 
 def split_params(module: nn.Module, exclude: Sequence[str] = (), include: Sequence[str] = ()) -> list[dict[str, Any]]:
@@ -61,8 +75,9 @@ def split_params(module: nn.Module, exclude: Sequence[str] = (), include: Sequen
         include: Patterns of matrices that Muon takes although they look like an embedding or an output head.
 
     Returns:
-        Up to two groups, ``{"name": "muon", "algorithm": "muon", "params": [(name, parameter), ...]}`` and the same
-        for ``"adamw"``. ``print(routing_table(route_params(module)))`` shows who went where and why.
+        Groups such as ``{"name": "muon", "algorithm": "muon", "kind": "matrix", "params": [(name, parameter), ...]}``:
+        one for each kind of Muon's parameters, and one for ``"adamw"``. ``print(routing_table(route_params(module)))``
+        shows who went where and why.
 
     Example:
         >>> groups = split_params(nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 4)))
@@ -71,10 +86,15 @@ def split_params(module: nn.Module, exclude: Sequence[str] = (), include: Sequen
     """
     routes = route_params(module, exclude, include)
     groups = []
-    for algorithm in ("muon", "adamw"):
-        params = [(route.name, route.param) for route in routes if route.algorithm == algorithm]
+    for name, algorithm, kind in (
+        ("muon", "muon", "matrix"),
+        ("experts", "muon", "experts"),
+        ("convolutions", "muon", "convolution"),
+        ("adamw", "adamw", None),
+    ):
+        params = [(r.name, r.param) for r in routes if r.algorithm == algorithm and kind in (None, r.kind)]
         if params:
-            groups.append({"params": params, "algorithm": algorithm, "name": algorithm})
+            groups.append({"params": params, "algorithm": algorithm, "name": name} | ({"kind": kind} if kind else {}))
     return groups
 
 
@@ -108,26 +128,44 @@ def routing_table(routes: Iterable[Route]) -> str:
 
 
 def _decide(
-    name: str, param: Parameter, embeddings: list[Tensor], exclude: Sequence[str], include: Sequence[str]
+    name: str,
+    param: Parameter,
+    kind: str | None,
+    embeddings: list[Tensor],
+    exclude: Sequence[str],
+    include: Sequence[str],
 ) -> tuple[str, str]:
-    is_matrix = param.ndim == 2 and min(param.shape) > 1
     if not param.requires_grad:
         return "frozen", "requires no gradient"
     if any(fnmatchcase(name, pattern) for pattern in exclude):
         return "adamw", "excluded by name"
     if any(fnmatchcase(name, pattern) for pattern in include):
-        if param.ndim != 2:
+        if kind is None:
             raise ValueError(
-                f"include names {name}, whose shape {tuple(param.shape)} is no matrix; Muon cannot take it"
+                f"include names {name}, whose shape {tuple(param.shape)} is no matrix and no stack of them, or belongs to a"
+                " grouped or transposed convolution; Muon cannot take it"
             )
-        return "muon", "included by name"
+        return "muon", f"included by name{'' if kind == 'matrix' else f', as {kind}'}"
     if any(param is weight for weight in embeddings) or (_EMBEDDING.search(name) and not _in_block(name)):
         return "adamw", "embedding"
-    if not is_matrix:
+    if kind == "experts" and any("experts" in part for part in name.split(".")):
+        return "muon", "expert stack"
+    if kind != "matrix" or min(param.shape) == 1:
         return "adamw", "vector" if param.squeeze().ndim < 2 else f"{param.ndim}-D tensor"
     if _is_head(name, param, embeddings):
         return "adamw", "output head"
     return "muon", "hidden matrix"
+
+
+def _kind(param: Parameter, owner: nn.Module) -> str | None:
+    """How a parameter is matrices, if it is."""
+    if param.ndim < 2:
+        return None
+    if isinstance(owner, _CONVOLUTIONS):
+        return "convolution" if owner.groups == 1 else None
+    if isinstance(owner, _TRANSPOSED_CONVOLUTIONS):
+        return None
+    return "matrix" if param.ndim == 2 else "experts"
 
 
 def _in_block(name: str) -> bool:

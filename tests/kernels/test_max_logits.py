@@ -21,6 +21,32 @@ def normal(shape: tuple[int, ...], seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+def visible_pairs(
+    query: Tensor,
+    key: Tensor,
+    *,
+    is_causal: bool = False,
+    window: int | None = None,
+    documents: Tensor | None = None,
+    mask: Tensor | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    """What the options of max_logits let be seen, as one matrix for every head; without ``scale``'s doing."""
+    length, key_length = query.shape[-2], key.shape[-2]
+    visible = torch.ones(*query.shape[:-1], key_length, dtype=torch.bool, device=query.device)
+    i, j = torch.arange(length, device=query.device)[:, None], torch.arange(key_length, device=query.device)
+    if is_causal:
+        visible = visible & (j <= i)
+    if window is not None:
+        visible = visible & (j > i - window) & (j < i + window)
+    if documents is not None:
+        same = documents[..., :, None] == documents[..., None, :]
+        visible = visible & (same & (documents[..., None] >= 0)).unsqueeze(-3)
+    if mask is not None:
+        visible = visible & (mask if mask.dtype is torch.bool else mask > HIDDEN)
+    return visible
+
+
 @st.composite
 def inputs(draw: Any) -> tuple[Tensor, Tensor, float, bool]:
     batch = draw(st.sampled_from([(), (1,), (3,), (2, 2)]))
@@ -223,11 +249,80 @@ def test_heads_that_cannot_share_keys_are_refused() -> None:
         max_logits(normal((1, 3, 5, 4)), normal((1, 2, 5, 4)), scale=1.0)
 
 
+@settings(deadline=None, max_examples=80)
+@given(inputs(), st.data())
+def test_windows_documents_and_masks_together(drawn: tuple[Tensor, Tensor, float, bool], data: Any) -> None:
+    query, key, scale, is_causal = drawn
+    options: dict[str, Any] = {"scale": scale, "is_causal": is_causal}
+    options["window"] = data.draw(st.sampled_from([None, 1, 2, 63, 64, 65, 100, 1000]))
+    if query.shape[-2] == key.shape[-2] and data.draw(st.booleans()):
+        shape = data.draw(broadcast_shape(query.shape[:-3]))
+        options["documents"] = (2 * normal((*shape, query.shape[-2]), seed=5)).round().int()
+    if data.draw(st.booleans()):
+        options["mask"] = normal((query.shape[-2], 1), seed=7) > -1
+    expected = brute_max_logits(query, key, scale, visible_pairs(query, key, **options))
+    torch.testing.assert_close(max_logits(query, key, **options).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_nan_that_only_the_future_would_see_is_hidden_by_a_window_documents_and_masks() -> None:
+    query, key = normal((1, 1, 70, 4)), normal((1, 1, 70, 4), seed=1)
+    key[..., 5, :] = torch.nan
+    documents = torch.zeros(1, 70, dtype=torch.long)
+    documents[:, 5] = -1
+    assert not max_logits(query, key, scale=1.0, documents=documents).isnan().any()
+    assert not max_logits(query[..., :3, :], key, scale=1.0, window=3).isnan().any()
+    mask = (torch.arange(70) != 5) | (torch.arange(70) < 5)[:, None]  # visible only from before
+    assert not max_logits(query, key, scale=1.0, is_causal=True, mask=mask).isnan().any()
+
+
+def test_no_tile_outside_the_window_is_made() -> None:
+    query = normal((1, 2, 2048, 4))
+    with Products() as products:
+        max_logits(query, query, scale=1.0, is_causal=True, window=64)
+    assert sum(products.sizes) <= 2 * 2048 * 3 * 64
+    with Products() as products:
+        max_logits(query, query, scale=1.0, window=64)
+    assert sum(products.sizes) <= 2 * 2048 * 5 * 64
+
+
+@pytest.mark.parametrize("window", [0, -3])
+def test_an_empty_window_is_refused(window: int) -> None:
+    with pytest.raises(
+        ValueError, match=f"a window of {window} lets no query see even itself; give at least 1, or None"
+    ):
+        max_logits(normal((1, 1, 5, 4)), normal((1, 1, 5, 4)), scale=1.0, window=window)
+
+
+def test_documents_that_cannot_be_are_refused() -> None:
+    query, key = normal((2, 1, 5, 4)), normal((2, 1, 6, 4))
+    with pytest.raises(
+        ValueError, match=r"documents must be integers, one id a token, negative for padding; got torch\.bool"
+    ):
+        max_logits(query, query, scale=1.0, documents=torch.ones(2, 5, dtype=torch.bool))
+    with pytest.raises(ValueError, match="for self-attention, but there are 5 queries and 6 keys; give a mask instead"):
+        max_logits(query, key, scale=1.0, documents=torch.ones(2, 5, dtype=torch.long))
+    for shape in ((2, 6), (3, 5), (1, 2, 5)):
+        with pytest.raises(ValueError, match=r"is not for a batch of shape \(2,\) and 5 tokens"):
+            max_logits(query, query, scale=1.0, documents=torch.ones(shape, dtype=torch.long))
+
+
+@pytest.mark.parametrize("documents", [None, torch.arange(70) // 20])
+@pytest.mark.parametrize("window", [None, 9])
+def test_windows_and_documents_compile(window: int | None, documents: Tensor | None) -> None:
+    query, key = normal((2, 4, 70, 8)), normal((2, 2, 70, 8), seed=1)
+    torch.library.opcheck(torch.ops.muonclip.max_logits.default, (query, key, 0.5, True, window, documents, None))
+    torch._dynamo.reset()  # every case is compiled anew, which has a limit
+    compiled = torch.compile(max_logits, fullgraph=True, backend="aot_eager")
+    options: dict[str, Any] = {"scale": 0.5, "window": window, "documents": documents}
+    assert torch.equal(compiled(query, key, **options), max_logits(query, key, **options))
+
+
 @pytest.mark.parametrize("mask", [None, torch.ones(70, 70, dtype=torch.bool).tril(), torch.zeros(2, 1, 1, 70)])
 @pytest.mark.parametrize("is_causal", [True, False])
 def test_is_an_operation_that_torch_can_compile(is_causal: bool, mask: Tensor | None) -> None:
     query, key = normal((2, 4, 70, 8)), normal((2, 2, 70, 8), seed=1)
-    torch.library.opcheck(torch.ops.muonclip.max_logits.default, (query, key, 0.5, is_causal, mask))
+    torch.library.opcheck(torch.ops.muonclip.max_logits.default, (query, key, 0.5, is_causal, None, None, mask))
+    torch._dynamo.reset()  # every case is compiled anew, which has a limit
     compiled = torch.compile(max_logits, fullgraph=True, backend="aot_eager")
     options = {"scale": 0.5, "is_causal": is_causal, "mask": mask}
     assert torch.equal(compiled(query, key, **options), max_logits(query, key, **options))

@@ -273,8 +273,45 @@ class TestPatterns:
     def test_include_of_what_is_no_matrix(self, pattern: str, shape: str) -> None:
         with pytest.raises(ValueError, match=rf"include names .*{shape} is no matrix"):
             split_params(gpt_with_biases(), include=[pattern])
-        with pytest.raises(ValueError, match=r"include names 0.weight, whose shape \(4, 3, 3, 3\)"):
-            split_params(convolutions(), include=["0.weight"])
+        grouped = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2), nn.ConvTranspose1d(4, 4, 3))
+        for name in ("0.weight", "1.weight"):
+            with pytest.raises(ValueError, match=rf"include names {name}, .* grouped or transposed convolution"):
+                split_params(grouped, include=[name])
+
+
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.randn(4, 6, 5))
+        self.bias = nn.Parameter(torch.randn(4, 6))
+
+
+class TestTensorsOfMoreDimensions:
+    @staticmethod
+    def model() -> nn.Module:
+        model = nn.Module()
+        model.embed_tokens = nn.Embedding(9, 5)
+        model.layers = nn.ModuleList([nn.ModuleDict({"experts": Experts(), "conv": nn.Conv1d(5, 7, 3, bias=False)})])
+        model.table = nn.Parameter(torch.randn(2, 3, 5))
+        return model
+
+    def test_experts_are_muons_and_the_rest_is_not_guessed(self) -> None:
+        routes = {route.name: (route.algorithm, route.kind, route.reason) for route in route_params(self.model())}
+        assert routes["layers.0.experts.gate_up_proj"] == ("muon", "experts", "expert stack")
+        assert routes["layers.0.conv.weight"] == ("adamw", "convolution", "3-D tensor")
+        assert routes["table"] == ("adamw", "experts", "3-D tensor")
+
+    def test_include_says_how(self) -> None:
+        model = self.model()
+        groups = {group["name"]: group for group in split_params(model, include=["*conv.weight", "table"])}
+        assert {name: group.get("kind") for name, group in groups.items() if name != "adamw"} == {
+            "experts": "experts",
+            "convolutions": "convolution",
+            "muon": "matrix",
+        }
+        assert [name for name, _ in groups["experts"]["params"]] == ["table", "layers.0.experts.gate_up_proj"]
+        assert [name for name, _ in groups["convolutions"]["params"]] == ["layers.0.conv.weight"]
+        Muon(list(groups.values()))
 
 
 class TestTable:

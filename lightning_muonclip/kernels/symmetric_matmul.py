@@ -1,0 +1,204 @@
+"""The batched product of which Newton-Schulz iterations are made: symmetric, so that half of it is enough."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+#: From this many rows on a GPU runs the Triton kernel; torch's few small operations cost less below. float32 always does:
+#: torch's own product may be set to TF32. Estimates: no GPU has confirmed them yet.
+KERNEL_FROM = {torch.float32: 1, torch.bfloat16: 64, torch.float16: 64}
+
+#: From this many rows on a CPU multiplies a triangle of blocks, PANELS blocks high. Measured on one thread: with fewer rows
+#: the blocks are so small that they cost more than they save, and the faster the products of a dtype, the longer.
+PANELS_FROM = {torch.float32: 512, torch.float64: 512, torch.bfloat16: 2048}
+PANELS = 4
+
+#: A transposed copy reads columns: as many at a time as stay in cache.
+_STRIP = 128
+_BELOW = torch.ones(_STRIP, _STRIP, dtype=torch.bool, device="cpu").tril_()
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+@torch.no_grad()
+def symmetric_matmul(
+    a: Tensor,
+    b: Tensor | None = None,
+    *,
+    alpha: float | Tensor = 1.0,
+    beta: float | Tensor = 0.0,
+    c: Tensor | None = None,
+    gamma: float | Tensor = 0.0,
+) -> Tensor:
+    r"""Computes :math:`\alpha A B^T + \beta C + \gamma I` for every matrix of a batch, where that is known to be symmetric.
+
+    That is so without ``b``, and where ``a`` and ``b`` are symmetric and commute, as polynomials of one matrix do. It is
+    not checked: where only a triangle is multiplied, nothing else is looked at, and the result is symmetric bit for bit;
+    elsewhere it is as symmetric as torch's product. Products are summed in float32 (in float64 for float64), whatever
+    autocast says.
+
+    Args:
+        a: Shape ``(batch, n, k)``, any strides: ``x.mT`` of tall matrices is not copied.
+        b: As ``a``; ``None`` is ``a`` itself.
+        alpha: A number, or a tensor of shape ``(batch,)`` on the device of ``a``.
+        beta: As ``alpha``. Where it is the number 0, ``c`` is not read.
+        c: Symmetric, shape ``(batch, n, n)``; ``None`` is 0.
+        gamma: As ``alpha``.
+
+    Returns:
+        Shape ``(batch, n, n)``, of the dtype of ``a``. Has no gradient.
+
+    Raises:
+        ValueError: If shapes, dtypes or devices do not fit together.
+
+    Example:
+        >>> symmetric_matmul(torch.tensor([[[1.0, 2.0], [0.0, 1.0]]]), alpha=2.0, gamma=-1.0)
+        tensor([[[9., 4.],
+                 [4., 1.]]])
+    """
+    _check(a, b, c, alpha, beta, gamma)
+    (x, xs), (y, ys), (z, zs) = _split(alpha), _split(beta), _split(gamma)
+    if torch.compiler.is_compiling():
+        return torch.ops.muonclip.symmetric_matmul(a, b, c, x, y, z, xs, ys, zs)
+    return _symmetric_matmul(a, b, c, x, y, z, xs, ys, zs)
+
+
+def symmetric_cost(a: Tensor) -> float:
+    """Time of :func:`symmetric_matmul` over that of a product of the same size that is not symmetric; roughly.
+
+    Args:
+        a: Shape ``(batch, n, k)``.
+    """
+    if _runs_kernel(a):
+        return 0.6
+    # With few rows, the copies of the panels take what they save.
+    panels_from = PANELS_FROM.get(a.dtype, PANELS_FROM[torch.float32])
+    return 0.8 if a.device.type == "cpu" and a.shape[1] >= panels_from else 1.0
+
+
+def _check(a: Tensor, b: Tensor | None, c: Tensor | None, *factors: float | Tensor) -> None:
+    if a.ndim != 3 or a.dtype not in _DTYPES:
+        raise ValueError(f"symmetric_matmul needs a batch of real matrices, got {a.dtype} of shape {tuple(a.shape)}")
+    batch, n, _ = a.shape
+    for name, x, shape in (("b", b, a.shape), ("c", c, (batch, n, n))):
+        if x is not None and (x.shape != shape or x.dtype is not a.dtype or x.device != a.device):
+            need, have = (f"{t} of shape {tuple(s)} on {d}" for t, s, d in (_kind(a, shape), _kind(x, x.shape)))
+            raise ValueError(f"symmetric_matmul needs {name} to be {need}, got {have}")
+    for factor in factors:
+        if isinstance(factor, Tensor) and (factor.shape != (batch,) or factor.device != a.device):
+            have = f"shape {tuple(factor.shape)} on {factor.device}"
+            raise ValueError(f"a factor for each of {batch} matrices needs shape ({batch},) on {a.device}, got {have}")
+
+
+def _kind(x: Tensor, shape: tuple[int, ...]) -> tuple[torch.dtype, tuple[int, ...], torch.device]:
+    return x.dtype, shape, x.device
+
+
+def _split(factor: float | Tensor) -> tuple[float, Tensor | None]:
+    return (1.0, factor) if isinstance(factor, Tensor) else (float(factor), None)
+
+
+def _symmetric_matmul(
+    a: Tensor,
+    b: Tensor | None,
+    c: Tensor | None,
+    alpha: float,
+    beta: float,
+    gamma: float,
+    alphas: Tensor | None,
+    betas: Tensor | None,
+    gammas: Tensor | None,
+) -> Tensor:
+    """Every factor is a number times a tensor, ``None`` being ones: what an operation's signature can say."""
+    b = a if b is None else b
+    c = None if beta == 0 else c
+    if _runs_kernel(a):
+        from lightning_muonclip.kernels.symmetric_matmul_triton import launch
+
+        return launch(a, b, c, alpha, beta, gamma, alphas, betas, gammas)
+    kind = a.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        with torch.autocast(kind, enabled=False):
+            return _symmetric_matmul(a, b, c, alpha, beta, gamma, alphas, betas, gammas)
+    if kind == "cpu" and a.dtype is torch.float16:  # no slower, and not rounded before the addition
+        c = None if c is None else c.float()
+        return _symmetric_matmul(a.float(), b.float(), c, alpha, beta, gamma, alphas, betas, gammas).half()
+    product = _by_panels if symmetric_cost(a) < 1 else _whole
+    if alphas is None and betas is None:
+        out = product(a, b, c, alpha, beta)
+    else:
+        out = product(a, b, None, 1.0, 0.0) * _each(alpha, alphas, a)
+        if c is not None:
+            out += c * _each(beta, betas, a)
+    if gamma != 0:
+        out.diagonal(dim1=1, dim2=2)[..., None].add_(_each(gamma, gammas, a))
+    return out
+
+
+def _each(number: float, tensor: Tensor | None, like: Tensor) -> float | Tensor:
+    """A factor for elementwise products with a batch of matrices."""
+    return number if tensor is None else (number * tensor[:, None, None]).to(like.dtype)
+
+
+# To torch.compile one opaque operation: what is below unrolls loops over the shape, and chooses by the machine.
+_operation = torch.library.custom_op(
+    "muonclip::symmetric_matmul",
+    _symmetric_matmul,
+    mutates_args=(),
+    schema="(Tensor a, Tensor? b, Tensor? c, float alpha, float beta, float gamma, "
+    "Tensor? alphas, Tensor? betas, Tensor? gammas) -> Tensor",
+)
+
+
+@_operation.register_fake
+def _(a: Tensor, *others: object) -> Tensor:
+    return a.new_empty(a.shape[0], a.shape[1], a.shape[1])
+
+
+def _runs_kernel(a: Tensor) -> bool:
+    return a.is_cuda and a.dtype in KERNEL_FROM and a.shape[1] >= KERNEL_FROM[a.dtype] and _has_triton(a.device.index)
+
+
+@cache
+def _has_triton(index: int) -> bool:
+    """Whether the kernel fits the device: its tiles are laid out for the memory of NVIDIA's Ampere and later."""
+    is_nvidia = torch.version.hip is None
+    return is_nvidia and find_spec("triton") is not None and torch.cuda.get_device_capability(index) >= (8, 0)
+
+
+def _whole(a: Tensor, b: Tensor, c: Tensor | None, alpha: float, beta: float) -> Tensor:
+    if c is None:
+        out = torch.bmm(a, b.mT)
+        return out if alpha == 1 else out.mul_(alpha)
+    return torch.baddbmm(c, a, b.mT, beta=beta, alpha=alpha)
+
+
+def _by_panels(a: Tensor, b: Tensor, c: Tensor | None, alpha: float, beta: float) -> Tensor:
+    """The twin of the kernel for CPUs: panels of rows, each as long as the triangle is wide there, then mirrored."""
+    batch, n, _ = a.shape
+    out = a.new_empty(batch, n, n) if c is None else c.clone(memory_format=torch.contiguous_format)
+    height = -(-n // PANELS)
+    # One matrix at a time: torch's batched product is up to four times slower for bfloat16, and never faster here.
+    for left, right, own in zip(a, b.mT, out):
+        for top in range(0, n, height):
+            bottom = min(top + height, n)
+            panel = own[top:bottom, :bottom]
+            panel.addmm_(left[top:bottom], right[:, :bottom], beta=0.0 if c is None else beta, alpha=alpha)
+    return _mirror(out)
+
+
+def _mirror(x: Tensor) -> Tensor:
+    """Replaces what is above the diagonal by what is below."""
+    n = x.shape[1]
+    if n <= _STRIP:
+        return torch.where(_BELOW[:n, :n], x, x.mT)
+    for top in range(0, n, _STRIP):
+        bottom = min(top + _STRIP, n)
+        x[:, :top, top:bottom] = x[:, top:bottom, :top].mT
+        square = x[:, top:bottom, top:bottom]
+        square.copy_(torch.where(_BELOW[: bottom - top, : bottom - top], square, square.mT))
+    return x

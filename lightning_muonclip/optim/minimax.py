@@ -1,0 +1,127 @@
+"""Newton-Schulz schedules by Remez: the odd polynomials that, one after the other, bring an interval closest to 1.
+
+For an interval and a degree there is one best odd polynomial; it maps the interval onto one around 1, for which there is
+again one best polynomial, and this greedy composition is optimal (Amsel et al., "The Polar Express", arXiv 2505.16932,
+theorem 3.1).
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.polynomial import Chebyshev, Polynomial
+
+from lightning_muonclip.optim.coefficients import Schedule
+
+_ROUNDS = 100
+
+
+def best_odd_polynomial(degree: int, low: float, high: float) -> tuple[tuple[float, ...], float]:
+    r"""The odd polynomial that minimises :math:`\max |1 - p(x)|` over ``[low, high]``, by Remez' exchange.
+
+    Args:
+        degree: Odd, at least 3.
+        low: Least value, above 0.
+        high: Largest value, at least ``low``.
+
+    Returns:
+        The coefficients of :math:`x, x^3, x^5, \ldots`, and the largest error.
+
+    Raises:
+        ValueError: If the degree is not odd and at least 3, or the interval is empty or reaches 0.
+
+    Example:
+        >>> coefficients, error = best_odd_polynomial(3, 0.5, 1.0)
+        >>> [round(c, 4) for c in coefficients], round(error, 4)
+        ([2.2797, -1.3029], 0.023)
+    """
+    if degree < 3 or degree % 2 == 0:
+        raise ValueError(f"an odd polynomial of a degree of at least 3 is needed, got degree {degree}")
+    if not 0 < low <= high < math.inf:
+        raise ValueError(f"the interval [{low}, {high}] must lie above 0 and not be empty")
+    terms = (degree + 1) // 2
+    if high / low - 1 < 1e-5:  # beyond what float64 can tell from its limit
+        return _newton_schulz(terms, (low + high) / 2), 0.0
+    signs = (-1.0) ** np.arange(terms + 1)
+    points = (low + high) / 2 - (high - low) / 2 * np.cos(np.pi * np.arange(terms + 1) / terms)
+    error = 0.0
+    for _ in range(_ROUNDS):
+        # p(x) = x·q(x²), and 1 - p takes the same value with alternating signs at every point.
+        on_interval = (2 * points**2 - low**2 - high**2) / (high**2 - low**2)
+        basis = points[:, None] * np.polynomial.chebyshev.chebvander(on_interval, terms - 1)
+        *solution, level = np.linalg.solve(np.column_stack([basis, signs]), np.ones(terms + 1))
+        quotient = Chebyshev(solution, domain=[low**2, high**2])
+        points = np.array([low, *_extrema(quotient), high])
+        if abs(abs(level) - error) <= 1e-15 + 1e-12 * error:
+            break
+        error = abs(level)
+    coefficients = quotient.convert(kind=Polynomial, domain=[-1, 1], window=[-1, 1]).coef
+    return tuple(float(c) for c in coefficients), float(abs(level))
+
+
+def minimax_schedule(
+    steps: int,
+    low: float,
+    degree: int = 5,
+    *,
+    norm: str = "frobenius",
+    safety: float = 1.0,
+    cushion: float = 0.0,
+) -> Schedule:
+    """The schedule that brings all singular values of ``[low, 1]`` closest to 1 in so many steps of one degree.
+
+    Args:
+        steps: Number of polynomials.
+        low: Least normalised singular value that matters; smaller ones grow by the product of the first coefficients.
+        degree: Of each polynomial, odd.
+        norm: What matrices are divided by first (see :class:`~lightning_muonclip.optim.coefficients.Schedule`).
+        safety: Every polynomial but the last is evaluated at ``x / safety``, so that rounding cannot push a value out of
+            its interval.
+        cushion: Polynomials are made for intervals from ``cushion`` times their upper end at least: this keeps the first of
+            them from squeezing large values together, at little cost for small ones (The Polar Express, section 4.3).
+
+    Raises:
+        ValueError: If there is no such polynomial, or ``steps`` is not positive.
+
+    Example:
+        >>> schedule = minimax_schedule(5, 1e-3)
+        >>> [round(c, 2) for c in schedule.polynomials[0]]
+        [8.47, -25.11, 18.63]
+    """
+    if steps < 1:
+        raise ValueError(f"a schedule needs at least one step, got {steps}")
+    low, high = float(low), 1.0
+    polynomials = []
+    for i in range(steps):
+        start = max(low, cushion * high)
+        coefficients, error = best_odd_polynomial(degree, start, high)
+        if start > low:  # center what the whole interval is mapped to on 1
+            factor = 2 / (_evaluate(coefficients, low) + 1 + error)
+            coefficients = tuple(factor * c for c in coefficients)
+        if i < steps - 1:
+            coefficients = tuple(c / safety ** (2 * k + 1) for k, c in enumerate(coefficients))
+        polynomials.append(coefficients)
+        low = min(_evaluate(coefficients, low), 1.0)
+        high = 2 - low
+    return Schedule(tuple(polynomials), norm=norm)
+
+
+def _extrema(quotient: Chebyshev) -> list[float]:
+    """Where x·q(x²) is stationary, inside the interval of q."""
+    squares = Chebyshev([np.mean(quotient.domain), np.ptp(quotient.domain) / 2], domain=quotient.domain)
+    roots = (quotient + 2 * squares * quotient.deriv()).roots()
+    low, high = quotient.domain
+    return sorted(math.sqrt(root.real) for root in roots if abs(root.imag) < 1e-9 and low < root.real < high)
+
+
+def _newton_schulz(terms: int, center: float) -> tuple[float, ...]:
+    """The limit for an interval that shrinks to a point: Taylor's polynomial of 1/sqrt around it, times x."""
+    series = Polynomial([0.0])
+    for k in range(terms):
+        series = series + math.prod((-0.5 - i) / (i + 1) for i in range(k)) * Polynomial([-1.0, 1.0]) ** k
+    return tuple(float(c) / center ** (2 * k + 1) for k, c in enumerate(series.coef))
+
+
+def _evaluate(coefficients: tuple[float, ...], x: float) -> float:
+    return sum(c * x ** (2 * k + 1) for k, c in enumerate(coefficients))

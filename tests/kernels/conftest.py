@@ -1,0 +1,52 @@
+"""Triton's kernels run on the GPU if there is one, and in triton's interpreter elsewhere.
+
+Whether triton interprets is settled when it is imported, and torch's compiler imports it too. So where other tests have done
+that already, the tests of a kernel run in a process of their own.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU and "triton" not in sys.modules:
+    os.environ["TRITON_INTERPRET"] = "1"
+CAN_INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where kernels run in this process."""
+    pytest.importorskip("triton")
+    if not (HAS_GPU or CAN_INTERPRET):
+        pytest.skip("triton does not interpret here; the test of a process of its own does")
+    return torch.device("cuda" if HAS_GPU else "cpu")
+
+
+@pytest.fixture(scope="session")
+def run_alone() -> Callable[[str], None]:
+    """Runs a test file in a process where triton interprets, unless it runs in this one."""
+
+    def run(path: str) -> None:
+        pytest.importorskip("triton")
+        if HAS_GPU or CAN_INTERPRET:
+            pytest.skip("runs here")
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", path]
+        done = subprocess.run(
+            command,
+            env=os.environ | {"TRITON_INTERPRET": "1"},
+            cwd=Path(__file__).parents[2],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+
+    return run
