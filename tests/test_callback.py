@@ -599,6 +599,44 @@ def test_split_reaches_muon_as_in_a_plain_loop(split: str) -> None:
         assert torch.equal(ours, theirs)
 
 
+class MixedBlock(FusedBlock):
+    """With a convolution over time, and two experts that every token passes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        width = self.embedding.embedding_dim
+        self.conv = nn.Conv1d(width, width, 3, padding=1, bias=False)
+        self.experts = nn.ParameterDict({"up": nn.Parameter(torch.randn(2, width, width) / width**0.5)})
+
+    def forward(self, tokens: Any) -> Any:
+        x = self.conv(self.embedding(tokens).mT).mT
+        return super().forward(tokens) + self.head((x @ self.experts["up"].sum(0)).relu())
+
+
+def test_experts_and_convolutions_step_as_in_a_plain_loop() -> None:
+    tokens = token_batches(3)
+    torch.manual_seed(0)
+    model = MixedBlock()
+    twin = copy.deepcopy(model)
+    callback = MuonClipCallback(threshold=1.0, include=["*conv.weight"])
+    groups = [{"params": list(model.parameters()), "name": "all"}]
+    lit = LitTiny(model, lambda _: torch.optim.AdamW(groups, lr=3e-3, weight_decay=0.1))
+    trainer([callback]).fit(lit, loader(tokens))
+    assert [(g["name"], g["kind"]) for g in callback.muon.param_groups] == [
+        ("all", "matrix"),
+        ("all-experts", "experts"),
+        ("all-convolution", "convolution"),
+    ]
+    optimizer = MuonClip(twin, lr=3e-3, betas=(0.9, 0.999), threshold=1.0, include=["conv.weight"])
+    for batch in tokens:
+        optimizer.zero_grad()
+        next_token_loss(twin, batch).backward()
+        optimizer.step()
+    optimizer.close()
+    for ours, theirs in zip(model.parameters(), twin.parameters()):
+        assert torch.equal(ours, theirs)
+
+
 def test_every_n_steps_clips_only_then_also_after_a_resume(tmp_path: Path) -> None:
     def fit(path: str | None, max_epochs: int) -> QKClip:
         torch.manual_seed(0)

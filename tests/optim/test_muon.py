@@ -565,6 +565,56 @@ class TestCompile:
         assert_all_equal(compiled, eager)
 
 
+@pytest.mark.gpu
+class TestOnTheDevice:
+    @staticmethod
+    def on_device(ns_coefficients: str) -> tuple[list[nn.Parameter], Muon]:
+        shapes = [*SHAPES, (128, 128), (512, 128), (128, 512), (512, 128)]
+        params = [nn.Parameter(p.detach().cuda()) for p in matrices(shapes)]
+        for p in params:
+            p.grad = torch.randn_like(p)
+        return params, Muon(params, torch.tensor(LR, device="cuda"), ns_coefficients=ns_coefficients)
+
+    @pytest.mark.parametrize("ns_coefficients", ["jordan", "polar_express", "schatten4"])
+    def test_a_step_waits_for_nothing(self, ns_coefficients: str) -> None:
+        _, optimizer = self.on_device(ns_coefficients)
+        optimizer.step()  # makes the state
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            optimizer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    @pytest.mark.parametrize("ns_coefficients", ["jordan", "schatten4"])
+    def test_a_captured_step_is_a_step(self, ns_coefficients: str) -> None:
+        torch.manual_seed(0)
+        captured, optimizer = self.on_device(ns_coefficients)
+        torch.manual_seed(0)
+        eager, twin_optimizer = self.on_device(ns_coefficients)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            optimizer.step()  # makes the state, and compiles the kernels
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            optimizer.step()
+        for _ in range(3):
+            graph.replay()
+        for _ in range(4):
+            twin_optimizer.step()
+        assert_all_close(captured, eager, atol=1e-3 * LR)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+    @pytest.mark.parametrize("shape", [(4, 256, 256), (2, 300, 1200), (1, 1024, 384)])
+    def test_the_device_agrees_with_the_cpu(self, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        found = orthogonalize(x.cuda(), dtype=dtype).cpu()
+        expected = orthogonalize(x.double(), method="direct", dtype=torch.float64).float()
+        difference = torch.linalg.matrix_norm(found - expected).max() / min(shape[-2:]) ** 0.5
+        assert difference < {torch.float16: 0.02, torch.bfloat16: 0.1, torch.float32: 1e-3}[dtype]
+
+
 class TestErrors:
     @pytest.mark.parametrize("shape", [(), (3,), (2, 3, 4), (2, 3, 4, 4)])
     def test_what_is_no_matrix_is_named(self, shape: tuple[int, ...]) -> None:
