@@ -13,28 +13,32 @@ from itertools import pairwise
 
 from lightning_muonclip.optim.coefficients import Odd, Schedule
 
-#: Most drift (see :func:`drift`) that is permitted between two restarts: as much as one step of the direct form has in
-#: bfloat16. On spectra with a long tail the error of the result, in the spectral norm, is about ten times the drift.
+#: Most units of rounding that the steps between two restarts may make of one. The steps of a whole schedule amplify a unit
+#: of the matrix itself about 1000 times, so float32 keeps what it can.
+MOST_UNITS = 2000.0
+
+#: Most that rounding may change a singular value by between two restarts, relative to it: as much as a single step does in
+#: bfloat16, which therefore hardly ever leaves the direct form. float16 may take two steps or three.
 TOLERANCE = 0.03
 
 
-def drift(polynomials: tuple[Odd, ...], unit: float) -> float:
-    r"""How far rounding can move a singular value, relative to it, in steps without a restart.
+def amplification(polynomials: tuple[Odd, ...]) -> float:
+    r"""How many units of rounding may become of one in steps without a restart, in relative error of a singular value.
 
-    A small singular value grows by the first coefficient a of each polynomial, so the product of Z that are rounded to
-    ``unit`` has an error of :math:`\prod a` units on large ones. An eigenvalue of R near 0 is off by a unit from the start;
-    this error grows by :math:`a^2` in a step, and a polynomial :math:`a + br` makes a relative one of it, times
-    :math:`|b/a|`.
-
-    Args:
-        polynomials: The steps between two restarts.
-        unit: Half the distance from 1 to the next number in the working dtype.
+    A small singular value grows by the first coefficient a of each polynomial, so the product of the Z, rounded, has an
+    error of :math:`\prod a` units on large ones. An eigenvalue of R near 0 is off by a unit from the start; this error grows
+    by :math:`a^2` in a step, and a polynomial :math:`a + br` makes a relative one of it, times :math:`|b/a|`.
     """
     product, worst = 1.0, 0.0
     for a, b, *_ in polynomials:
         worst = max(worst, abs(b / a) * product**2)
         product *= abs(a)
-    return unit * max(worst, product)
+    return max(worst, product)
+
+
+def is_permitted(polynomials: tuple[Odd, ...], unit: float) -> bool:
+    """Whether rounding permits these steps without a restart; a single step is the direct form, and always permitted."""
+    return len(polynomials) == 1 or amplification(polynomials) <= min(MOST_UNITS, TOLERANCE / unit)
 
 
 @lru_cache(maxsize=4096)
@@ -58,7 +62,7 @@ def best_restarts(schedule: Schedule, ratio: float, unit: float, symmetric: floa
             min(
                 (ways[start][0] + _cost(polynomials[start:end], ratio, symmetric), (*ways[start][1], start))
                 for start in range(end)
-                if start == end - 1 or drift(polynomials[start:end], unit) <= TOLERANCE
+                if is_permitted(polynomials[start:end], unit)
             )
         )
     return ways[-1][1][1:]
