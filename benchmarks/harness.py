@@ -1,65 +1,201 @@
-"""Times functions side by side: they take turns, so that whatever else the machine does slows all of them alike."""
+"""Times functions side by side: they take turns, so that whatever else the machine does slows all of them alike.
+
+A row may have a floor: the seconds that its work needs at the least, at the rates of products and of copies that the same
+run measures on the same device.
+"""
 
 from __future__ import annotations
 
+import functools
 import json
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 RESULTS = Path(__file__).parent / "results"
 
+#: A function that has taken so many seconds takes no more turns.
+PATIENCE = 60.0
+
+#: FLOPs a second of products, by dtype, as far as this run has needed them.
+_MATMUL_RATES: dict[torch.dtype, float] = {}
+
+
+class Work(NamedTuple):
+    """What a function cannot do without: floating-point operations of products in a dtype, and bytes read and written."""
+
+    flops: float
+    bytes: float
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def floor(self) -> float:
+        """Seconds at the device's measured rates."""
+        products = self.flops / matmul_rate(self.dtype) if self.flops else 0.0
+        return max(products, self.bytes / copy_rate())
+
+
+def device() -> torch.device:
+    """Where benchmarks run: on a GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
 
 def side_by_side(
-    functions: Mapping[str, Callable[[], Any]], rounds: int = 20, warm_up: int = 3
+    functions: Mapping[str, Callable[[], Any]], rounds: int = 20, warm_up: int = 3, patience: float = PATIENCE
 ) -> dict[str, list[float]]:
-    """Seconds of every call, by name; every round calls each function once."""
+    """Seconds of every call, by name; every round calls each function once.
+
+    A function that is so slow that its warm-up would use up its patience is measured from its first call on.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in functions}
+    spent = dict.fromkeys(functions, 0.0)
     for i in range(warm_up + rounds):
         for name, function in functions.items():
-            _wait()
-            start = time.perf_counter()
-            function()
-            _wait()
-            if i >= warm_up:
-                seconds[name].append(time.perf_counter() - start)
+            if spent[name] > patience:
+                continue
+            elapsed = _time(function)
+            spent[name] += elapsed
+            if i >= warm_up or elapsed * warm_up > patience:
+                seconds[name].append(elapsed)
     return seconds
 
 
-def report(benchmark: str, seconds: Mapping[str, list[float]], peer: str, **setting: Any) -> dict[str, Any]:
-    """Prints every function's median, spread and ratio to ``peer``, round by round; writes them as JSON."""
+def compare(
+    seconds: Mapping[str, list[float]], peer: str, work: Mapping[str, Work | None] | None = None
+) -> dict[str, dict[str, Any]]:
+    """Prints and returns every function's median, quartiles, time over that of ``peer``, and over its own floor."""
     rows = {}
     for name, own in seconds.items():
-        ratios = [a / b for a, b in zip(own, seconds[peer])]
-        low, _, high = statistics.quantiles(own, n=4)
-        rows[name] = {
-            "median_ms": 1e3 * statistics.median(own),
-            "quartiles_ms": [1e3 * low, 1e3 * high],
-            "ratio": statistics.median(ratios),
-        }
-        print(
-            f"{name:32} {rows[name]['median_ms']:10.3f} ms  [{1e3 * low:.3f}, {1e3 * high:.3f}]  {rows[name]['ratio']:8.2%}"
-        )
-    result = {"benchmark": benchmark, "peer": peer, "setting": setting, "machine": machine(), "results": rows}
+        low, median, high = statistics.quantiles(own, n=4) if len(own) > 1 else own * 3
+        row = rows[name] = {"median_ms": 1e3 * median, "quartiles_ms": [1e3 * low, 1e3 * high], "calls": len(own)}
+        line = f"{name:32} {1e3 * median:10.3f} ms  [{1e3 * low:.3f}, {1e3 * high:.3f}]"
+        if peer in seconds:
+            row["ratio"] = _ratio(own, seconds[peer])
+            line += f"  {row['ratio']:8.3f} x {peer}"
+        own_work = (work or {}).get(name)
+        if own_work is not None:
+            row |= {"floor_ms": 1e3 * own_work.floor, "times_floor": median / own_work.floor, "flops": own_work.flops}
+            line += f"  floor {row['floor_ms']:.3f} ms, {row['times_floor']:.2f} times that"
+        print(line, flush=True)
+    return rows
+
+
+def report(
+    benchmark: str,
+    seconds: Mapping[str, list[float]],
+    peer: str,
+    work: Mapping[str, Work | None] | None = None,
+    **setting: Any,
+) -> dict[str, Any]:
+    """Compares, and writes what comes out as a benchmark's only case."""
+    return save(benchmark, peer=peer, setting=setting, results=compare(seconds, peer, work))
+
+
+def save(benchmark: str, **content: Any) -> dict[str, Any]:
+    """Writes JSON, one file for each benchmark and kind of device."""
+    result = {"benchmark": benchmark, "machine": machine(), "rates": _rates()} | content
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{benchmark}.json").write_text(json.dumps(result, indent=2) + "\n")
+    path = RESULTS / f"{benchmark}_{device().type}.json"
+    path.write_text(json.dumps(result, indent=2, default=str) + "\n")
     return result
+
+
+def skip_failing(functions: Mapping[str, Callable[[], Any]]) -> dict[str, Callable[[], Any]]:
+    """Those that can be called here, and have been once; the others are named, and why."""
+    able = {}
+    for name, function in functions.items():
+        try:
+            function()
+            _wait()
+        except Exception as error:  # a peer may fail in any way
+            print(f"skipped: {name}: {type(error).__name__}: {str(error).splitlines()[:1]}", flush=True)
+        else:
+            able[name] = function
+    return able
+
+
+def matmul_rate(dtype: torch.dtype) -> float:
+    """FLOPs a second of a large square product on this device."""
+    if dtype not in _MATMUL_RATES:
+        n = 8192 if device().type == "cuda" else 1024
+        a, b = (torch.randn(n, n, device=device()).to(dtype) for _ in range(2))
+        # Where a dtype has no fast path, one of the two can be several times slower.
+        _MATMUL_RATES[dtype] = 2 * n**3 / min(_best(lambda: a @ b), _best(lambda: a @ b.mT))
+    return _MATMUL_RATES[dtype]
+
+
+@functools.cache
+def copy_rate() -> float:
+    """Bytes a second, read and written, of a copy that no cache holds."""
+    source = torch.zeros(2**28 if device().type == "cuda" else 2**25, device=device())
+    target = torch.zeros_like(source)
+    return 2 * source.nbytes / _best(lambda: target.copy_(source))
 
 
 def machine() -> dict[str, Any]:
     """What the figures hold for."""
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name()
     return {
-        "device": name,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
+        "clock": "process" if _clock() is time.process_time else "wall",
         "torch": torch.__version__,
+        "triton": _version_of("triton"),
         "python": platform.python_version(),
     }
+
+
+def _ratio(own: Sequence[float], peer: Sequence[float]) -> float:
+    """Of calls in the same round, where each has made all."""
+    if len(own) == len(peer):
+        return statistics.median(a / b for a, b in zip(own, peer))
+    return statistics.median(own) / statistics.median(peer)
+
+
+def _rates() -> dict[str, float]:
+    """What floors were made of."""
+    products = {f"matmul_{str(dtype).removeprefix('torch.')}": rate / 1e9 for dtype, rate in _MATMUL_RATES.items()}
+    return {f"{name}_gflops": round(rate, 1) for name, rate in products.items()} | {
+        "copy_gbytes": round(copy_rate() / 1e9, 1)
+    }
+
+
+def _best(function: Callable[[], Any]) -> float:
+    """Seconds of the fastest of some calls: a rate is what a device can do."""
+    first = _time(function)
+    return min([first] + [_time(function) for _ in range(20 if first < 0.1 else 2)])
+
+
+def _time(function: Callable[[], Any]) -> float:
+    clock = _clock()
+    _wait()
+    start = clock()
+    function()
+    _wait()
+    return clock() - start
+
+
+def _clock() -> Callable[[], float]:
+    """One thread of a CPU is timed by itself: what other processes take from it is not counted."""
+    return time.process_time if device().type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _version_of(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _cpu_name() -> str:
@@ -70,8 +206,3 @@ def _cpu_name() -> str:
         else []
     )
     return names[0] if names else platform.processor()
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()

@@ -87,7 +87,7 @@ def cost(schedule: Schedule) -> float:
     """FLOPs of one step of the demo's hidden matrices (four 128 x 128 and two 512 x 128 a layer), by the cheapest form."""
     total = 0.0
     for count, (m, n) in ((4, (128, 128)), (2, (512, 128))):
-        restarts = best_restarts(schedule, max(m, n) / min(m, n), 2**-24, 0.5)
+        restarts = best_restarts(schedule.polynomials, max(m, n) / min(m, n), 2**-24, 0.5)
         total += 4 * count * flops(schedule, restarts, m, n, 0.5)
     return total
 

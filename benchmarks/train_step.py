@@ -55,10 +55,12 @@ class TorchMuon:
         self.optimizers = [torch.optim.Muon(hidden, adjust_lr_fn=MATCH), AdamW(rest, fused=True)]
 
     def step(self) -> None:
+        """One after the other."""
         for optimizer in self.optimizers:
             optimizer.step()
 
     def zero_grad(self) -> None:
+        """Of all parameters."""
         for optimizer in self.optimizers:
             optimizer.zero_grad()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -179,8 +180,8 @@ class Muon(Optimizer):
             if group["nesterov"]:
                 updates = list(torch._foreach_lerp([grads[i] for i in indices], updates, momentum))
             whole = [gather_matrix(update) for update in updates]
-            directions = self._directions(whole, self._parts.get(own[0]), group)
-            _add_scaled(own, [shard_like(d, p) for d, p in zip(directions, own)], -lr)
+            directions, scale = self._directions(whole, self._parts.get(own[0]), group)
+            _add_scaled(own, [shard_like(d, p) for d, p in zip(directions, own)], -lr * scale)
 
     def _stacks(self, params: Sequence[Tensor]) -> Iterator[list[int]]:
         """Indices of weights that share shape, or have each other's transposed, in runs within the stack's bound."""
@@ -197,26 +198,34 @@ class Muon(Optimizer):
         bound = STACK_NUMEL.get(device.type, 0) if self.stack_numel is None else self.stack_numel
         return max(1, bound // max(1, numel))
 
-    def _directions(self, updates: list[Tensor], parts: Parts | None, group: dict[str, Any]) -> list[Tensor]:
-        """Orthogonalised and scaled updates of weights that are stacked together."""
+    def _directions(
+        self, updates: list[Tensor], parts: Parts | None, group: dict[str, Any]
+    ) -> tuple[list[Tensor], float]:
+        """Orthogonalised updates of weights that are stacked together, and a factor that they still lack."""
         adjust = LR_ADJUSTMENTS[group["adjust_lr_fn"] or "original"]
-        options = {"coefficients": group["ns_coefficients"], "steps": group["ns_steps"], "eps": group["eps"]}
+        orthogonal = partial(
+            orthogonalize,
+            coefficients=group["ns_coefficients"],
+            steps=group["ns_steps"],
+            eps=group["eps"],
+            dtype=self.dtype,
+        )
         if parts is not None:
-            matrices = torch.stack([update.mT if parts.dim else update for update in updates])
-            directions = torch.empty_like(matrices)
-            for channels in parts.channels_on(matrices.device):
-                own = matrices[:, channels]  # (weights, parts alike, channels, fan-in)
-                directions[:, channels] = orthogonalize(own, dtype=self.dtype, **options) * adjust(*own.shape[-2:])
-            return list(directions.mT if parts.dim else directions)
+            return _directions_of_parts(updates, parts, orthogonal, adjust), 1.0
         batches = [_as_matrices(update, group["kind"]) for update in updates]
         wide = [batch.mT if _is_tall(batch) else batch for batch in batches]
         stack = torch.cat(wide) if len(wide) > 1 else wide[0]
         pieces = stack.split(self._stack_size(stack[0].numel(), stack.device))  # more than one for experts only
-        orthogonal = [orthogonalize(piece, dtype=self.dtype, **options) for piece in pieces]
-        own = (torch.cat(orthogonal) if len(orthogonal) > 1 else orthogonal[0]).split([len(batch) for batch in batches])
-        together = [o.mT if _is_tall(batch) else o for o, batch in zip(own, batches)]
-        torch._foreach_mul_(together, [adjust(*batch.shape[-2:]) for batch in batches])
-        return [direction.reshape(update.shape) for direction, update in zip(together, updates)]
+        results = [orthogonal(piece) for piece in pieces]
+        result = torch.cat(results) if len(results) > 1 else results[0]
+        directions = []
+        for own, batch, update in zip(result.split([len(batch) for batch in batches]), batches, updates):
+            directions.append((own.mT if _is_tall(batch) else own).reshape(update.shape))
+        scales = [adjust(*batch.shape[-2:]) for batch in batches]
+        if len(set(scales)) > 1:
+            torch._foreach_mul_(directions, scales)
+            return directions, 1.0
+        return directions, scales[0]
 
     def _momentum_buffer(self, param: Tensor) -> Tensor:
         state = self.state[param]
@@ -295,6 +304,21 @@ def _dense_gradient(param: Tensor) -> Tensor:
             f"a parameter of shape {tuple(param.shape)} has a sparse gradient; make it dense (sparse=False)"
         )
     return param.grad
+
+
+def _directions_of_parts(
+    updates: list[Tensor],
+    parts: Parts,
+    orthogonal: Callable[[Tensor], Tensor],
+    adjust: Callable[[int, int], float],
+) -> list[Tensor]:
+    """Every part orthogonalised and scaled for itself."""
+    matrices = torch.stack([update.mT if parts.dim else update for update in updates])
+    directions = torch.empty_like(matrices)
+    for channels in parts.channels_on(matrices.device):
+        own = matrices[:, channels]  # (weights, parts alike, channels, fan-in)
+        directions[:, channels] = orthogonal(own) * adjust(*own.shape[-2:])
+    return list(directions.mT if parts.dim else directions)
 
 
 def _as_matrices(weight: Tensor, kind: str) -> Tensor:

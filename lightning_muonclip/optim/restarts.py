@@ -11,15 +11,15 @@ from __future__ import annotations
 from functools import lru_cache
 from itertools import pairwise
 
+import torch
+
 from lightning_muonclip.optim.coefficients import Odd, Schedule
 
-#: Most units of rounding that the steps between two restarts may make of one. The steps of a whole schedule amplify a unit
-#: of the matrix itself about 1000 times, so float32 keeps what it can.
+#: Most units of rounding that the steps between two restarts may make of one. All steps of a schedule together amplify a
+#: unit of the matrix itself about 1000 times: this is what keeps float32 near to its own best.
 MOST_UNITS = 2000.0
 
-#: Most that rounding may change a singular value by between two restarts, relative to it: as much as a single step does in
-#: bfloat16, which therefore hardly ever leaves the direct form. float16 may take two steps or three.
-TOLERANCE = 0.03
+_BFLOAT16_UNIT = 2.0**-8
 
 
 def amplification(polynomials: tuple[Odd, ...]) -> float:
@@ -36,17 +36,15 @@ def amplification(polynomials: tuple[Odd, ...]) -> float:
     return max(worst, product)
 
 
-def is_permitted(polynomials: tuple[Odd, ...], unit: float) -> bool:
-    """Whether rounding permits these steps without a restart; a single step is the direct form, and always permitted."""
-    return len(polynomials) == 1 or amplification(polynomials) <= min(MOST_UNITS, TOLERANCE / unit)
-
-
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 @lru_cache(maxsize=4096)
-def best_restarts(schedule: Schedule, ratio: float, unit: float, symmetric: float) -> tuple[int, ...]:
-    """The steps before which a restart is made: the cheapest way of those that rounding permits.
+def best_restarts(polynomials: tuple[Odd, ...], ratio: float, unit: float, symmetric: float) -> tuple[int, ...]:
+    """The steps before which a restart is made: the cheapest way that is as exact as the direct form in bfloat16.
+
+    That is what Muon has always run in; so float16 may leave out most restarts, and bfloat16 hardly any.
 
     Args:
-        schedule: The polynomials.
+        polynomials: The steps of a schedule.
         ratio: Larger over smaller side of the matrix.
         unit: Half the distance from 1 to the next number in the working dtype.
         symmetric: Cost of a product that is known to be symmetric, over that of any other.
@@ -54,18 +52,23 @@ def best_restarts(schedule: Schedule, ratio: float, unit: float, symmetric: floa
     Returns:
         Increasing indices of steps, without the first. All of them are the direct form.
     """
-    polynomials = schedule.polynomials
-    # The cheapest way through the first k steps, and where its last restart is.
-    ways: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
+    budget = sum(amplification((polynomial,)) for polynomial in polynomials) * max(unit, _BFLOAT16_UNIT)
+    # Ways through the first k steps, by cost and error, and where their last restarts are: no other is both better.
+    ways: list[list[tuple[float, float, tuple[int, ...]]]] = [[(0.0, 0.0, ())]]
     for end in range(1, len(polynomials) + 1):
-        ways.append(
-            min(
-                (ways[start][0] + _cost(polynomials[start:end], ratio, symmetric), (*ways[start][1], start))
-                for start in range(end)
-                if is_permitted(polynomials[start:end], unit)
-            )
-        )
-    return ways[-1][1][1:]
+        candidates = []
+        for start in range(end):
+            run = polynomials[start:end]
+            units = amplification(run)
+            if len(run) == 1 or units <= MOST_UNITS:
+                cost = _cost(run, ratio, symmetric)
+                candidates += [(c + cost, e + units * unit, (*way, start)) for c, e, way in ways[start]]
+        best: list[tuple[float, float, tuple[int, ...]]] = []
+        for way in sorted(candidates):
+            if way[1] <= budget * (1 + 1e-9) and (not best or way[1] < best[-1][1]):
+                best.append(way)
+        ways.append(best)
+    return ways[-1][0][2][1:]
 
 
 def flops(schedule: Schedule, restarts: tuple[int, ...], m: int, n: int, symmetric: float = 1.0) -> float:
