@@ -86,9 +86,9 @@ def steps_alone(size: Size, device: str) -> dict[str, Callable[[], object]]:
     """What is Muon's and what is QK-Clip's of a step, with every head clipped."""
     model = size.model(device)
     [muon] = [group for group in split_params(model) if group["name"] == "muon"]
-    optimizer = Muon([muon], adjust_lr_fn=MATCH)
     for _, p in muon["params"]:
         p.grad = torch.randn_like(p)
+    optimizer = Muon([muon], adjust_lr_fn=MATCH)
     clip = MuonClip(size.model(device), threshold=1e-3).qk_clip
     assert clip is not None
     maxima = torch.full((size.layers, size.heads), 2e-3, device=device)

@@ -24,7 +24,7 @@ class Tiles(NamedTuple):
 
 
 #: A CPU's products are fastest on tiles that stay in cache (measured: 64 x 512); a GPU wants few and large ones.
-TILES = {"cpu": Tiles(64, 512, 2**19)}
+TILES = {"cpu": Tiles(64, 512, 2**20)}
 _LARGE_TILES = Tiles(256, 2**14, 2**26)
 
 #: An additive mask at or below this hides a pair. Libraries hide by -inf, by the lowest number of a dtype, or by -1e4,
@@ -127,15 +127,18 @@ def _max_logits(
     visible = None if mask is None else _visible(mask, batch, heads, key_heads)
     query = query.unflatten(1, (key_heads, group))
     tiles = TILES.get(query.device.type, _LARGE_TILES)
-    at_once = max(1, tiles.logits // (group * min(tiles.queries, pairs[0]) * min(tiles.keys, pairs[1])))
+    of_a_tile = group * min(tiles.queries, pairs[0]) * min(tiles.keys, pairs[1])
+    at_once = max(1, tiles.logits // of_a_tile)
     # A factor on the maximum is cheaper than one on every query, but only a positive one leaves it the maximum.
     inner, outer = (1.0, scale) if scale > 0 else (scale, 1.0)
+    # Made once for all tiles, so that it stays in cache.
+    products = torch.empty(min(at_once, len(key) * key_heads) * of_a_tile, device=query.device)
     # Half-precision inputs are multiplied in float32, as attention itself accumulates; autocast would undo that.
     with torch.autocast(query.device.type, enabled=False):
         for b, h in _chunks(len(key), key_heads, at_once):
             ids = None if documents is None else _part(documents, 0, b)
             seen = None if visible is None else _part(_part(visible, 0, b), 1, h)
-            own = _chunk_maxima(query[b, h], key[b, h], inner, is_causal, window, ids, seen, tiles)
+            own = _chunk_maxima(query[b, h], key[b, h], inner, is_causal, window, ids, seen, tiles, products)
             maximum[h] = torch.maximum(maximum[h], own)
     return (maximum * outer).flatten()
 
@@ -162,6 +165,7 @@ def _chunk_maxima(
     documents: Tensor | None,
     visible: Tensor | None,
     tiles: Tiles,
+    products: Tensor,
 ) -> Tensor:
     """Maxima of shape (key heads, group); queries are (batch, key heads, group, L, d), keys (batch, key heads, S, d)."""
     batch, key_heads, group, length = query.shape[:4]
@@ -171,7 +175,6 @@ def _chunk_maxima(
     future = torch.ones(side, side, dtype=torch.bool, device=query.device).tril(-1)[:, None]
     cap = torch.where(future, float("-inf"), float("inf"))
     only_causal = window is None and documents is None and visible is None
-    products = keys.new_empty(len(keys) * group * side * min(tiles.keys, keys.shape[1]))  # made once: it stays in cache
     for top in range(0, length, tiles.queries):
         bottom = min(top + tiles.queries, length)
         block = query[..., top:bottom, :].float()
