@@ -101,7 +101,7 @@ def compare(name: str, size: Size, device: str) -> None:
     functions: dict[str, Callable[[], object]] = {
         PEER: step(lambda model: AdamW(model.parameters(), fused=True)),
         "torch.optim.Muon and AdamW": step(TorchMuon),
-        "MuonClip, unwatched": step(lambda model: MuonClip(model, threshold=None, logits="off")),
+        "Muon and AdamW in one": step(lambda model: Muon(split_params(model), adjust_lr_fn=MATCH)),
         "MuonClip, exact": step(lambda model: MuonClip(model)),
         "MuonClip, lse": step(lambda model: MuonClip(model, logits="lse")),
         **steps_alone(size, device),
