@@ -637,6 +637,16 @@ def test_experts_and_convolutions_step_as_in_a_plain_loop() -> None:
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true", "bf16-mixed"])
+def test_every_precision_is_watched_and_clipped(precision: str) -> None:
+    torch.manual_seed(0)
+    callback = MuonClipCallback(threshold=1.0)
+    fit = trainer([callback], precision=precision)
+    fit.fit(LitTiny(tiny_gpt(), OPTIMIZERS["adamw"]), loader(token_batches(2)))
+    assert callback.last is not None and callback.last.max_logits.isfinite().all()
+    assert callback.qk_clip is not None and int(callback.qk_clip.clips.sum()) > 0
+
+
 def test_every_n_steps_clips_only_then_also_after_a_resume(tmp_path: Path) -> None:
     def fit(path: str | None, max_epochs: int) -> QKClip:
         torch.manual_seed(0)

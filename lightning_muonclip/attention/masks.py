@@ -89,7 +89,7 @@ class AttentionMask:
         if self.documents is not None:
             rows, columns = self.documents[:, None, :, None], self.documents[:, None, None, :]
             parts.append((rows == columns) & (rows >= 0))
-        if self.window is not None:
+        if self.window is not None and self.window < length:
             position = torch.arange(length, device=device)
             parts.append(((position[:, None] - position).abs() < self.window)[None, None])
         if parts and self.causal:

@@ -132,7 +132,7 @@ def _max_logits(
     # A factor on the maximum is cheaper than one on every query, but only a positive one leaves it the maximum.
     inner, outer = (1.0, scale) if scale > 0 else (scale, 1.0)
     # Made once for all tiles, so that it stays in cache.
-    products = torch.empty(min(at_once, len(key) * key_heads) * of_a_tile, device=query.device)
+    products = torch.empty(min(at_once, len(key) * key_heads) * of_a_tile, dtype=torch.float32, device=query.device)
     # Half-precision inputs are multiplied in float32, as attention itself accumulates; autocast would undo that.
     with torch.autocast(query.device.type, enabled=False):
         for b, h in _chunks(len(key), key_heads, at_once):
@@ -147,7 +147,8 @@ def _max_logits(
 def _launcher(device: torch.device) -> Callable[..., None] | None:
     """The kernel, where a device and what is installed can run it."""
     # Its tiles are for the shared memory of Ampere, as are products of bfloat16.
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
+    is_nvidia = device.type == "cuda" and torch.version.hip is None
+    if not is_nvidia or torch.cuda.get_device_capability(device) < (8, 0):
         return None
     try:
         from lightning_muonclip.kernels.max_logits_triton import launch
@@ -170,10 +171,12 @@ def _chunk_maxima(
     """Maxima of shape (key heads, group); queries are (batch, key heads, group, L, d), keys (batch, key heads, S, d)."""
     batch, key_heads, group, length = query.shape[:4]
     keys = key.flatten(0, 1).float()
-    maximum = torch.full((batch, key_heads, group), float("-inf"), device=query.device)
+    # float32 by name everywhere: under some precisions Lightning sets another default while a model runs.
+    maximum = torch.full((batch, key_heads, group), float("-inf"), dtype=torch.float32, device=query.device)
     side = min(tiles.queries, length)
     future = torch.ones(side, side, dtype=torch.bool, device=query.device).tril(-1)[:, None]
-    cap = torch.where(future, float("-inf"), float("inf"))
+    cap = torch.full(future.shape, float("inf"), dtype=torch.float32, device=query.device)
+    cap.masked_fill_(future, float("-inf"))
     only_causal = window is None and documents is None and visible is None
     for top in range(0, length, tiles.queries):
         bottom = min(top + tiles.queries, length)

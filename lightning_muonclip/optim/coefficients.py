@@ -5,6 +5,7 @@ An entry ``(a, b, c)`` stands for ``x -> a·x + b·x³ + c·x⁵``; it may be sh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, cast
@@ -46,6 +47,10 @@ class Schedule:
         for entry in self.polynomials:
             if len(entry) < 2:
                 raise ValueError(f"a Newton-Schulz step needs at least two coefficients (a, b), got {entry!r}")
+            if not all(math.isfinite(c) for c in entry) or entry[0] == 0:
+                raise ValueError(
+                    f"coefficients of a Newton-Schulz step are finite, and the first is not 0; got {entry!r}"
+                )
         if self.norm not in NORMS:
             raise ValueError(f"unknown norm {self.norm!r}; known: {', '.join(NORMS)}")
 
@@ -184,8 +189,8 @@ def resolve_schedule(coefficients: Coefficients | None, steps: int | None) -> Sc
         >>> resolve_schedule("jordan", 2).polynomials
         ((3.4445, -4.775, 2.0315), (3.4445, -4.775, 2.0315))
     """
-    if steps is not None and not 1 <= steps < 100:
-        raise ValueError(f"ns_steps must be at least 1 and below 100, got {steps}")
+    if steps is not None and (not isinstance(steps, int) or not 1 <= steps < 100):
+        raise ValueError(f"ns_steps must be an integer, at least 1 and below 100, got {steps!r}")
     return _schedule(DEFAULT_SCHEDULE if coefficients is None else coefficients).first(steps)
 
 
@@ -202,12 +207,18 @@ def _schedule(coefficients: Coefficients) -> Schedule:
         return Schedule(
             **{**coefficients, "polynomials": tuple(_entry(entry) for entry in coefficients["polynomials"])}
         )
+    if not isinstance(coefficients, Sequence):
+        raise ValueError(
+            "ns_coefficients is a schedule's name, (a, b, c) for all steps, a sequence of them, or a Schedule; got"
+            f" {coefficients!r}"
+        )
     if len(coefficients) > 0 and all(isinstance(value, (int, float)) for value in coefficients):
         return Schedule((_entry(cast("Sequence[float]", coefficients)),), steps=5)
     return Schedule(tuple(_entry(entry) for entry in cast("Sequence[Sequence[float]]", coefficients)))
 
 
 def _entry(entry: Sequence[float]) -> Odd:
-    if isinstance(entry, str) or not isinstance(entry, Sequence):
-        raise ValueError(f"a Newton-Schulz step is a sequence of coefficients (a, b, c), got {entry!r}")
+    is_sequence = isinstance(entry, Sequence) and not isinstance(entry, str)
+    if not is_sequence or not all(isinstance(value, (int, float)) for value in entry):
+        raise ValueError(f"a Newton-Schulz step is a sequence of numbers (a, b, c), got {entry!r}")
     return tuple(float(value) for value in entry)

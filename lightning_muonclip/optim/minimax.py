@@ -56,6 +56,8 @@ def best_odd_polynomial(degree: int, low: float, high: float) -> tuple[tuple[flo
         if abs(abs(level) - error) <= 1e-15 + 1e-12 * error:
             break
         error = abs(level)
+    if not math.isfinite(level):
+        raise ValueError(f"float64 is too coarse for the best polynomial of degree {degree}; take a lower one")
     coefficients = quotient.convert(kind=Polynomial, domain=[-1, 1], window=[-1, 1]).coef
     return tuple(float(c) for c in coefficients), float(abs(level))
 
@@ -66,7 +68,7 @@ def minimax_schedule(
     degree: int = 5,
     *,
     norm: str = "frobenius",
-    safety: float = 1.0,
+    safety: float = 1.02,
     cushion: float = 0.0,
 ) -> Schedule:
     """The schedule that brings all singular values of ``[low, 1]`` closest to 1 in so many steps of one degree.
@@ -77,7 +79,7 @@ def minimax_schedule(
         degree: Of each polynomial, odd.
         norm: What matrices are divided by first (see :class:`~lightning_muonclip.optim.coefficients.Schedule`).
         safety: Every polynomial but the last is evaluated at ``x / safety``, so that rounding cannot push a value out of
-            its interval.
+            its interval. With 1.0, half precision runs away on matrices of rank one.
         cushion: Polynomials are made for intervals from ``cushion`` times their upper end at least: this keeps the first of
             them from squeezing large values together, at little cost for small ones (The Polar Express, section 4.3).
 
@@ -85,12 +87,16 @@ def minimax_schedule(
         ValueError: If there is no such polynomial, or ``steps`` is not positive.
 
     Example:
-        >>> schedule = minimax_schedule(5, 1e-3)
+        >>> schedule = minimax_schedule(5, 1e-3, safety=1.0)
         >>> [round(c, 2) for c in schedule.polynomials[0]]
         [8.47, -25.11, 18.63]
     """
     if steps < 1:
         raise ValueError(f"a schedule needs at least one step, got {steps}")
+    if not 0 < low < 1 or not safety >= 1 or not 0 <= cushion < 1:
+        raise ValueError(
+            f"a schedule needs low in (0, 1), safety at least 1 and cushion in [0, 1), got {low}, {safety} and {cushion}"
+        )
     low, high = float(low), 1.0
     polynomials = []
     for i in range(steps):

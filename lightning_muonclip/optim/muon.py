@@ -97,6 +97,10 @@ class Muon(Optimizer):
         parts: Mapping[Tensor, tuple[int, Sequence[Tensor]]] | None = None,
     ) -> None:
         schedule = resolve_schedule(ns_coefficients, ns_steps)
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ValueError(f"dtype is a floating-point torch.dtype, such as torch.float32, or None; got {dtype!r}")
+        if stack_numel is not None and (not isinstance(stack_numel, int) or stack_numel < 1):
+            raise ValueError(f"stack_numel is a positive integer, or None for the device's own; got {stack_numel!r}")
         self.dtype = dtype
         self.stack_numel = stack_numel
         self._parts = intern_parts(parts or {})
@@ -121,6 +125,9 @@ class Muon(Optimizer):
         kind = param_group.setdefault("kind", "matrix")
         if kind not in KINDS:
             raise ValueError(f"unknown kind {kind!r} of a parameter group; known: {', '.join(KINDS)}")
+        if "ns_coefficients" in param_group:  # with its own number of steps, not that of the optimizer's schedule
+            schedule = resolve_schedule(param_group["ns_coefficients"], param_group.get("ns_steps"))
+            param_group.update(ns_coefficients=schedule.plain(), ns_steps=len(schedule.polynomials))
         check_muon_options(**{key: param_group.get(key, value) for key, value in self.defaults.items()})
         if algorithm == "adamw":
             for key, value in ADAMW_DEFAULTS.items():
@@ -142,6 +149,7 @@ class Muon(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.__dict__.setdefault("stack_numel", None)  # absent in a copy that was pickled before there was one
         for group in self.param_groups:
             group.setdefault("algorithm", "muon")  # absent in a checkpoint of torch.optim.Muon
             group.setdefault("kind", "matrix")
@@ -187,6 +195,8 @@ class Muon(Optimizer):
         """Indices of weights that share shape, or have each other's transposed, in runs within the stack's bound."""
         alike: dict[Any, list[int]] = defaultdict(list)
         for i, p in enumerate(params):
+            if p.numel() == 0:
+                continue
             parts = self._parts.get(p)
             shape = p.shape if parts else (*p.shape[:-2], *sorted(p.shape[-2:]))
             alike[shape, id(parts), p.dtype, p.device].append(i)
@@ -323,7 +333,9 @@ def _directions_of_parts(
 
 def _as_matrices(weight: Tensor, kind: str) -> Tensor:
     """A batch of matrices, shape (batch, m, n)."""
-    return weight.flatten(1)[None] if kind == "convolution" else weight.reshape(-1, *weight.shape[-2:])
+    if kind == "experts":
+        return weight.flatten(0, -3)
+    return weight.flatten(1)[None]
 
 
 def _is_tall(matrices: Tensor) -> bool:

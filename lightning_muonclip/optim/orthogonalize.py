@@ -70,7 +70,13 @@ def orthogonalize(
     y = _normalize(x, schedule.norm, eps).to(dtype or working_dtype(x.device)).reshape(-1, *x.shape[-2:])
     is_tall = y.shape[-2] > y.shape[-1]
     wide = y.mT if is_tall else y
-    wide = _iterate(wide, schedule, _restarts(wide, schedule, method))
+    restarts = _restarts(wide, schedule, method)
+    kind = x.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        with torch.autocast(kind, enabled=False):  # it would multiply in another dtype than restarts are placed for
+            wide = _iterate(wide, schedule, restarts)
+    else:
+        wide = _iterate(wide, schedule, restarts)
     return (wide.mT if is_tall else wide).reshape(x.shape).to(x.dtype)
 
 
@@ -81,6 +87,7 @@ def _normalize(x: Tensor, norm: str, eps: float) -> Tensor:
     largest = torch.maximum(x.amax((-2, -1), keepdim=True), -x.amin((-2, -1), keepdim=True))
     x = x / torch.where(largest == 0, 1.0, largest)
     size = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).add_(eps)
+    size = torch.where(size == 0, 1.0, size)
     # A norm that the Gram matrix gives can come from a larger one, whose entries half precision rounds better.
     return x.mul_((1.0 if norm == "frobenius" else min(x.shape[-2:]) ** 0.5) / size)
 
@@ -95,20 +102,20 @@ def _restarts(wide: Tensor, schedule: Schedule, method: str) -> tuple[int, ...]:
 
 def _iterate(wide: Tensor, schedule: Schedule, restarts: tuple[int, ...]) -> Tensor:
     """Newton-Schulz on matrices of shape (batch, n, m), n at most m, with restarts before the steps of these indices."""
-    wide, gram, scale = _bring_below_one(wide, symmetric_matmul(wide), schedule.norm)
+    wide, gram = _bring_below_one(wide, symmetric_matmul(wide), schedule.norm)
     for start, end in pairwise((0, *restarts, len(schedule.polynomials))):
         if start:
-            gram, scale = symmetric_matmul(wide), 1.0
+            gram = symmetric_matmul(wide)
         first, *others = schedule.polynomials[start:end]
         if not others:
             # The identity's part apart from the rest: in half precision, their sum would cost the rest its last digits.
-            wide = _multiply(_polynomial(gram, (0.0, *first[1:]), scale), wide, beta=first[0])
+            wide = _multiply(_polynomial(gram, (0.0, *first[1:])), wide, beta=first[0])
             continue
-        factor = z = _polynomial(gram, first, scale)
+        factor = z = _polynomial(gram, first)
         for polynomial in others:
             # Z R Z, not R Z Z: rounding that mixes large and small directions then grows by a in a step, not by its square.
-            gram, scale = symmetric_matmul(symmetric_matmul(z, gram), z, alpha=scale), 1.0
-            z = _polynomial(gram, polynomial, scale)
+            gram = symmetric_matmul(symmetric_matmul(z, gram), z)
+            z = _polynomial(gram, polynomial)
             factor = symmetric_matmul(z, factor)
         wide = _multiply(factor, wide, beta=0.0)
     return wide
@@ -125,28 +132,25 @@ def _multiply(symmetric: Tensor, wide: Tensor, beta: float) -> Tensor:
     return torch.baddbmm(wide.mT, wide.mT, symmetric, beta=beta).mT
 
 
-def _bring_below_one(wide: Tensor, gram: Tensor, norm: str) -> tuple[Tensor, Tensor, float | Tensor]:
-    """Matrices with all singular values in [0, 1], and their Gram matrices up to a factor: one for all, or one for each."""
+def _bring_below_one(wide: Tensor, gram: Tensor, norm: str) -> tuple[Tensor, Tensor]:
+    """Matrices with all singular values in [0, 1], and their Gram matrices."""
     exact = torch.promote_types(gram.dtype, torch.float32)
     if norm == "frobenius":
-        return wide, gram, 1.0
+        return wide, gram
     if norm == "schatten4":
-        squared = torch.linalg.vector_norm(gram, dim=(-2, -1), dtype=exact)
+        squared = torch.linalg.vector_norm(gram, dim=(-2, -1), keepdim=True, dtype=exact)
         scale = torch.where(squared == 0, 1.0, squared).reciprocal()
-        return (scale.sqrt()[:, None, None] * wide).to(wide.dtype), gram, scale
-    rows = gram.abs().sum(-1, keepdim=True, dtype=exact)
-    rows = torch.where(rows == 0, 1.0, rows).rsqrt()
-    return (rows * wide).to(wide.dtype), (rows * gram * rows.mT).to(gram.dtype), 1.0
+        return (scale.sqrt() * wide).to(wide.dtype), (scale * gram).to(gram.dtype)
+    # Below the normal numbers of a dtype a sum is rounded so much that its row could end up above 1.
+    rows = gram.abs().sum(-1, keepdim=True, dtype=exact).clamp_min(torch.finfo(gram.dtype).tiny).rsqrt()
+    return (rows * wide).to(wide.dtype), (rows * gram * rows.mT).to(gram.dtype)
 
 
-def _polynomial(gram: Tensor, coefficients: Odd, scale: float | Tensor) -> Tensor:
-    """``a + b·R + c·R² + ...``, with R the scaled Gram matrix."""
+def _polynomial(gram: Tensor, coefficients: Odd) -> Tensor:
+    """``a + b·R + c·R² + ...`` of a Gram matrix R."""
     if len(coefficients) == 3:
         a, b, c = coefficients
-        return symmetric_matmul(gram, alpha=c * scale**2, beta=b * scale, c=gram, gamma=a)
-    if isinstance(scale, Tensor):
-        scale = scale[:, None, None].to(gram.dtype)
-    gram = gram * scale
+        return symmetric_matmul(gram, alpha=c, beta=b, c=gram, gamma=a)
     if len(coefficients) == 2:
         return _add_identity(coefficients[1] * gram, coefficients[0])
     # Horner's rule in the square, so that two coefficients cost one product.

@@ -50,6 +50,9 @@ def route_params(module: nn.Module, exclude: Sequence[str] = (), include: Sequen
     Raises:
         ValueError: If a pattern matches no parameter, or ``include`` names one that Muon cannot take.
     """
+    for option, patterns in (("exclude", exclude), ("include", include)):
+        if isinstance(patterns, str):
+            raise ValueError(f"{option} is a list of patterns, got {patterns!r}; write [{patterns!r}]")
     names = [name for name, _ in module.named_parameters()]
     for pattern in (*exclude, *include):
         if not any(fnmatchcase(name, pattern) for name in names):
@@ -148,8 +151,11 @@ def _decide(
         return "muon", f"included by name{'' if kind == 'matrix' else f', as {kind}'}"
     if any(param is weight for weight in embeddings) or (_EMBEDDING.search(name) and not _in_block(name)):
         return "adamw", "embedding"
-    if kind == "experts" and any("experts" in part for part in name.split(".")):
-        return "muon", "expert stack"
+    if any("experts" in part for part in name.split(".")[:-1]):
+        if "bias" in name.split(".")[-1]:
+            return "adamw", "biases of experts"
+        if kind == "experts" and min(param.shape[-2:]) > 1:
+            return "muon", "expert stack"
     if kind != "matrix" or min(param.shape) == 1:
         return "adamw", "vector" if param.squeeze().ndim < 2 else f"{param.ndim}-D tensor"
     if _is_head(name, param, embeddings):

@@ -333,3 +333,18 @@ def test_a_mask_for_other_lengths_is_refused(shape: tuple[int, ...]) -> None:
     query, key = torch.randn(2, 3, 4, 8), torch.randn(2, 3, 6, 8)
     with pytest.raises(ValueError, match="is not for 4 queries and 6 keys"):
         max_logits(query, key, scale=1.0, mask=torch.ones(shape, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"is_causal": True, "window": 3}])
+def test_the_default_dtype_does_not_matter(dtype: torch.dtype, options: dict[str, Any]) -> None:
+    """Lightning sets another one while a model runs in bf16-true, 16-true or 64-true."""
+    query = normal((2, 3, 70, 8)).to(dtype)
+    expected = max_logits(query, query, scale=0.5, **options)
+    torch.set_default_dtype(dtype)
+    try:
+        found = max_logits(query, query, scale=0.5, **options)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype is torch.float32
+    assert torch.equal(found, expected)

@@ -33,12 +33,12 @@ def assert_same(schedule: Schedule, published: Any, atol: float = 1e-6) -> None:
 
 
 def test_polar_express() -> None:
-    assert_same(minimax_schedule(7, 1e-3, cushion=PAPER_CUSHION), POLAR_EXPRESS)
+    assert_same(minimax_schedule(7, 1e-3, safety=1.0, cushion=PAPER_CUSHION), POLAR_EXPRESS)
 
 
 @pytest.mark.parametrize(("name", "safety"), [("polar_express", 1.01), ("polar_express_1.05", 1.05)])
 def test_polar_express_with_safety_on_every_entry(name: str, safety: float) -> None:
-    raw = minimax_schedule(5, 1e-3, cushion=PAPER_CUSHION).polynomials
+    raw = minimax_schedule(5, 1e-3, safety=1.0, cushion=PAPER_CUSHION).polynomials
     assert_same(SCHEDULES[name].first(5), with_safety(raw, safety))
 
 
@@ -49,7 +49,7 @@ def test_polar_express_of_modded_nanogpt() -> None:
 
 
 def test_cans_is_published_with_four_digits() -> None:
-    assert_same(minimax_schedule(5, 1e-3), SCHEDULES["cans"].polynomials, atol=5.1e-5)
+    assert_same(minimax_schedule(5, 1e-3, safety=1.0), SCHEDULES["cans"].polynomials, atol=5.1e-5)
 
 
 def test_in_the_limit_it_is_newton_schulz() -> None:
@@ -74,10 +74,12 @@ def test_the_error_takes_its_largest_size_in_turns(degree: int, ratio: float, hi
 @pytest.mark.parametrize("degree", [3, 5, 9])
 @pytest.mark.parametrize("steps", [1, 2, 4])
 def test_a_schedule_is_as_near_to_one_as_its_last_error(degree: int, steps: int) -> None:
-    schedule = minimax_schedule(steps, 0.03, degree)
+    schedule = minimax_schedule(steps, 0.03, degree, safety=1.0)
     images = schedule(torch.logspace(-1.5228787, 0, 100_001, dtype=torch.float64))
     assert (images.max() - 1).item() == pytest.approx((1 - images.min()).item(), rel=1e-5, abs=1e-12)
-    more = minimax_schedule(steps + 1, 0.03, degree)(torch.logspace(-1.5228787, 0, 100_001, dtype=torch.float64))
+    more = minimax_schedule(steps + 1, 0.03, degree, safety=1.0)(
+        torch.logspace(-1.5228787, 0, 100_001, dtype=torch.float64)
+    )
     assert (more - 1).abs().max() < (images - 1).abs().max()
 
 
@@ -87,7 +89,7 @@ def test_schatten4_is_minimax() -> None:
 
 def test_a_generated_schedule_orthogonalises() -> None:
     x = torch.randn(12, 30, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    schedule = minimax_schedule(6, 1e-2, degree=9, norm="schatten4")
+    schedule = minimax_schedule(6, 1e-2, degree=9, norm="schatten4", safety=1.0)
     u, _, vh = torch.linalg.svd(x, full_matrices=False)
     torch.testing.assert_close(orthogonalize(x, coefficients=schedule, dtype=torch.float64), u @ vh, rtol=0, atol=1e-8)
 
@@ -109,3 +111,19 @@ def test_errors(arguments: Any, message: str) -> None:
 def test_a_schedule_needs_steps() -> None:
     with pytest.raises(ValueError, match="at least one step, got 0"):
         minimax_schedule(0, 1e-3)
+
+
+@pytest.mark.parametrize("options", [{"low": 2.0}, {"low": 1e-2, "safety": 0.5}, {"low": 1e-2, "cushion": 1.5}])
+def test_options_out_of_range(options: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=r"needs low in .* safety at least 1 and cushion in"):
+        minimax_schedule(3, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("norm", ["frobenius", "schatten4"])
+def test_as_it_comes_a_schedule_does_not_run_away_in_half_precision(dtype: torch.dtype, norm: str) -> None:
+    for seed in range(10):
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(64, 1, generator=generator) @ torch.randn(1, 128, generator=generator)
+        found = orthogonalize(x, coefficients=minimax_schedule(5, 2e-3, norm=norm), dtype=dtype)
+        assert torch.linalg.matrix_norm(found, 2) < 1.5

@@ -517,6 +517,28 @@ class TestKinds:
             Muon([{"params": matrices(), "kind": "moe"}])
 
 
+class TestGroupSchedules:
+    def test_a_group_has_its_own_schedule_with_its_own_steps(self) -> None:
+        groups = [
+            {"params": matrices([(4, 4)]), "ns_coefficients": "deepseek_v4"},
+            {"params": matrices([(4, 4)]), "ns_coefficients": "schatten4", "ns_steps": 3},
+            {"params": matrices([(4, 4)])},
+        ]
+        optimizer = Muon(groups, ns_coefficients="jordan")
+        assert [group["ns_steps"] for group in optimizer.param_groups] == [10, 3, 5]
+        file = io.BytesIO()
+        torch.save(optimizer.state_dict(), file)
+        file.seek(0)
+        optimizer.load_state_dict(torch.load(file, weights_only=True))
+        with pytest.raises(ValueError, match="unknown schedule 'jordann'"):
+            optimizer.add_param_group({"params": matrices(), "ns_coefficients": "jordann"})
+
+    @pytest.mark.parametrize("shape", [(0, 4), (4, 0)])
+    def test_an_empty_matrix_is_no_trouble(self, shape: tuple[int, int]) -> None:
+        params = matrices([shape, (3, 3)])
+        train(Muon(params), params, [0])
+
+
 class Allocations(TorchDispatchMode):
     """The most bytes that were alive at once of what operations have made."""
 
@@ -648,10 +670,23 @@ class TestErrors:
             ({"momentum": 1.0}, r"momentum must be in \[0, 1\)"),
             ({"adjust_lr_fn": "rms"}, "unknown adjust_lr_fn 'rms'; known: original, match_rms_adamw"),
             ({"ns_coefficients": "newton"}, "unknown schedule 'newton'"),
-            ({"ns_steps": 0}, "ns_steps must be at least 1"),
+            ({"ns_steps": 0}, "ns_steps must be an integer"),
         ],
     )
     def test_hyperparameters(self, options: dict[str, Any], message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            Muon(matrices(), **options)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"dtype": "bf16"}, "floating-point torch.dtype.* got 'bf16'"),
+            ({"dtype": torch.int8}, "got torch.int8"),
+            ({"stack_numel": 0}, "stack_numel is a positive integer.* got 0"),
+            ({"stack_numel": 1e9}, "got 1000000000.0"),
+        ],
+    )
+    def test_how_it_works(self, options: dict[str, Any], message: str) -> None:
         with pytest.raises(ValueError, match=message):
             Muon(matrices(), **options)
 

@@ -282,6 +282,26 @@ def test_a_dominant_direction_stays_in_the_range_of_half_precision(dtype: torch.
             )  # a run-away would be far off: the largest value is the most sensitive
 
 
+@pytest.mark.parametrize("method", ["direct", "gram"])
+def test_autocast_changes_nothing(method: str) -> None:
+    x = gaussian(20, 30).float()
+    outside = orthogonalize(x, method=method, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(orthogonalize(x, method=method, dtype=torch.float32), outside)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("factor", [1e-2, 2.5e-4, 1e-5])
+def test_turbo_stands_rows_of_any_size(dtype: torch.dtype, factor: float) -> None:
+    x = torch.eye(8, 16)
+    x[0] *= factor
+    assert torch.linalg.matrix_norm(orthogonalize(x, coefficients="turbo", dtype=dtype), 2) < 1.4
+
+
+def test_without_a_guard_zero_stays_zero() -> None:
+    assert torch.equal(orthogonalize(torch.zeros(3, 4), eps=0.0), torch.zeros(3, 4))
+
+
 def test_no_gradient_flows() -> None:
     x = gaussian(3, 4).requires_grad_()
     assert not orthogonalize(x).requires_grad

@@ -278,12 +278,17 @@ class TestPatterns:
             with pytest.raises(ValueError, match=rf"include names {name}, .* grouped or transposed convolution"):
                 split_params(grouped, include=[name])
 
+    @pytest.mark.parametrize("option", ["exclude", "include"])
+    def test_a_bare_string_is_no_list(self, option: str) -> None:
+        with pytest.raises(ValueError, match=rf"{option} is a list of patterns, got '0.weight'; write \['0.weight'\]"):
+            split_params(convolutions(), **{option: "0.weight"})
+
 
 class Experts(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.gate_up_proj = nn.Parameter(torch.randn(4, 6, 5))
-        self.bias = nn.Parameter(torch.randn(4, 6))
+        self.down_proj_bias = nn.Parameter(torch.randn(4, 6))
 
 
 class TestTensorsOfMoreDimensions:
@@ -298,6 +303,7 @@ class TestTensorsOfMoreDimensions:
     def test_experts_are_muons_and_the_rest_is_not_guessed(self) -> None:
         routes = {route.name: (route.algorithm, route.kind, route.reason) for route in route_params(self.model())}
         assert routes["layers.0.experts.gate_up_proj"] == ("muon", "experts", "expert stack")
+        assert routes["layers.0.experts.down_proj_bias"] == ("adamw", "matrix", "biases of experts")
         assert routes["layers.0.conv.weight"] == ("adamw", "convolution", "3-D tensor")
         assert routes["table"] == ("adamw", "experts", "3-D tensor")
 
@@ -307,7 +313,6 @@ class TestTensorsOfMoreDimensions:
         assert {name: group.get("kind") for name, group in groups.items() if name != "adamw"} == {
             "experts": "experts",
             "convolutions": "convolution",
-            "muon": "matrix",
         }
         assert [name for name, _ in groups["experts"]["params"]] == ["table", "layers.0.experts.gate_up_proj"]
         assert [name for name, _ in groups["convolutions"]["params"]] == ["layers.0.conv.weight"]
