@@ -88,7 +88,7 @@ def _normalize(x: Tensor, norm: str, eps: float) -> Tensor:
     x = x / torch.where(largest == 0, 1.0, largest)
     size = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).add_(eps)
     size = torch.where(size == 0, 1.0, size)
-    # A norm that the Gram matrix gives can come from a larger one, whose entries half precision rounds better.
+    # For a norm that the Gram matrix gives, larger: half precision then rounds that matrix better.
     return x.mul_((1.0 if norm == "frobenius" else min(x.shape[-2:]) ** 0.5) / size)
 
 
@@ -176,8 +176,8 @@ def _add_identity(x: Tensor, factor: float) -> Tensor:
 def working_dtype(device: torch.device) -> torch.dtype:
     """The dtype that the device multiplies fastest in hardware.
 
-    float16 on CUDA devices with tensor cores: as fast there as bfloat16 and eight times finer, and matrices are normalised
-    well into its range. bfloat16 on a CPU with AVX512-BF16 or AMX; others multiply it 10 to 100 times slower than float32.
+    float16 on CUDA devices with tensor cores: as fast there as bfloat16 and eight times finer, and what is normalised does
+    not overflow. bfloat16 on a CPU with AVX512-BF16 or AMX; others multiply it 10 to 100 times slower than float32.
     """
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0):
         return torch.float16
