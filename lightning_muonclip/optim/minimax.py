@@ -34,7 +34,7 @@ def best_odd_polynomial(degree: int, low: float, high: float) -> tuple[tuple[flo
     Example:
         >>> coefficients, error = best_odd_polynomial(3, 0.5, 1.0)
         >>> [round(c, 4) for c in coefficients], round(error, 4)
-        ([2.2797, -1.3029], 0.023)
+        ([2.1328, -1.2187], 0.086)
     """
     if degree < 3 or degree % 2 == 0:
         raise ValueError(f"an odd polynomial of a degree of at least 3 is needed, got degree {degree}")
