@@ -581,6 +581,17 @@ class TestVerify:
             MuonClipCallback(logits="off", verify=True)
 
 
+def assert_stepped_alike(model: nn.Module, twin: nn.Module, optimizer: MuonClip, tokens: torch.Tensor) -> None:
+    """Trains the twin by a plain loop, and compares it with what the Trainer has made of the model."""
+    for batch in tokens:
+        optimizer.zero_grad()
+        next_token_loss(twin, batch).backward()
+        optimizer.step()
+    optimizer.close()
+    for ours, theirs in zip(model.parameters(), twin.parameters()):
+        assert torch.equal(ours, theirs)
+
+
 @pytest.mark.parametrize("split", ["qkv", "heads", "none"])
 def test_split_reaches_muon_as_in_a_plain_loop(split: str) -> None:
     tokens = token_batches(3)
@@ -590,13 +601,7 @@ def test_split_reaches_muon_as_in_a_plain_loop(split: str) -> None:
     callback = MuonClipCallback(threshold=1.0, split=split)
     trainer([callback]).fit(LitTiny(model, lambda p: torch.optim.AdamW(p, lr=3e-3, weight_decay=0.1)), loader(tokens))
     optimizer = MuonClip(twin, lr=3e-3, betas=(0.9, 0.999), threshold=1.0, split=split)
-    for batch in tokens:
-        optimizer.zero_grad()
-        next_token_loss(twin, batch).backward()
-        optimizer.step()
-    optimizer.close()
-    for ours, theirs in zip(model.parameters(), twin.parameters()):
-        assert torch.equal(ours, theirs)
+    assert_stepped_alike(model, twin, optimizer, tokens)
 
 
 class MixedBlock(FusedBlock):
@@ -628,13 +633,7 @@ def test_experts_and_convolutions_step_as_in_a_plain_loop() -> None:
         ("all-convolution", "convolution"),
     ]
     optimizer = MuonClip(twin, lr=3e-3, betas=(0.9, 0.999), threshold=1.0, include=["conv.weight"])
-    for batch in tokens:
-        optimizer.zero_grad()
-        next_token_loss(twin, batch).backward()
-        optimizer.step()
-    optimizer.close()
-    for ours, theirs in zip(model.parameters(), twin.parameters()):
-        assert torch.equal(ours, theirs)
+    assert_stepped_alike(model, twin, optimizer, tokens)
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "64-true", "bf16-mixed"])

@@ -12,7 +12,7 @@ import math
 import numpy as np
 from numpy.polynomial import Chebyshev, Polynomial
 
-from lightning_muonclip.optim.coefficients import Schedule
+from lightning_muonclip.optim.coefficients import Schedule, with_safety
 
 _ROUNDS = 100
 
@@ -106,7 +106,7 @@ def minimax_schedule(
             factor = 2 / (_evaluate(coefficients, low) + 1 + error)
             coefficients = tuple(factor * c for c in coefficients)
         if i < steps - 1:
-            coefficients = tuple(c / safety ** (2 * k + 1) for k, c in enumerate(coefficients))
+            [coefficients] = with_safety((coefficients,), safety)
         polynomials.append(coefficients)
         low = min(_evaluate(coefficients, low), 1.0)
         high = 2 - low
