@@ -127,6 +127,8 @@ def _symmetric_matmul(
     if kind == "cpu" and a.dtype is torch.float16:  # no slower, and not rounded before the addition
         c = None if c is None else c.float()
         return _symmetric_matmul(a.float(), b.float(), c, alpha, beta, gamma, alphas, betas, gammas).half()
+    if alpha == 0:  # which torch's product of bfloat16 takes for nothing to do, not even what beta asks for
+        a, b = a[..., :0], b[..., :0]
     product = _by_panels if symmetric_cost(a) < 1 else _whole
     if alphas is None and betas is None:
         out = product(a, b, c, alpha, beta)
@@ -194,8 +196,6 @@ def _by_panels(a: Tensor, b: Tensor, c: Tensor | None, alpha: float, beta: float
 def _mirror(x: Tensor) -> Tensor:
     """Replaces what is above the diagonal by what is below."""
     n = x.shape[1]
-    if n <= _STRIP:
-        return torch.where(_BELOW[:n, :n], x, x.mT)
     for top in range(0, n, _STRIP):
         bottom = min(top + _STRIP, n)
         x[:, :top, top:bottom] = x[:, top:bottom, :top].mT

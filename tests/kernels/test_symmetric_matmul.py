@@ -204,6 +204,15 @@ def test_panels_change_nothing_but_the_work(dtype: torch.dtype, panels: int, mon
         assert torch.equal(symmetric_matmul(left, gamma=3.0).double(), in_float64(a, gamma=3.0))
 
 
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+def test_a_factor_of_zero_leaves_the_other_terms(product: Product, dtype: torch.dtype) -> None:
+    if dtype is torch.float64 and product is not symmetric_matmul:
+        pytest.skip("the kernel has no float64")
+    a, c = integers((2, 33, 7), 0, dtype), symmetric(integers((2, 33, 33), 1, dtype))
+    options: dict[str, Any] = {"alpha": 0.0, "beta": -0.5, "c": c, "gamma": 1.0}
+    assert torch.equal(product(a, **options).double(), in_float64(a, **options))
+
+
 def test_float64_is_summed_in_float64() -> None:
     a = normal((2, 300, 40), dtype=torch.float64)
     torch.testing.assert_close(symmetric_matmul(a, alpha=0.3), in_float64(a, alpha=0.3), rtol=1e-13, atol=1e-13)
