@@ -49,3 +49,34 @@ PARAMETER_SETS = {
         ((768, 512), (144, 512), (1024, 128), (512, 512), (8, 704, 512), (8, 512, 352), (704, 512), (512, 704)), 1
     ),
 }
+
+
+#: q_a_proj, q_b_proj, kv_a_proj_with_mqa, kv_b_proj, o_proj.
+DEEPSEEK_V3_ATTENTION: tuple[Shape, ...] = (
+    (1536, 7168),
+    (128 * (128 + 64), 1536),
+    (512 + 64, 7168),
+    (128 * (128 + 128), 512),
+    (7168, 128 * 128),
+)
+
+#: Whole models whose layers are not all alike: the matrices of every kind of layer, and how many layers of it.
+MODELS: dict[str, tuple[ParameterSet, ...]] = {
+    "gpt2_small": (PARAMETER_SETS["gpt2_small"],),
+    # hidden_size 4096, intermediate_size 11008, 32 layers: LLaMA, arXiv 2302.13971, and its config.json.
+    "llama_7b": (ParameterSet((*((4096, 4096),) * 4, (11008, 4096), (11008, 4096), (4096, 11008)), 32),),
+    # arXiv 2412.19437, section 4.2, and config.json: hidden_size 7168, 128 heads of 128 + 64 (v: 128), q_lora_rank 1536,
+    # kv_lora_rank 512; 3 dense layers of 18432, 58 with 256 routed experts of 2048 and a shared one. Without the
+    # multi-token prediction module. Routers are left out, as embeddings are.
+    "deepseek_v3": (
+        ParameterSet((*DEEPSEEK_V3_ATTENTION, (18432, 7168), (18432, 7168), (7168, 18432)), 3),
+        ParameterSet(
+            (
+                *DEEPSEEK_V3_ATTENTION,
+                *((2048, 7168), (2048, 7168), (7168, 2048)),
+                *((256, 2048, 7168), (256, 2048, 7168), (256, 7168, 2048)),
+            ),
+            58,
+        ),
+    ),
+}

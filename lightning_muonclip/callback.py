@@ -13,17 +13,22 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_muonclip.boxes import to_local
+from lightning_muonclip.checkpoints import WITHOUT_CALLBACK, check_checkpoint, number_as_in_model
 from lightning_muonclip.fit import check_fit, scaler_of, users_optimizer
 from lightning_muonclip.mixin import MaxLogitsMixin
+from lightning_muonclip.norms import clip_grad_norm_, total_norm
 from lightning_muonclip.optim.coefficients import Coefficients
-from lightning_muonclip.optim.muon import KINDS, Muon, check_muon_options
+from lightning_muonclip.optim.muon import Muon
+from lightning_muonclip.optim.options import as_dtype, check_muon_options
 from lightning_muonclip.optim.routing import Route, route_params, routes_under, routing_table
+from lightning_muonclip.optim.stacking import KINDS
 from lightning_muonclip.qk_clip.capture import Capture
 from lightning_muonclip.qk_clip.clip import ClipResult, QKClip, check_clip_options
 from lightning_muonclip.qk_clip.registry import recognise
 from lightning_muonclip.qk_clip.spec import AttentionSpec
 from lightning_muonclip.qk_clip.split import check_split, matrix_parts
-from lightning_muonclip.strategies import check_mesh, check_strategy
+from lightning_muonclip.strategies import check_strategy
 
 
 class MuonClipCallback(Callback):
@@ -61,6 +66,10 @@ class MuonClipCallback(Callback):
         exclude: Shell-style patterns of parameter names that stay with the user's optimizer.
         include: Patterns of matrices that Muon takes although they look like an embedding or an output head.
         log_heads_every_n_steps: Sends every head's maximum to the loggers at this interval; ``None`` never does.
+        ns_steps: Number of Newton-Schulz iterations; ``None`` is the schedule's own.
+        dtype: Working dtype of Newton-Schulz, or its name; ``None`` is the fastest that the device has in hardware.
+        shard_momentum: Under DDP, keeps Muon's momentum only on the rank that needs it (see
+            :class:`~lightning_muonclip.Muon`).
 
     Raises:
         ValueError: If an argument is out of range; when fitting starts, if the Trainer, the optimizer or the model cannot
@@ -95,6 +104,9 @@ class MuonClipCallback(Callback):
         exclude: Sequence[str] = (),
         include: Sequence[str] = (),
         log_heads_every_n_steps: int | None = None,
+        ns_steps: int | None = None,
+        dtype: torch.dtype | str | None = None,
+        shard_momentum: bool = False,
     ) -> None:
         check_clip_options(threshold, alpha, shared_keys, qk_norm, logits, lora, every_n_steps)
         check_split(split)
@@ -112,9 +124,11 @@ class MuonClipCallback(Callback):
             "momentum": momentum,
             "nesterov": nesterov,
             "ns_coefficients": ns_coefficients,
+            "ns_steps": ns_steps,
             "adjust_lr_fn": adjust_lr_fn,
         }
         check_muon_options(lr=lr or 0.0, weight_decay=weight_decay or 0.0, **self._muon_options)
+        self._muon_options |= {"dtype": as_dtype(dtype), "shard_momentum": shard_momentum}
         self._clip_options: dict[str, Any] = {
             "threshold": threshold,
             "alpha": alpha,
@@ -153,24 +167,29 @@ class MuonClipCallback(Callback):
         if trainer.state.fn != "fit":
             return
         if len(checkpoint.get("optimizer_states", ())) == 1:
-            raise ValueError(
-                "this checkpoint was made without MuonClipCallback: its one optimizer holds the state of all parameters."
-                " Resume without the callback, or start from its weights alone: LightningModule.load_from_checkpoint(path)"
-                " and fit without ckpt_path"
-            )
+            raise ValueError(WITHOUT_CALLBACK)
         self._restored_clips = checkpoint.get("muonclip")
         self._restore_clips()
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Adds how often each head was clipped, the same on every rank; all other state is the optimizers'."""
+        """Adds how often each head was clipped, the same on every rank; all other state is the optimizers'.
+
+        Those are numbered so that the checkpoint can be resumed under any strategy.
+        """
         if self.qk_clip is not None:
             checkpoint["muonclip"] = self.qk_clip.state_dict()
+        number_as_in_model(
+            checkpoint.get("optimizer_states", ()),
+            trainer.optimizers,
+            pl_module,
+            already=not trainer.strategy.lightning_restore_optimizer,
+        )
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Moves the hidden matrices to Muon and starts to observe; optimizers exist, nothing is restored yet."""
-        check_mesh(pl_module.device_mesh)
+        check_checkpoint(trainer)
         optimizer = users_optimizer(trainer)
         routes = routes_under(optimizer, route_params(pl_module, self.exclude, self.include))
         self.muon = self._take_matrices(optimizer, routes, pl_module)
@@ -182,7 +201,7 @@ class MuonClipCallback(Callback):
             )
         trainer.optimizers = [*trainer.optimizers, self.muon]
         if self._clip_options["logits"] != "off":
-            self._arm_qk_clip(optimizer, pl_module)
+            self._arm_qk_clip(pl_module)
         rank_zero_info(f"MuonClip: who steps what\n{routing_table(routes)}")
         if self.qk_clip is not None:
             sides = self.qk_clip.sides
@@ -214,7 +233,7 @@ class MuonClipCallback(Callback):
         attention, _ = recognise(pl_module, self.specs)
         return Muon(groups, **self._muon_options, parts=matrix_parts(pl_module, attention, self.split))
 
-    def _arm_qk_clip(self, optimizer: Optimizer, pl_module: pl.LightningModule) -> None:
+    def _arm_qk_clip(self, pl_module: pl.LightningModule) -> None:
         observer = None
         if isinstance(pl_module, MaxLogitsMixin):
             if self.specs is not None:
@@ -224,11 +243,6 @@ class MuonClipCallback(Callback):
             observer = pl_module.observe()
         self.qk_clip = QKClip(pl_module, specs=self.specs, observer=observer, **self._clip_options)
         self._restore_clips()
-        # Clip after the last update of a query or key weight; the user's optimizer steps after Muon.
-        users = {p for group in optimizer.param_groups for p in group["params"]}
-        last = optimizer if any(p in users for p in self.qk_clip.params) else self.muon
-        assert last is not None
-        self._handles.append(last.register_step_post_hook(self._apply_qk_clip))
 
     def _restore_clips(self) -> None:
         """Most strategies restore before fitting starts, FSDP2 after: whatever comes second calls with effect."""
@@ -237,8 +251,14 @@ class MuonClipCallback(Callback):
             self._restored_clips = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Notes where a resumed run goes on."""
+        """Notes where a resumed run goes on, and clips from now on: FSDP2 steps optimizers once to restore their state."""
         self._last_step = trainer.global_step
+        if self.qk_clip is not None:
+            # Clip after the last update of a query or key weight; the user's optimizer steps after Muon.
+            users = set(_params(trainer.optimizers[0]))
+            last = trainer.optimizers[0] if any(p in users for p in self.qk_clip.params) else self.muon
+            assert last is not None
+            self._handles.append(last.register_step_post_hook(self._apply_qk_clip))
         if self.verify and self.qk_clip is not None:
             self._capture = Capture(self.qk_clip.observer)
         if trainer.gradient_clip_val and is_overridden("configure_gradient_clipping", pl_module):
@@ -274,10 +294,10 @@ class MuonClipCallback(Callback):
             return
         grads = [[p.grad for p in _params(o) if p.grad is not None] for o in trainer.optimizers]
         # 0 where all is finite, else NaN: added to one gradient of each optimizer it shows up where the scaler looks.
-        poison = 0 * torch.nn.utils.get_total_norm([g for own in grads for g in own], norm_type=float("inf"))
+        poison = 0 * total_norm((g for own in grads for g in own), norm_type=float("inf"))
         for own in grads:
             if own:
-                own[0].add_(poison.to(own[0].device))
+                to_local(own[0]).add_(poison.to(own[0].device))
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -311,7 +331,7 @@ class MuonClipCallback(Callback):
         if trainer.gradient_clip_algorithm == "value":
             torch.nn.utils.clip_grad_value_(params, trainer.gradient_clip_val)
         else:
-            torch.nn.utils.clip_grad_norm_(params, trainer.gradient_clip_val)
+            clip_grad_norm_(params, trainer.gradient_clip_val)
 
     def _apply_qk_clip(self, *_: Any) -> None:
         assert self.qk_clip is not None

@@ -5,8 +5,6 @@ A strategy is recognised by the names of its classes, so that none of them has t
 
 from __future__ import annotations
 
-from torch.distributed.device_mesh import DeviceMesh
-
 _SUPPORTED = ("SingleDeviceStrategy", "DDPStrategy", "ModelParallelStrategy")
 
 _REFUSED = {
@@ -35,16 +33,3 @@ def check_strategy(strategy: object) -> None:
             raise ValueError(f"MuonClipCallback does not work under {names[0]}: {reason}. Use {instead} instead")
     if not any(name in _SUPPORTED for name in names):
         raise ValueError(f"MuonClipCallback does not know {names[0]}; use one of {', '.join(_SUPPORTED)}")
-
-
-def check_mesh(mesh: DeviceMesh | None) -> None:
-    """Refuses a device mesh with more than data parallelism.
-
-    Raises:
-        ValueError: With the dimension and what to use instead.
-    """
-    if mesh is not None and "tensor_parallel" in (mesh.mesh_dim_names or ()) and mesh["tensor_parallel"].size() > 1:
-        raise ValueError(
-            "MuonClipCallback does not work with tensor parallelism yet: a rank sees its own heads only; use"
-            " ModelParallelStrategy(tensor_parallel_size=1)"
-        )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_muonclip.attention.core import attention
 from lightning_muonclip.attention.masks import AttentionMask
 from lightning_muonclip.attention.rotary import RotaryEmbedding, rotate
 from lightning_muonclip.attention.tracking import Tracked
+from lightning_muonclip.heads import for_own_heads, split_heads
 
 
 class Attention(Tracked):
@@ -23,6 +25,8 @@ class Attention(Tracked):
         qk_norm: RMS-normalises every query and key head after its projection, as Qwen3 does.
         rope_theta: Base of the rotary wavelengths.
         rms_norm_eps: Epsilon of ``qk_norm``.
+
+    Under tensor parallelism (queries, keys and values by columns, outputs by rows) it attends with the heads of its rank.
 
     Raises:
         ValueError: If the sizes do not divide.
@@ -80,13 +84,19 @@ class Attention(Tracked):
         if position_ids is None:
             position_ids = torch.arange(hidden_states.shape[1], device=hidden_states.device)[None]
         query, key, value = (
-            projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            split_heads(projection(hidden_states), self.head_dim)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         if self.q_norm is not None and self.k_norm is not None:
-            query, key = self.q_norm(query), self.k_norm(key)
+            query = _normalise(query, self.q_norm, self.q_proj.weight, self.num_attention_heads)
+            key = _normalise(key, self.k_norm, self.k_proj.weight, self.num_key_value_heads)
         cos, sin = self.rotary(position_ids)
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         output, maxima = attention(query, key, value, scale=self.scaling, mask=mask, track=self.track)
         self.report(maxima, query, key)
         return self.o_proj(output.transpose(1, 2).flatten(2))
+
+
+def _normalise(x: Tensor, norm: nn.RMSNorm, weight: Tensor, heads: int) -> Tensor:
+    gain = for_own_heads(norm.weight, weight, heads, x.shape[1])
+    return norm(x) if gain is norm.weight else F.rms_norm(x, norm.normalized_shape, gain, norm.eps)

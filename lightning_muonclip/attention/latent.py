@@ -9,13 +9,15 @@ from lightning_muonclip.attention.core import attention
 from lightning_muonclip.attention.masks import AttentionMask
 from lightning_muonclip.attention.rotary import RotaryEmbedding, rotate_interleaved
 from lightning_muonclip.attention.tracking import Tracked
+from lightning_muonclip.heads import for_own_heads, split_heads
 
 
 class MultiheadLatentAttention(Tracked):
     """Attention whose keys and values are made from one small latent; parameters as in Hugging Face DeepSeek-V3.
 
     A query or key head has two parts: one without rotation, made from the latent, and a rotated one, whose key is shared
-    by all heads.
+    by all heads. Under tensor parallelism (``q_proj``, ``q_b_proj`` and ``kv_b_proj`` by columns, ``o_proj`` by rows, the
+    rest replicated) it attends with the heads of its rank.
 
     Args:
         hidden_size: Width of the residual stream.
@@ -89,17 +91,20 @@ class MultiheadLatentAttention(Tracked):
         if position_ids is None:
             position_ids = torch.arange(hidden_states.shape[1], device=hidden_states.device)[None]
         cos, sin = self.rotary(position_ids)
-        query = self._heads(self._queries(hidden_states))
+        query = split_heads(self._queries(hidden_states), self.qk_nope_head_dim + self.qk_rope_head_dim)
         query_nope, query_rope = query.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
         query = torch.cat([query_nope, rotate_interleaved(query_rope, cos, sin)], dim=-1)
 
         latent, key_rope = self.kv_a_proj_with_mqa(hidden_states).split(
             [self.kv_lora_rank, self.qk_rope_head_dim], dim=-1
         )
-        key_value = self._heads(self.kv_b_proj(self.kv_a_layernorm(latent)))
+        key_value = self.kv_b_proj(self.kv_a_layernorm(latent))
+        key_value = split_heads(key_value, self.qk_nope_head_dim + self.v_head_dim)
         key_nope, value = key_value.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
+        heads = key_nope.shape[1]
+        key_rope = for_own_heads(key_rope, self.kv_b_proj.weight, self.num_attention_heads, heads)
         key_rope = rotate_interleaved(key_rope.unsqueeze(1), cos, sin)
-        key = torch.cat([key_nope, key_rope.expand(-1, self.num_attention_heads, -1, -1)], dim=-1)
+        key = torch.cat([key_nope, key_rope.expand(-1, heads, -1, -1)], dim=-1)
 
         output, maxima = attention(query, key, value, scale=self.scaling, mask=mask, track=self.track)
         self.report(maxima, query, key)
@@ -109,6 +114,3 @@ class MultiheadLatentAttention(Tracked):
         if self.q_lora_rank is None:
             return self.q_proj(hidden_states)
         return self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
-
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.num_attention_heads, -1)).transpose(1, 2)

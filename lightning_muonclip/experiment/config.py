@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import operator
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any, Optional
@@ -38,6 +39,9 @@ class MuonClipConfig:
     exclude: list[str] = field(default_factory=list)
     include: list[str] = field(default_factory=list)
     log_heads_every_n_steps: Optional[int] = None
+    ns_steps: Optional[int] = None
+    dtype: Optional[str] = None
+    shard_momentum: bool = False
 
 
 @dataclass
@@ -112,6 +116,9 @@ class TrainConfig:
     logger: Any = None
     callbacks: Any = None
 
+
+# Arithmetic for configs: ${floordiv:${trainer.devices},2}
+OmegaConf.register_new_resolver("floordiv", operator.floordiv, replace=True)
 
 #: Which schemas may stand where, innermost first; a node whose ``_target_`` is another one belongs to somebody else.
 _SCHEMAS: tuple[tuple[str, type], ...] = (

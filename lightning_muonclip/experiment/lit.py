@@ -8,13 +8,18 @@ from typing import Any
 
 import torch.nn.functional as F
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_muonclip.experiment.gpt import GPT
 from lightning_muonclip.mixin import MaxLogitsMixin
+
+#: Under tensor parallelism a rank has some heads and some neurons: outputs of the first weights, inputs of the second.
+_COLUMNS = ("q_proj", "k_proj", "v_proj", "q_b_proj", "kv_b_proj", "gate_proj", "up_proj")
+_ROWS = ("o_proj", "down_proj")
 
 
 class LitGPT(MaxLogitsMixin):
@@ -47,10 +52,14 @@ class LitGPT(MaxLogitsMixin):
     def configure_model(self) -> None:
         """Shards layer by layer under ModelParallelStrategy."""
         mesh = self.device_mesh
-        if mesh is not None and not hasattr(self.model, "unshard"):
-            for layer in self.model.layers:
-                fully_shard(layer, mesh=mesh["data_parallel"])
-            fully_shard(self.model, mesh=mesh["data_parallel"])
+        if mesh is None or hasattr(self.model, "unshard"):
+            return
+        if mesh["tensor_parallel"].size() > 1:
+            parallelize_module(self.model, mesh["tensor_parallel"], _tensor_parallel_plan(self.model))
+        # Also over a single data-parallel rank: optimizers do not take plain tensors beside sharded ones.
+        for layer in self.model.layers:
+            fully_shard(layer, mesh=mesh["data_parallel"])
+        fully_shard(self.model, mesh=mesh["data_parallel"])
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits of the next token, shape ``(batch, length, vocab_size)``."""
@@ -91,3 +100,9 @@ class LitGPT(MaxLogitsMixin):
         total = float(self.trainer.estimated_stepping_batches)
         progress = min(1.0, (step - self.warmup_steps) / max(1.0, total - self.warmup_steps))
         return self.final_lr + (1 - self.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def _tensor_parallel_plan(model: nn.Module) -> dict[str, ParallelStyle]:
+    names = [(name, name.rpartition(".")[2]) for name, _ in model.named_modules()]
+    columns: dict[str, ParallelStyle] = {name: ColwiseParallel() for name, last in names if last in _COLUMNS}
+    return columns | {name: RowwiseParallel() for name, last in names if last in _ROWS}

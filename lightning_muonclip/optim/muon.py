@@ -2,39 +2,46 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from itertools import groupby
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 from torch.optim.optimizer import ParamsT
 
+from lightning_muonclip.boxes import local_box, sharded_dims, to_local
 from lightning_muonclip.optim.coefficients import Coefficients, resolve_schedule
-from lightning_muonclip.optim.orthogonalize import orthogonalize
-from lightning_muonclip.optim.parts import Parts, intern_parts
-from lightning_muonclip.optim.sharding import gather_matrix, shard_like
+from lightning_muonclip.optim.options import (
+    ADAMW_DEFAULTS,
+    LR_ADJUSTMENTS,
+    as_dtype,
+    check_matrices,
+    check_muon_options,
+    check_state,
+)
+from lightning_muonclip.optim.orthogonalize import orthogonalize, working_dtype
+from lightning_muonclip.optim.parts import intern_parts
+from lightning_muonclip.optim.restarts import cheapest_flops
+from lightning_muonclip.optim.sharding import Exchange, wires
+from lightning_muonclip.optim.shared import SharedWeights
+from lightning_muonclip.optim.stacking import KINDS, STACK_NUMEL, directions, directions_of_parts, matrix_shape, stacks
 
-#: Update scale by shape (m, n) of the weight, m being fan-out. Names are those of torch.optim.Muon.
-LR_ADJUSTMENTS: dict[str, Callable[[int, int], float]] = {
-    "original": lambda m, n: math.sqrt(max(1.0, m / n)),  # Keller Jordan (2024)
-    "match_rms_adamw": lambda m, n: 0.2 * math.sqrt(max(m, n)),  # Moonlight, arXiv 2502.16982, section 2.2
-    "spectral_unclamped": lambda m, n: math.sqrt(m / n),  # the muP scale: Yang et al., arXiv 2310.17813
-}
 
-ADAMW_DEFAULTS: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8}
+class _Matrix(NamedTuple):
+    """A weight in the middle of its step: what this rank holds of it, and the settings of its group."""
 
-#: How parameters of a group are matrices: as they are; as a batch of them, shape (experts, m, n); or, for convolutions of
-#: shape (out, in, kernel...), as one matrix (out, in · kernel).
-KINDS = ("matrix", "experts", "convolution")
-
-#: Most elements orthogonalised together. On a CPU only small matrices gain from it (a plain loop over 384-wide ones is 7 to
-#: 10 % faster); a GPU is launch-bound.
-STACK_NUMEL = {"cpu": 2**18, "cuda": 2**26}
+    param: Tensor
+    weight: Tensor
+    grad: Tensor
+    momentum: Tensor | None
+    group: dict[str, Any]
 
 
 class Muon(Optimizer):
@@ -60,13 +67,19 @@ class Muon(Optimizer):
         ns_steps: Number of Newton-Schulz iterations; ``None`` is the schedule's own.
         adjust_lr_fn: The scale :math:`s(m, n)`: ``"original"`` (``None``) :math:`\sqrt{\max(1, m/n)}`,
             ``"match_rms_adamw"`` :math:`0.2\sqrt{\max(m, n)}`, ``"spectral_unclamped"`` :math:`\sqrt{m/n}`.
-        dtype: Working dtype of Newton-Schulz; ``None`` is the fastest that the device has in hardware (see
+        dtype: Working dtype of Newton-Schulz, or its name; ``None`` is the fastest that the device has in hardware (see
             :func:`~lightning_muonclip.optim.orthogonalize.working_dtype`).
         stack_numel: Most elements that are orthogonalised together, which bounds the memory that a step needs for a while;
             a larger matrix goes alone. ``None`` is :data:`STACK_NUMEL` of the device.
         parts: For a weight that holds several matrices, such as fused queries, keys and values, the dimension of its output
             channels, and the channels of every matrix, which together cover all of them once. Each is orthogonalised and
             scaled for itself, as if it were a parameter of its own.
+        process_group: The ranks that train the same plain weights by the same gradients, as under DDP: each matrix is
+            orthogonalised by one of them. ``None`` is all ranks, once torch.distributed is initialised. DTensors name their
+            ranks themselves.
+        shard_momentum: Of plain weights that several ranks share, keeps the momentum only where it is needed: on the rank
+            that orthogonalises the weight (as ZeRO-1 does). Call :meth:`consolidate_state_dict` on every rank before
+            ``state_dict()``; Lightning does.
 
     Raises:
         ValueError: If a hyperparameter is out of range, a parameter is not a matrix, or parts do not cover their weight.
@@ -80,6 +93,9 @@ class Muon(Optimizer):
         >>> optimizer.step()
     """
 
+    _shared: SharedWeights | None = None
+    _consolidated: dict[Tensor, Tensor] | None = None
+
     def __init__(
         self,
         params: ParamsT,
@@ -92,17 +108,19 @@ class Muon(Optimizer):
         ns_steps: int | None = None,
         adjust_lr_fn: str | None = None,
         *,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         stack_numel: int | None = None,
         parts: Mapping[Tensor, tuple[int, Sequence[Tensor]]] | None = None,
+        process_group: dist.ProcessGroup | None = None,
+        shard_momentum: bool = False,
     ) -> None:
         schedule = resolve_schedule(ns_coefficients, ns_steps)
-        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise ValueError(f"dtype is a floating-point torch.dtype, such as torch.float32, or None; got {dtype!r}")
         if stack_numel is not None and (not isinstance(stack_numel, int) or stack_numel < 1):
             raise ValueError(f"stack_numel is a positive integer, or None for the device's own; got {stack_numel!r}")
-        self.dtype = dtype
+        self.dtype = as_dtype(dtype)
         self.stack_numel = stack_numel
+        self.process_group = process_group
+        self.shard_momentum = shard_momentum
         self._parts = intern_parts(parts or {})
         defaults: dict[str, Any] = {
             "lr": lr,
@@ -133,9 +151,10 @@ class Muon(Optimizer):
             for key, value in ADAMW_DEFAULTS.items():
                 param_group.setdefault(key, value)
         super().add_param_group(param_group)
+        self._shared = None
         if algorithm == "muon":
             try:
-                _require_matrices(self.param_groups[-1])
+                check_matrices(self.param_groups[-1])
             except ValueError:
                 self.param_groups.pop()
                 raise
@@ -144,12 +163,14 @@ class Muon(Optimizer):
         return super().__getstate__() | {
             "dtype": self.dtype,
             "stack_numel": self.stack_numel,
+            "shard_momentum": self.shard_momentum,
             "_parts": self._parts,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.__dict__.setdefault("stack_numel", None)  # absent in a copy that was pickled before there was one
+        # Absent in a copy that was pickled before there was one; a process group cannot be pickled.
+        self.__dict__ = {"stack_numel": None, "shard_momentum": False, "process_group": None} | self.__dict__
         for group in self.param_groups:
             group.setdefault("algorithm", "muon")  # absent in a checkpoint of torch.optim.Muon
             group.setdefault("kind", "matrix")
@@ -165,83 +186,203 @@ class Muon(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._meet()
+        self._consolidated = None  # of the step before
+        matrices = []
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if params and group["algorithm"] == "adamw":
                 self._adamw_step(group, params)
             elif params:
-                self._muon_step(group, params)
+                matrices += self._gain_momentum(group, params)
+        self._step_matrices(matrices)
         return loss
 
+    def _gain_momentum(self, group: dict[str, Any], params: list[Tensor]) -> list[_Matrix]:
+        """Weight decay and momentum, of what this rank holds of the weights of one group."""
+        lr, momentum, lent = _scalar(group["lr"]), group["momentum"], self._lent()
+        grads = [_gradient(p) for p in params]
+        buffers = [None if p in lent else self._momentum_buffer(p, grad) for p, grad in zip(params, grads)]
+        matrices = [
+            _Matrix(p, to_local(p), to_local(grad), None if buffer is None else to_local(buffer), group)
+            for p, grad, buffer in zip(params, grads, buffers)
+        ]
+        kept = [(m.momentum, m.grad) for m in matrices if m.momentum is not None]
+        if kept:
+            torch._foreach_lerp_([buffer for buffer, _ in kept], [grad for _, grad in kept], 1 - momentum)
+        torch._foreach_mul_([m.weight for m in matrices], 1 - lr * group["weight_decay"])
+        return matrices
+
     @torch.profiler.record_function("muonclip::muon")
-    def _muon_step(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        lr, momentum = group["lr"], group["momentum"]
-        if isinstance(lr, Tensor):
-            lr = lr.reshape(())  # a foreach product takes no other one-element tensor
-        grads = [_dense_gradient(p) for p in params]
-        buffers = [self._momentum_buffer(p) for p in params]
-        torch._foreach_lerp_(buffers, grads, 1 - momentum)
-        torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-        for indices in self._stacks(params):  # what follows needs memory for one stack at a time
-            own = [params[i] for i in indices]
-            updates = [buffers[i] for i in indices]
-            if group["nesterov"]:
-                updates = list(torch._foreach_lerp([grads[i] for i in indices], updates, momentum))
-            whole = [gather_matrix(update) for update in updates]
-            directions, scale = self._directions(whole, self._parts.get(own[0]), group)
-            _add_scaled(own, [shard_like(d, p) for d, p in zip(directions, own)], -lr * scale)
+    def _step_matrices(self, matrices: Sequence[_Matrix]) -> None:
+        """Subtracts orthogonalised momentum from the weights."""
+        assert self._shared is not None
+        here: list[_Matrix] = []
+        there: dict[Exchange, dict[int, _Matrix]] = {exchange: {} for exchange in self._shared.exchanges}
+        for matrix in matrices:
+            place = self._shared.place(matrix.param)
+            if place is None:
+                here.append(matrix)
+            else:
+                there[place[0]][place[1]] = matrix
+        for stack in self._stacks(here, [matrix.weight.shape for matrix in here]):  # needs memory for itself alone
+            own = [here[i] for i in stack]
+            self._subtract(own, self._directions(own, _updates(own)))
+        for exchange, shared in there.items():
+            if shared:
+                self._step_shared(exchange, shared)
 
-    def _stacks(self, params: Sequence[Tensor]) -> Iterator[list[int]]:
-        """Indices of weights that share shape, or have each other's transposed, in runs within the stack's bound."""
-        alike: dict[Any, list[int]] = defaultdict(list)
-        for i, p in enumerate(params):
-            if p.numel() == 0:
-                continue
-            parts = self._parts.get(p)
-            shape = p.shape if parts else (*p.shape[:-2], *sorted(p.shape[-2:]))
-            alike[shape, id(parts), p.dtype, p.device].append(i)
-        for (shape, _, _, device), indices in alike.items():
-            size = self._stack_size(math.prod(shape), device)
-            yield from (indices[start : start + size] for start in range(0, len(indices), size))
+    def _step_shared(self, exchange: Exchange, matrices: Mapping[int, _Matrix]) -> None:
+        """The same for matrices that other ranks hold too."""
+        weight = next(iter(matrices.values())).weight
 
-    def _stack_size(self, numel: int, device: torch.device) -> int:
-        bound = STACK_NUMEL.get(device.type, 0) if self.stack_numel is None else self.stack_numel
-        return max(1, bound // max(1, numel))
+        def updates(indices: Sequence[int]) -> list[Tensor]:
+            return _updates([matrices[i] for i in indices])
 
-    def _directions(
-        self, updates: list[Tensor], parts: Parts | None, group: dict[str, Any]
-    ) -> tuple[list[Tensor], float]:
-        """Orthogonalised updates of weights that are stacked together, and a factor that they still lack."""
-        adjust = LR_ADJUSTMENTS[group["adjust_lr_fn"] or "original"]
+        def orthogonalized(whole: Mapping[int, Tensor]) -> dict[int, Tensor]:
+            indices = list(whole)
+            results: dict[int, Tensor] = {}
+            for stack in self._stacks([matrices[i] for i in indices], [update.shape for update in whole.values()]):
+                own = [indices[k] for k in stack]
+                results |= dict(zip(own, self._directions([matrices[i] for i in own], [whole[i] for i in own])))
+            return results
+
+        def subtract(parts: Mapping[int, Tensor]) -> None:
+            self._subtract([matrices[i] for i in parts], list(parts.values()))
+
+        out, back = wires(self._working_dtype(weight.device), weight.dtype)
+        exchange.run(list(matrices), updates, orthogonalized, subtract, out, back)
+
+    def _stacks(self, matrices: Sequence[_Matrix], shapes: Sequence[torch.Size]) -> Iterator[list[int]]:
+        if not matrices:
+            return iter(())
+        alike = [(id(m.group), id(self._parts.get(m.param)), m.weight.dtype, m.weight.device) for m in matrices]
+        return stacks(shapes, alike, self._bound(matrices[0].weight.device))
+
+    def _working_dtype(self, device: torch.device) -> torch.dtype:
+        return self.dtype or working_dtype(device)
+
+    def _bound(self, device: torch.device) -> int:
+        return STACK_NUMEL.get(device.type, 0) if self.stack_numel is None else self.stack_numel
+
+    def _directions(self, matrices: Sequence[_Matrix], updates: list[Tensor]) -> list[Tensor]:
+        """Orthogonalised updates of whole matrices that are stacked together."""
+        group = matrices[0].group
         orthogonal = partial(
             orthogonalize,
             coefficients=group["ns_coefficients"],
             steps=group["ns_steps"],
             eps=group["eps"],
-            dtype=self.dtype,
+            dtype=self._working_dtype(updates[0].device),
         )
+        parts = self._parts.get(matrices[0].param)
         if parts is not None:
-            return _directions_of_parts(updates, parts, orthogonal, adjust), 1.0
-        batches = [_as_matrices(update, group["kind"]) for update in updates]
-        wide = [batch.mT if _is_tall(batch) else batch for batch in batches]
-        stack = torch.cat(wide) if len(wide) > 1 else wide[0]
-        pieces = stack.split(self._stack_size(stack[0].numel(), stack.device))  # more than one for experts only
-        results = [orthogonal(piece) for piece in pieces]
-        result = torch.cat(results) if len(results) > 1 else results[0]
-        directions = []
-        for own, batch, update in zip(result.split([len(batch) for batch in batches]), batches, updates):
-            directions.append((own.mT if _is_tall(batch) else own).reshape(update.shape))
-        scales = [adjust(*batch.shape[-2:]) for batch in batches]
-        if len(set(scales)) > 1:
-            torch._foreach_mul_(directions, scales)
-            return directions, 1.0
-        return directions, scales[0]
+            return directions_of_parts(updates, parts, orthogonal)
+        return directions(updates, group["kind"], orthogonal, self._bound(updates[0].device))
 
-    def _momentum_buffer(self, param: Tensor) -> Tensor:
+    def _subtract(self, matrices: Sequence[_Matrix], parts: list[Tensor]) -> None:
+        """Steps weights along the parts of the directions that this rank holds of them."""
+        alike: dict[tuple[int, float], list[tuple[_Matrix, Tensor]]] = defaultdict(list)
+        for matrix, direction in zip(matrices, parts):
+            scale = self._scale(matrix)
+            if isinstance(scale, Tensor):
+                direction, scale = direction * scale, 1.0
+            alike[id(matrix.group), scale].append((matrix, direction))
+        for (_, scale), own in alike.items():
+            rate = -_scalar(own[0][0].group["lr"]) * scale
+            _add_scaled([matrix.weight for matrix, _ in own], [direction for _, direction in own], rate)
+
+    def _scale(self, matrix: _Matrix) -> float | Tensor:
+        adjust = LR_ADJUSTMENTS[matrix.group["adjust_lr_fn"] or "original"]
+        param, parts = matrix.param, self._parts.get(matrix.param)
+        _, fan_out, fan_in = matrix_shape(param.shape, matrix.group["kind"])
+        if parts is None:
+            return adjust(fan_out, fan_in)
+        factors = parts.factors(adjust, param.shape[1 - parts.dim], matrix.weight.device)
+        return factors.narrow(parts.dim, *_start_and_length(local_box(param)[parts.dim]))
+
+    def _momentum_buffer(self, param: Tensor, grad: Tensor) -> Tensor:
         state = self.state[param]
         if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(_dense_gradient(param), memory_format=torch.preserve_format)
+            state["momentum_buffer"] = torch.zeros_like(grad, memory_format=torch.preserve_format)
         return state["momentum_buffer"]
+
+    # Many ranks -----------------------------------------------------------------------------------------------------
+
+    def _meet(self) -> SharedWeights:
+        """Once: finds which weights this rank shares with others, and agrees with them on who owns which."""
+        if self._shared is None:
+            costs = {
+                p: self._cost(p, group)
+                for group in self.param_groups
+                for p in (group["params"] if group["algorithm"] == "muon" else ())
+                if not _has_whole_matrices(p, group["kind"])
+            }
+            self._shared = SharedWeights(costs, self.process_group)
+            self._drop_others_momentum()
+        return self._shared
+
+    def _cost(self, param: Tensor, group: dict[str, Any]) -> float:
+        """FLOPs of orthogonalising a weight."""
+        parts = self._parts.get(param)
+        shapes = [matrix_shape(param.shape, group["kind"])]
+        if parts is not None:
+            shapes = [(count, channels, param.shape[1 - parts.dim]) for count, channels in parts.sizes()]
+        schedule = resolve_schedule(group["ns_coefficients"], group["ns_steps"])
+        unit = torch.finfo(self._working_dtype(param.device)).eps / 2
+        return sum(count * cheapest_flops(schedule, m, n, unit) for count, m, n in shapes)
+
+    def _lent(self) -> set[Tensor]:
+        """Weights whose momentum another rank keeps."""
+        return self._shared.unowned() if self.shard_momentum and self._shared is not None else set()
+
+    def _drop_others_momentum(self) -> None:
+        for param in self._lent():
+            self.state.pop(param, None)
+
+    @torch.no_grad()
+    def consolidate_state_dict(self, to: int = 0) -> None:
+        """Brings every owner's momentum to one rank, whose ``state_dict()`` then is whole; to be called on all ranks.
+
+        Without ``shard_momentum`` it is whole everywhere, and this does nothing.
+
+        Args:
+            to: The rank within the process group.
+        """
+        self._consolidated = {}
+        if self.shard_momentum:
+            shared = self._meet()
+            momenta = {p: state["momentum_buffer"] for p, state in self.state.items() if "momentum_buffer" in state}
+            self._consolidated = shared.collect(momenta, to)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As any optimizer's.
+
+        Raises:
+            RuntimeError: If the momentum is sharded, and :meth:`consolidate_state_dict` has not been called since the last
+                step.
+        """
+        if self._consolidated is None and self._lent():
+            raise RuntimeError(
+                "each rank has only its own share of Muon's momentum (shard_momentum=True); call"
+                " consolidate_state_dict() on every rank first, then state_dict() on rank 0"
+            )
+        state_dict: dict[str, Any] = super().state_dict()
+        if self._consolidated:
+            numbers = {p: i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
+            momenta = {numbers[p]: {"momentum_buffer": momentum} for p, momentum in self._consolidated.items()}
+            state_dict["state"] = dict(sorted((state_dict["state"] | momenta).items()))
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a state of this class, or of ``torch.optim.Muon`` over the same parameters.
+
+        Raises:
+            ValueError: If it is another optimizer's, or of other parameters.
+        """
+        check_state(state_dict, self.param_groups)
+        super().load_state_dict(state_dict)
+        self._drop_others_momentum()
 
     def _adamw_step(self, group: dict[str, Any], params: list[Tensor]) -> None:
         for p in params:
@@ -256,7 +397,7 @@ class Muon(Optimizer):
         beta1, beta2 = group["betas"]
         adamw(
             params,
-            [_dense_gradient(p) for p in params],
+            [_gradient(p) for p in params],
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
             [],
@@ -271,75 +412,44 @@ class Muon(Optimizer):
         )
 
 
-def check_muon_options(
-    lr: float | Tensor,
-    weight_decay: float,
-    momentum: float,
-    nesterov: bool,
-    ns_coefficients: Any,
-    adjust_lr_fn: str | None,
-    eps: float = 1e-7,
-    ns_steps: int | None = None,
-) -> None:
-    """Raises ValueError, naming the option, its value and what is possible, unless Muon can run so."""
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"a tensor lr must have one element, got shape {tuple(lr.shape)}")
-    for name, value in {"lr": lr, "weight_decay": weight_decay, "eps": eps}.items():
-        if not value >= 0:
-            raise ValueError(f"{name} must be >= 0, got {value}")
-    if not 0 <= momentum < 1:
-        raise ValueError(f"momentum must be in [0, 1), got {momentum}")
-    if adjust_lr_fn is not None and adjust_lr_fn not in LR_ADJUSTMENTS:
-        raise ValueError(f"unknown adjust_lr_fn {adjust_lr_fn!r}; known: {', '.join(LR_ADJUSTMENTS)}")
-    resolve_schedule(ns_coefficients, ns_steps)
-
-
-def _require_matrices(group: dict[str, Any]) -> None:
-    names = group.get("param_names") or [f"parameter {i}" for i in range(len(group["params"]))]
-    fits = {"matrix": lambda p: p.ndim == 2, "experts": lambda p: p.ndim >= 3, "convolution": lambda p: p.ndim >= 3}
-    for name, p in zip(names, group["params"]):
-        if p.is_complex() or not fits[group["kind"]](p):
-            raise ValueError(
-                f"Muon orthogonalises real matrices, but {name} has shape {tuple(p.shape)} and dtype {p.dtype} in a group of"
-                f" kind {group['kind']!r}; put it into one with kind='experts' if it is a batch of matrices, with"
-                " kind='convolution' if it is a convolution's (out, in, kernel...), or with algorithm='adamw' (split_params"
-                " does so)"
-            )
-
-
-def _dense_gradient(param: Tensor) -> Tensor:
-    assert param.grad is not None
-    if param.grad.is_sparse:
+def _gradient(param: Tensor) -> Tensor:
+    """A parameter's gradient, sharded as the parameter is."""
+    grad = param.grad
+    assert grad is not None
+    if grad.is_sparse:
         raise ValueError(
             f"a parameter of shape {tuple(param.shape)} has a sparse gradient; make it dense (sparse=False)"
         )
-    return param.grad
+    if isinstance(param, DTensor) and isinstance(grad, DTensor) and grad.placements != param.placements:
+        # such as the share of one rank in the gradient of a weight that all have: Partial, under tensor parallelism
+        return grad.redistribute(placements=param.placements)
+    return grad
 
 
-def _directions_of_parts(
-    updates: list[Tensor],
-    parts: Parts,
-    orthogonal: Callable[[Tensor], Tensor],
-    adjust: Callable[[int, int], float],
-) -> list[Tensor]:
-    """Every part orthogonalised and scaled for itself."""
-    matrices = torch.stack([update.mT if parts.dim else update for update in updates])
-    directions = torch.empty_like(matrices)
-    for channels in parts.channels_on(matrices.device):
-        own = matrices[:, channels]  # (weights, parts alike, channels, fan-in)
-        directions[:, channels] = orthogonal(own) * adjust(*own.shape[-2:])
-    return list(directions.mT if parts.dim else directions)
+def _updates(matrices: Sequence[_Matrix]) -> list[Tensor]:
+    """What is to be orthogonalised: the momentum, or Nesterov's."""
+    updates: list[Tensor] = []
+    for _, members in groupby(matrices, key=lambda matrix: id(matrix.group)):
+        own = list(members)
+        group, momenta = own[0].group, [m.momentum for m in own if m.momentum is not None]
+        if group["nesterov"]:
+            momenta = list(torch._foreach_lerp([m.grad for m in own], momenta, group["momentum"]))
+        updates += momenta
+    return updates
 
 
-def _as_matrices(weight: Tensor, kind: str) -> Tensor:
-    """A batch of matrices, shape (batch, m, n)."""
-    if kind == "experts":
-        return weight.flatten(0, -3)
-    return weight.flatten(1)[None]
+def _has_whole_matrices(param: Tensor, kind: str) -> bool:
+    """Whether sharding leaves every matrix on one rank: that of a stack of experts, by experts."""
+    dims = sharded_dims(param)
+    return kind == "experts" and bool(dims) and max(dims) < param.ndim - 2
 
 
-def _is_tall(matrices: Tensor) -> bool:
-    return matrices.shape[-2] > matrices.shape[-1]
+def _start_and_length(side: slice) -> tuple[int, int]:
+    return side.start, side.stop - side.start
+
+
+def _scalar(lr: float | Tensor) -> float | Tensor:
+    return lr.reshape(()) if isinstance(lr, Tensor) else lr  # a foreach product takes no other one-element tensor
 
 
 def _add_scaled(params: list[Tensor], directions: list[Tensor], scale: float | Tensor) -> None:

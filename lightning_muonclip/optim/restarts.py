@@ -76,6 +76,14 @@ def flops(schedule: Schedule, restarts: tuple[int, ...], m: int, n: int, symmetr
     return 2.0 * small**3 * sum(_cost(run, large / small, symmetric) for run in runs)
 
 
+def cheapest_flops(schedule: Schedule, m: int, n: int, unit: float, symmetric: float = 1.0) -> float:
+    """The same by :func:`best_restarts`."""
+    if not m or not n:
+        return 0.0
+    restarts = best_restarts(schedule.polynomials, max(m, n) / min(m, n), unit, symmetric)
+    return flops(schedule, restarts, m, n, symmetric)
+
+
 def _cost(run: tuple[Odd, ...], ratio: float, symmetric: float) -> float:
     """Of the steps between two restarts, in products of two square matrices of the smaller side."""
     on_whole = (1 + symmetric) * ratio  # the matrix is multiplied, and its Gram matrix made

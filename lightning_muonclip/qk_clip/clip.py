@@ -83,7 +83,8 @@ class QKClip:
             and every ``B`` together, which is exact; adapters saved alone then no longer fit the base that they came from.
         every_n_steps: Measures, and clips, at the first of every n steps.
         observer: Watches the model already and is shared; ``None`` makes one.
-        process_group: The ranks that see different data; ``None`` is all ranks.
+        process_group: The ranks that see different data or, under tensor parallelism, different heads; ``None`` is all
+            ranks.
 
     Raises:
         ValueError: If an argument is out of range, there is no attention or one that cannot be read, or a query or key

@@ -28,11 +28,11 @@ class Ledger:
         #: The same for the last step made.
         self.last_step = self.values.clone()
 
-    def record(self, row: int, maxima: Tensor) -> None:
-        """Raises a row to at least ``maxima``, shape ``(heads,)``."""
+    def record(self, row: int, maxima: Tensor, first: int = 0) -> None:
+        """Raises a row to at least ``maxima``, which are of all heads, or of some from ``first`` on."""
         if maxima.device != self.values.device:
             self.values, self.last_step = self.values.to(maxima.device), self.last_step.to(maxima.device)
-        seen = self.values[row, : self.heads[row]]
+        seen = self.values[row, first : first + maxima.shape[0]]
         seen.copy_(torch.maximum(seen, maxima))
 
     def close_step(self) -> None:
@@ -47,7 +47,7 @@ class Ledger:
 
 
 def reduce_max(values: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """The elementwise maximum over the ranks that see different data: one collective for the whole model.
+    """The elementwise maximum over the ranks that see different data or heads: one collective for the whole model.
 
     NaN becomes +inf first, since the order of NaN in a reduction is undefined; both mean "non-finite" to QK-Clip.
     """

@@ -42,7 +42,10 @@ class Observer:
         self.attention = attention
         device = next((param.device for module, _ in attention.values() for param in module.parameters()), None)
         self.ledger = Ledger([spec.num_heads for _, spec in attention.values()], device or torch.device("cpu"))
-        self.recorders = [Recorder(self.ledger, row, name, logits) for row, name in enumerate(attention)]
+        self.recorders = [
+            Recorder(self.ledger, row, name, module, spec, logits)
+            for row, (name, (module, spec)) in enumerate(attention.items())
+        ]
         #: Whether forwards are recorded just now; see ``every_n_steps`` of QKClip.
         self.active = True
         self._handles: list[Any] = []

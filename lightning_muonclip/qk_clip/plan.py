@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor
 
+from lightning_muonclip.boxes import local_box, to_local
 from lightning_muonclip.qk_clip.layout import KEY_KINDS, KINDS, NO_HEAD, QUERY_KINDS, layout_kinds
 from lightning_muonclip.qk_clip.registry import AttentionModules
 from lightning_muonclip.qk_clip.rule import key_factors
@@ -95,11 +96,12 @@ class ClipPlan:
         flat = torch.cat([gamma.new_ones(1), self._factors(gamma).flatten()])
         params = self.params
         factors = [
-            aligned(factor, param, weight.dim)
+            _aligned(factor, param, weight.dim)
             for factor, param, (_, weight) in zip(flat[self._index].split(self._lengths), params, self._weights)
         ]
-        torch._foreach_mul_(params, factors)
-        for param, factor, (_, weight) in zip(params, factors, self._weights):
+        local = [to_local(param) for param in params]
+        torch._foreach_mul_(local, factors)
+        for param, factor, (_, weight) in zip(local, factors, self._weights):
             if weight.offset:  # (w + offset) is what is to be scaled
                 param.add_(factor - 1, alpha=weight.offset)
         return gamma
@@ -155,13 +157,11 @@ def clipped_weights(
     return weights_of(module, name, spec.projections, spec), ""
 
 
-def aligned(factor: Tensor, param: Tensor, dim: int) -> Tensor:
-    """Shapes the factors of all channels to multiply a parameter, sharded or not, without communication."""
-    factor = factor.view([-1 if d == dim else 1 for d in range(param.ndim)])
-    if not isinstance(param, DTensor):
-        return factor
-    mesh = param.device_mesh
-    return DTensor.from_local(factor, mesh, [Replicate()] * mesh.ndim, run_check=False)
+def _aligned(factor: Tensor, param: Tensor, dim: int) -> Tensor:
+    """The factors of the channels that this rank holds of a parameter, shaped to multiply those."""
+    if isinstance(param, DTensor):
+        factor = factor[local_box(param)[dim]]
+    return factor.view([-1 if d == dim else 1 for d in range(param.ndim)])
 
 
 def _trained_sides(weights: list[Weight]) -> list[str]:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from lightning_muonclip.heads import first_head
 from lightning_muonclip.kernels.max_logits import max_logits
 from lightning_muonclip.qk_clip.ledger import Ledger
 from lightning_muonclip.qk_clip.recompute import Logits
+from lightning_muonclip.qk_clip.spec import AttentionSpec
+from lightning_muonclip.qk_clip.weights import query_weight
 
 
 class Recorder:
     """Writes what one attention module sees into its row of the ledger."""
 
-    def __init__(self, ledger: Ledger, row: int, name: str, logits: str) -> None:
+    def __init__(
+        self, ledger: Ledger, row: int, name: str, module: nn.Module, spec: AttentionSpec, logits: str
+    ) -> None:
+        self.module = module
+        self.spec = spec
         self.ledger = ledger
         self.row = row
         self.name = name
@@ -34,15 +41,22 @@ class Recorder:
         self.record(maxima, source, pair=(query, key))
 
     def record(self, maxima: Tensor, source: str = "the module", *, pair: tuple[Tensor, Tensor] | None = None) -> None:
-        """Takes the maxima of one forward, shape ``(heads,)``, and the queries and keys that they are of, if known."""
-        heads = self.ledger.heads[self.row]
-        if maxima.shape[0] != heads:
+        """Takes the maxima of one forward, shape ``(heads,)``, and the queries and keys that they are of, if known.
+
+        A rank of tensor parallelism has only some of the heads.
+        """
+        heads, local = self.spec.num_heads, maxima.shape[0]
+        first: int | None = 0
+        if local != heads:
+            weight, dim = query_weight(self.module, self.spec)
+            first = first_head(weight, dim, heads, local)
+        if first is None:
             raise ValueError(
-                f"attention {self.name!r} computed {maxima.shape[0]} heads, but its spec says {heads}; correct the spec"
+                f"attention {self.name!r} computed {local} heads, but its spec says {heads}; correct the spec"
             )
         self.reported = True
         self.source = source
-        self.ledger.record(self.row, maxima)
+        self.ledger.record(self.row, maxima, first)
         if self.pairs is not None and pair is not None:
             self.pairs.append(pair)
 

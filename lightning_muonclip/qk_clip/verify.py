@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_iter
 from lightning_muonclip.qk_clip.capture import DetachedCopies, Inputs, apart, device_of
 from lightning_muonclip.qk_clip.layout import KEY_KINDS, NO_HEAD, QUERY_KINDS
 from lightning_muonclip.qk_clip.observe import Observer
-from lightning_muonclip.qk_clip.plan import aligned, clipped_weights
+from lightning_muonclip.qk_clip.plan import clipped_weights
 from lightning_muonclip.qk_clip.registry import AttentionModules
 from lightning_muonclip.qk_clip.spec import AttentionSpec
 from lightning_muonclip.qk_clip.weights import UnscalableError, Weight
@@ -247,7 +247,8 @@ class _Laboratory:
                 chosen = weight.channels.of_kind((kind,))
                 if head is not None:
                     chosen &= weight.channels.heads == head
-                scale = aligned(torch.where(chosen, factor, 1.0).to(param), param, weight.dim)
+                shape = [-1 if d == weight.dim else 1 for d in range(param.ndim)]
+                scale = torch.where(chosen, factor, 1.0).to(param).view(shape)
                 param.copy_((param + weight.offset) * scale - weight.offset)
         seen = self._forward()
         for param, value in before.items():

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
 
-from lightning_muonclip.qk_clip.layout import ChannelMap, compile_layout, layout_kinds
+from lightning_muonclip.qk_clip.layout import QUERY_KINDS, ChannelMap, compile_layout, layout_kinds
 from lightning_muonclip.qk_clip.names import qualified_name
 from lightning_muonclip.qk_clip.spec import AttentionSpec, Projection
 
@@ -85,6 +85,18 @@ def weights_of(
             trained = param.requires_grad or is_adapted(module, projection)
             weights.append(Weight(path, dim, channels, offset, trained))
     return weights
+
+
+def query_weight(module: nn.Module, spec: AttentionSpec) -> tuple[Tensor | None, int]:
+    """The first weight that makes queries, if it is a parameter, and the dimension that its channels lie on."""
+    for projection in spec.projections:
+        if layout_kinds(projection.layout) & set(QUERY_KINDS):
+            child = _child(module, projection)
+            weight = projection.name if child is None else f"{projection.name}.weight"
+            if is_adapted(module, projection):
+                weight = f"{projection.name}.base_layer.weight"
+            return dict(module.named_parameters()).get(weight), projection.dim
+    return None, 0
 
 
 def channel_map(

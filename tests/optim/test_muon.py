@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 import lightning_muonclip.optim.muon as muon_module
 from lightning_muonclip import Muon, orthogonalize
-from lightning_muonclip.optim.muon import LR_ADJUSTMENTS
+from lightning_muonclip.optim.options import LR_ADJUSTMENTS
 
 # Square, tall and wide; those that are alike are stacked.
 SHAPES = [(6, 6), (9, 4), (4, 9), (9, 4), (6, 6), (9, 4), (1, 5)]

@@ -1,0 +1,81 @@
+"""What Muon can be told, and errors that name what it cannot."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_muonclip.optim.coefficients import resolve_schedule
+
+#: Update scale by shape (m, n) of the weight, m being fan-out. Names are those of torch.optim.Muon.
+LR_ADJUSTMENTS: dict[str, Callable[[int, int], float]] = {
+    "original": lambda m, n: math.sqrt(max(1.0, m / n)),  # Keller Jordan (2024)
+    "match_rms_adamw": lambda m, n: 0.2 * math.sqrt(max(m, n)),  # Moonlight, arXiv 2502.16982, section 2.2
+    "spectral_unclamped": lambda m, n: math.sqrt(m / n),  # the muP scale: Yang et al., arXiv 2310.17813
+}
+
+ADAMW_DEFAULTS: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8}
+
+
+def check_muon_options(
+    lr: float | Tensor,
+    weight_decay: float,
+    momentum: float,
+    nesterov: bool,
+    ns_coefficients: Any,
+    adjust_lr_fn: str | None,
+    eps: float = 1e-7,
+    ns_steps: int | None = None,
+) -> None:
+    """Raises ValueError, naming the option, its value and what is possible, unless Muon can run so."""
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"a tensor lr must have one element, got shape {tuple(lr.shape)}")
+    for name, value in {"lr": lr, "weight_decay": weight_decay, "eps": eps}.items():
+        if not value >= 0:
+            raise ValueError(f"{name} must be >= 0, got {value}")
+    if not 0 <= momentum < 1:
+        raise ValueError(f"momentum must be in [0, 1), got {momentum}")
+    if adjust_lr_fn is not None and adjust_lr_fn not in LR_ADJUSTMENTS:
+        raise ValueError(f"unknown adjust_lr_fn {adjust_lr_fn!r}; known: {', '.join(LR_ADJUSTMENTS)}")
+    resolve_schedule(ns_coefficients, ns_steps)
+
+
+def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A dtype, also by its name, such as ``"float32"``; raises ValueError unless it is of floating point."""
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise ValueError(f"dtype is a floating-point torch.dtype, such as torch.float32, or None; got {dtype!r}")
+    return found
+
+
+def check_matrices(group: dict[str, Any]) -> None:
+    """Raises ValueError, naming the parameter, if one of a group is no matrix of the group's kind."""
+    names = group.get("param_names") or [f"parameter {i}" for i in range(len(group["params"]))]
+    fits = {"matrix": lambda p: p.ndim == 2, "experts": lambda p: p.ndim >= 3, "convolution": lambda p: p.ndim >= 3}
+    for name, p in zip(names, group["params"]):
+        if p.is_complex() or not fits[group["kind"]](p):
+            raise ValueError(
+                f"Muon orthogonalises real matrices, but {name} has shape {tuple(p.shape)} and dtype {p.dtype} in a group of"
+                f" kind {group['kind']!r}; put it into one with kind='experts' if it is a batch of matrices, with"
+                " kind='convolution' if it is a convolution's (out, in, kernel...), or with algorithm='adamw' (split_params"
+                " does so)"
+            )
+
+
+def check_state(state_dict: dict[str, Any], param_groups: Sequence[dict[str, Any]]) -> None:
+    """Raises ValueError, naming the parameter, if another algorithm's state is meant for Muon or AdamW."""
+    needed = {"muon": "momentum_buffer", "adamw": "exp_avg"}
+    for saved, group in zip(state_dict["param_groups"], param_groups):
+        names = group.get("param_names") or [f"parameter {i}" for i in saved["params"]]
+        for i, name in zip(saved["params"], names):
+            state = state_dict["state"].get(i)
+            if state and needed[group["algorithm"]] not in state:
+                raise ValueError(
+                    f"{name} is stepped by {group['algorithm']}, but the state to load has {', '.join(state)} for it: it is"
+                    " of another optimizer, or its groups are in another order. Start from the weights alone, or load it"
+                    " into the optimizer that it is of"
+                )

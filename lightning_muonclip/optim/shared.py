@@ -1,0 +1,63 @@
+"""The weights that this rank shares with others."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Hashable, Mapping
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from lightning_muonclip.optim.holders import group_of, share_key
+from lightning_muonclip.optim.sharding import Exchange
+
+
+class SharedWeights:
+    """Who owns which of the weights that this rank shares with others: agreed upon once.
+
+    Args:
+        costs: Of every weight whose matrices other ranks may hold too, what it costs to orthogonalise it.
+        process_group: The ranks that hold plain tensors alike.
+    """
+
+    def __init__(self, costs: Mapping[Tensor, float], process_group: dist.ProcessGroup | None) -> None:
+        together: dict[Hashable, list[Tensor]] = defaultdict(list)
+        for weight in costs:
+            key = share_key(weight, process_group)
+            if key is not None:
+                together[key].append(weight)
+        #: One for each set of ranks.
+        self.exchanges: list[Exchange] = []
+        self._places: dict[Tensor, tuple[Exchange, int]] = {}
+        for weights in together.values():
+            exchange = Exchange(weights, [costs[w] for w in weights], group_of(weights[0], process_group))
+            self.exchanges.append(exchange)
+            self._places |= {weight: (exchange, i) for i, weight in enumerate(weights)}
+
+    def place(self, weight: Tensor) -> tuple[Exchange, int] | None:
+        """The exchange that a weight goes through and its number there; ``None`` if it does not leave this rank."""
+        return self._places.get(weight)
+
+    def unowned(self) -> set[Tensor]:
+        """Plain weights that another rank owns."""
+        return {
+            weight
+            for weight, (exchange, i) in self._places.items()
+            if exchange.owners[i] != exchange.rank and not isinstance(weight, DTensor)
+        }
+
+    def collect(self, tensors: Mapping[Tensor, Tensor], to: int) -> dict[Tensor, Tensor]:
+        """What other owners have of plain weights, on one rank; to be called on all of them.
+
+        Args:
+            tensors: Of every weight that this rank owns, what it has.
+            to: The rank within the process group.
+        """
+        collected: dict[Tensor, Tensor] = {}
+        for exchange in self.exchanges:
+            own = {i: p for p, (home, i) in self._places.items() if home is exchange and not isinstance(p, DTensor)}
+            if own:
+                found = exchange.collect({i: tensors[p] for i, p in own.items() if p in tensors}, to)
+                collected |= {own[i]: tensor for i, tensor in found.items()}
+        return collected

@@ -1,0 +1,210 @@
+"""Trains under Lightning's strategies on so many processes; what every rank has in the end is compared by the tests."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import DTensor
+
+sys.path.insert(0, str(Path(__file__).parent))
+from worker import LitSharded, loader, tiny_gpt, token_batches, trainer
+
+from lightning_muonclip import MuonClipCallback
+
+STEPS, SAVED, KILLED = 10, 5, 7  # of a run, before its checkpoint, and before one rank is killed
+
+#: Seconds after which a rank that hears nothing from another gives up; in a run in which one is killed.
+PATIENCE = 20
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that saves after :data:`SAVED` steps, or resumes from such a checkpoint.
+
+    Attributes:
+        name: Names its checkpoint.
+        strategy: ``"ddp"``, ``"fsdp2"`` with full checkpoints, ``"fsdp2 sharded"`` with a folder of shards, or ``"auto"``.
+        resume: The name of the run to go on with; it saves nothing then.
+        steps: How many it makes in all.
+        killed: Whether rank 1 is killed on the way.
+        plain: Leaves out MuonClip.
+        groups: How AdamW is given its parameters.
+        options: Arguments of the callback.
+    """
+
+    name: str
+    strategy: str
+    resume: str | None = None
+    steps: int = STEPS
+    killed: bool = False
+    plain: bool = False
+    groups: Callable[[LitSharded], Any] = LitSharded.parameters
+    options: tuple[tuple[str, Any], ...] = ()
+
+
+class Tokens(pl.LightningDataModule):
+    """A rank's share of a batch of 4 sequences, the same whatever the number of ranks; a resumed run gets the rest."""
+
+    def train_dataloader(self) -> Any:
+        assert self.trainer is not None
+        shares = token_batches(STEPS, batch_size=4).chunk(self.trainer.world_size, dim=1)
+        return _Rest(loader(shares[self.trainer.global_rank].contiguous()), self.trainer)
+
+
+class _Rest:
+    """Serves what a run has not seen yet; it has a state, so that Lightning trusts it to."""
+
+    def __init__(self, batches: Any, fit: pl.Trainer) -> None:
+        self.batches, self.fit = batches, fit
+
+    def __iter__(self) -> Any:
+        return iter(list(self.batches)[self.fit.global_step :])
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
+class Kill(pl.Callback):
+    """Ends rank 1 as the kernel would, without a word to anyone."""
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.global_rank == 1 and trainer.global_step == KILLED:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def checkpoint_of(name: str, folder: Path) -> Path:
+    return folder / f"{name}-{SAVED}.ckpt"
+
+
+def strategy_of(name: str, ranks: int, patience: timedelta) -> Any:
+    if name == "ddp":
+        return pl.strategies.DDPStrategy(timeout=patience)
+    if name.startswith("fsdp2"):
+        return pl.strategies.ModelParallelStrategy(ranks, 1, name.endswith("sharded"), timeout=patience)
+    return name
+
+
+def train(run: Run, ranks: int, folder: Path) -> dict[str, Any]:
+    """What a rank has at the end of a run, or the error that ended it."""
+    torch.manual_seed(0)
+    lit = LitSharded(tiny_gpt(), lambda _: torch.optim.AdamW(run.groups(lit), lr=3e-3), schedule=True)
+    callback = MuonClipCallback(threshold=1.0, dtype=torch.float32, **dict(run.options))
+    callbacks: list[pl.Callback] = [] if run.plain else [callback]
+    if run.resume is None:
+        name, plainly = f"{run.name}-{{step}}", {"auto_insert_metric_name": False}
+        callbacks.append(ModelCheckpoint(folder, name, every_n_train_steps=SAVED, save_top_k=-1, **plainly))
+    if run.killed:
+        callbacks.append(Kill())
+    fit = trainer(
+        callbacks,
+        max_steps=run.steps,
+        strategy=strategy_of(run.strategy, ranks, timedelta(seconds=PATIENCE if run.killed else 200)),
+        devices=ranks,
+        use_distributed_sampler=False,
+        enable_checkpointing=True,
+    )
+    try:
+        fit.fit(lit, datamodule=Tokens(), ckpt_path=run.resume and checkpoint_of(run.resume, folder))
+    except (Exception, CheckpointException) as error:  # the latter is no Exception
+        if run.killed:
+            raise
+        return {"error": f"{type(error).__name__}: {error}"}
+    weights = {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in lit.named_parameters()}
+    return {
+        "weights": {name: p.detach().clone() for name, p in weights.items()},
+        "clips": None if callback.qk_clip is None else callback.qk_clip.clips,
+        "rates": [group["lr"] for optimizer in fit.optimizers for group in optimizer.param_groups],
+    }
+
+
+def train_all(runs: list[Run], ranks: int, folder: Path) -> dict[str, dict[str, Any]]:
+    return {run.name: train(run, ranks, folder) for run in runs}
+
+
+@dataclass
+class Ranks:
+    """Processes that were started together, and what they leave behind."""
+
+    processes: list[BaseProcess]
+    folder: Path
+
+    def exit_codes(self, timeout: float) -> list[int | None]:
+        """Those of processes that have ended within so many seconds; ``None`` for the others, which are killed."""
+        end = time.monotonic() + timeout
+        for process in self.processes:
+            process.join(max(0.0, end - time.monotonic()))
+        codes = [process.exitcode for process in self.processes]
+        for process in self.processes:
+            process.kill()
+        return codes
+
+    def error(self, rank: int) -> str:
+        file = self.folder / f"error{rank}.txt"
+        return file.read_text() if file.exists() else ""
+
+    def results(self, timeout: float = 240) -> list[Any]:
+        codes = self.exit_codes(timeout)
+        ranks = range(len(codes))
+        assert codes == [0] * len(codes), "\n".join([f"exit codes {codes}", *map(self.error, ranks)])
+        return [torch.load(self.folder / f"rank{rank}.pt", weights_only=False) for rank in ranks]
+
+
+def start(count: int, folder: Path, function: Callable[..., Any], *args: Any) -> Ranks:
+    """Runs a function on so many ranks that find one another as those of torchrun do."""
+    context = multiprocessing.get_context("forkserver")  # imports all this only once
+    context.set_forkserver_preload([__name__])
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    folder.mkdir()
+    processes: list[BaseProcess] = []
+    for rank in range(count):
+        environment = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "WORLD_SIZE": count,
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "NODE_RANK": 0,
+        }
+        processes.append(context.Process(target=_run, args=(rank, environment, folder, function, args)))
+        processes[-1].start()
+    return Ranks(processes, folder)
+
+
+def _run(
+    rank: int, environment: dict[str, Any], folder: Path, function: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    torch.set_num_threads(1)
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    try:
+        torch.save(function(*args), folder / f"rank{rank}.pt")
+    except BaseException:
+        (folder / f"error{rank}.txt").write_text(traceback.format_exc())
+        raise
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
