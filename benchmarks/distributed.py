@@ -272,8 +272,8 @@ def draw(cases: Sequence[dict[str, Any]], network: float, path: Path) -> None:
             for name in ("AdamW", "Muon", "round robin", "everything everywhere", "network alone"):
                 step.plot(x, [case["seconds"][name] for case in own], ".-", label=name)
     even.set(ylabel="largest rank's FLOPs over the mean", title="how even")
-    moved.set(ylabel="MB a rank sends: the busiest; dotted: the least possible mean", title="bytes of a step")
-    step.set(ylabel="seconds, modelled", title=f"llama_7b, FSDP2: this CPU's rates, {network:g} GB/s assumed")
+    moved.set(ylabel="MB that the busiest rank sends", title="bytes of a step; dotted: least possible mean")
+    step.set(ylabel="seconds, modelled", title=f"llama_7b, FSDP2: a CPU, {network:g} GB/s assumed")
     for axes in (even, moved, step):
         axes.set(xscale="log", yscale="log", xlabel="ranks")
         axes.legend(fontsize=6)

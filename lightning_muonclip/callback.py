@@ -14,7 +14,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_muonclip.boxes import to_local
-from lightning_muonclip.checkpoints import WITHOUT_CALLBACK, check_checkpoint, number_as_in_model
+from lightning_muonclip.checkpoints import (
+    WITHOUT_CALLBACK,
+    emptied_groups,
+    explain,
+    number_as_in_model,
+    warn_of_emptied_groups,
+    warn_of_other_settings,
+)
 from lightning_muonclip.fit import check_fit, scaler_of, users_optimizer
 from lightning_muonclip.mixin import MaxLogitsMixin
 from lightning_muonclip.norms import clip_grad_norm_, total_norm
@@ -149,6 +156,7 @@ class MuonClipCallback(Callback):
         self._handles: list[Any] = []
         self._capture: Capture | None = None
         self._last_step = 0
+        self._is_step = False
 
     # Arm ------------------------------------------------------------------------------------------------------------
 
@@ -170,6 +178,9 @@ class MuonClipCallback(Callback):
             raise ValueError(WITHOUT_CALLBACK)
         self._restored_clips = checkpoint.get("muonclip")
         self._restore_clips()
+        if not trainer.strategy.lightning_restore_optimizer:
+            for i, settings in checkpoint.get("muonclip_groups", {}).items():
+                trainer.optimizers[0].param_groups[i].update(settings)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -180,6 +191,7 @@ class MuonClipCallback(Callback):
         """
         if self.qk_clip is not None:
             checkpoint["muonclip"] = self.qk_clip.state_dict()
+        checkpoint["muonclip_groups"] = emptied_groups(trainer.optimizers[0])
         number_as_in_model(
             checkpoint.get("optimizer_states", ()),
             trainer.optimizers,
@@ -189,7 +201,6 @@ class MuonClipCallback(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Moves the hidden matrices to Muon and starts to observe; optimizers exist, nothing is restored yet."""
-        check_checkpoint(trainer)
         optimizer = users_optimizer(trainer)
         routes = routes_under(optimizer, route_params(pl_module, self.exclude, self.include))
         self.muon = self._take_matrices(optimizer, routes, pl_module)
@@ -200,6 +211,8 @@ class MuonClipCallback(Callback):
                 " step; keep some parameters from Muon by exclude=[...], or train in bf16-mixed"
             )
         trainer.optimizers = [*trainer.optimizers, self.muon]
+        if not trainer.strategy.lightning_restore_optimizer:
+            warn_of_emptied_groups(optimizer)
         if self._clip_options["logits"] != "off":
             self._arm_qk_clip(pl_module)
         rank_zero_info(f"MuonClip: who steps what\n{routing_table(routes)}")
@@ -253,6 +266,8 @@ class MuonClipCallback(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Notes where a resumed run goes on, and clips from now on: FSDP2 steps optimizers once to restore their state."""
         self._last_step = trainer.global_step
+        if self.muon is not None:
+            warn_of_other_settings(self.muon)
         if self.qk_clip is not None:
             # Clip after the last update of a query or key weight; the user's optimizer steps after Muon.
             users = set(_params(trainer.optimizers[0]))
@@ -270,8 +285,8 @@ class MuonClipCallback(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Forgets the result of the step before."""
-        self.last = None
+        """Forgets the step before."""
+        self.last, self._is_step = None, False
 
     # Apply ----------------------------------------------------------------------------------------------------------
 
@@ -304,6 +319,7 @@ class MuonClipCallback(Callback):
     ) -> None:
         """Clips the gradients of both optimizers together and steps Muon; QK-Clip follows by a hook after the step."""
         assert self.muon is not None
+        self._is_step = True
         if all(p.grad is None for p in _params(self.muon)):
             return  # training_step returned None: nothing to step, and nothing that a GradScaler could unscale
         self._follow_user(optimizer, self.muon)
@@ -334,6 +350,8 @@ class MuonClipCallback(Callback):
             clip_grad_norm_(params, trainer.gradient_clip_val)
 
     def _apply_qk_clip(self, *_: Any) -> None:
+        if not self._is_step:
+            return  # loading a sharded checkpoint makes optimizers step, to have a state to load into
         assert self.qk_clip is not None
         is_due = self.qk_clip.is_due
         result = self.qk_clip.step()
@@ -376,6 +394,7 @@ class MuonClipCallback(Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Leaves model and torch as they were, also when training breaks off."""
         self._disarm(pl_module)
+        explain(trainer, exception)
 
     def _disarm(self, pl_module: pl.LightningModule) -> None:
         for handle in self._handles:

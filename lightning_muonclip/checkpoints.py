@@ -1,4 +1,4 @@
-"""What the callback does about checkpoints, so that they move between strategies, and the refusal of those not its own."""
+"""Checkpoints of the callback: they move between strategies and numbers of ranks; those of others are refused."""
 
 from __future__ import annotations
 
@@ -8,9 +8,13 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 from torch.distributed.checkpoint import FileSystemReader
 from torch.optim import Optimizer
+
+from lightning_muonclip.optim.coefficients import resolve_schedule
+from lightning_muonclip.optim.muon import Muon
 
 WITHOUT_CALLBACK = (
     "this checkpoint was made without MuonClipCallback: its one optimizer holds the state of all parameters. Resume without"
@@ -18,14 +22,16 @@ WITHOUT_CALLBACK = (
 )
 
 
-def check_checkpoint(trainer: pl.Trainer) -> None:
-    """Refuses, where the strategy loads optimizers before any callback is asked, what was saved without the callback.
+def explain(trainer: pl.Trainer, exception: BaseException) -> None:
+    """Says in plain words why FSDP2 failed to load, if the reason is that the checkpoint was made without the callback.
+
+    Its strategy loads the optimizers before any callback could look at the checkpoint.
 
     Raises:
         ValueError: With two ways out.
     """
     path = trainer.ckpt_path
-    if path is None or trainer.strategy.lightning_restore_optimizer:
+    if trainer.state.fn != "fit" or trainer.strategy.lightning_restore_optimizer or not path or not Path(path).exists():
         return
     if Path(path).is_dir():
         saved = FileSystemReader(path).read_metadata().state_dict_metadata
@@ -33,7 +39,7 @@ def check_checkpoint(trainer: pl.Trainer) -> None:
     else:
         is_own = len(torch.load(path, map_location="cpu", mmap=True)["optimizer_states"]) > 1
     if not is_own:
-        raise ValueError(WITHOUT_CALLBACK)
+        raise ValueError(WITHOUT_CALLBACK) from exception
 
 
 def number_as_in_model(
@@ -53,9 +59,44 @@ def number_as_in_model(
     for state, optimizer in zip(states, optimizers):
         groups = optimizer.param_groups
         owned = [p for group in groups for p in group["params"]]
-        if not all(isinstance(key, int) for key in state.get("state", ())) or not numbers.keys() >= set(owned):
+        is_numbered = bool(state) and all(isinstance(key, int) for key in state["state"])
+        if not is_numbered or not numbers.keys() >= set(owned):
             continue
         if not already:
             state["state"] = {numbers[owned[i]]: own for i, own in state["state"].items()}
-        for saved, group in zip(state.get("param_groups", ()), groups):
+        for saved, group in zip(state["param_groups"], groups):
             saved["params"] = [numbers[p] for p in group["params"]]
+
+
+def emptied_groups(optimizer: Optimizer) -> dict[int, dict[str, Any]]:
+    """Settings of the groups that Muon took every parameter of, by index: FSDP2 keeps settings by parameter only."""
+    return {
+        i: {key: value for key, value in group.items() if key not in ("params", "param_names")}
+        for i, group in enumerate(optimizer.param_groups)
+        if not group["params"]
+    }
+
+
+def warn_of_emptied_groups(optimizer: Optimizer) -> None:
+    """Under FSDP2, torch refuses to load an optimizer with several of them."""
+    if len(emptied_groups(optimizer)) > 1:
+        rank_zero_warn(
+            f"Muon took all parameters of several groups of {type(optimizer).__name__}, so that torch cannot resume from a"
+            " checkpoint under FSDP2; make those groups one, or keep a parameter of each from Muon by exclude=[...]"
+        )
+
+
+def warn_of_other_settings(muon: Muon) -> None:
+    """As in all of PyTorch, an optimizer goes on with the settings that it was saved with."""
+    given, saved = _comparable(muon.defaults), _comparable(muon.param_groups[0])
+    others = [name for name, value in given.items() if saved[name] != value]
+    if others:
+        rank_zero_warn(
+            f"Muon goes on with {', '.join(others)} of the checkpoint, not of MuonClipCallback; to change them, set them in"
+            " MuonClipCallback.muon.param_groups in on_train_start"
+        )
+
+
+def _comparable(settings: dict[str, Any]) -> dict[str, Any]:
+    schedule = resolve_schedule(settings["ns_coefficients"], settings["ns_steps"])  # FSDP2 makes lists of tuples
+    return {name: settings[name] for name in ("momentum", "nesterov", "adjust_lr_fn")} | {"ns_coefficients": schedule}

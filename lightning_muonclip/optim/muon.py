@@ -312,13 +312,12 @@ class Muon(Optimizer):
     def _meet(self) -> SharedWeights:
         """Once: finds which weights this rank shares with others, and agrees with them on who owns which."""
         if self._shared is None:
-            costs = {
-                p: self._cost(p, group)
-                for group in self.param_groups
-                for p in (group["params"] if group["algorithm"] == "muon" else ())
-                if not _has_whole_matrices(p, group["kind"])
-            }
-            self._shared = SharedWeights(costs, self.process_group)
+            costs: dict[Tensor, float] = {}
+            apart: dict[Tensor, float] = {}
+            for group in self.param_groups:
+                for p in group["params"] if group["algorithm"] == "muon" else ():
+                    (apart if _has_whole_matrices(p, group["kind"]) else costs)[p] = self._cost(p, group)
+            self._shared = SharedWeights(costs, apart, self.process_group)
             self._drop_others_momentum()
         return self._shared
 

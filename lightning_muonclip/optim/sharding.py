@@ -62,6 +62,7 @@ class Exchange:
     Args:
         weights: DTensors on one mesh, or plain tensors that all ranks of the group hold alike; of one dtype and device.
         costs: What it costs to orthogonalise each, in any unit.
+        loads: What every rank of the group has to do besides.
         group: The ranks.
 
     Raises:
@@ -69,11 +70,13 @@ class Exchange:
         RuntimeError: If the ranks were given different weights.
     """
 
-    def __init__(self, weights: Sequence[Tensor], costs: Sequence[float], group: dist.ProcessGroup) -> None:
+    def __init__(
+        self, weights: Sequence[Tensor], costs: Sequence[float], loads: Sequence[float], group: dist.ProcessGroup
+    ) -> None:
         self.group = group
         self.rank = dist.get_rank(group)
         self.shapes = [weight.shape for weight in weights]
-        self.owners = assign_owners(costs, dist.get_world_size(group))
+        self.owners = assign_owners(costs, loads)
         self._costs = costs
         self._boxes = [boxes_by_rank(weight, group) for weight in weights]
         self._replicas = [replicas_by_rank(weight, group) for weight in weights]

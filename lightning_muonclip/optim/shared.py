@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Hashable, Mapping
 
@@ -9,7 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lightning_muonclip.optim.holders import group_of, share_key
+from lightning_muonclip.boxes import extent
+from lightning_muonclip.optim.holders import boxes_by_rank, group_of, share_key
 from lightning_muonclip.optim.sharding import Exchange
 
 
@@ -18,10 +20,13 @@ class SharedWeights:
 
     Args:
         costs: Of every weight whose matrices other ranks may hold too, what it costs to orthogonalise it.
+        apart: The same of weights whose matrices are shared out: each rank has its own work with them.
         process_group: The ranks that hold plain tensors alike.
     """
 
-    def __init__(self, costs: Mapping[Tensor, float], process_group: dist.ProcessGroup | None) -> None:
+    def __init__(
+        self, costs: Mapping[Tensor, float], apart: Mapping[Tensor, float], process_group: dist.ProcessGroup | None
+    ) -> None:
         together: dict[Hashable, list[Tensor]] = defaultdict(list)
         for weight in costs:
             key = share_key(weight, process_group)
@@ -31,7 +36,8 @@ class SharedWeights:
         self.exchanges: list[Exchange] = []
         self._places: dict[Tensor, tuple[Exchange, int]] = {}
         for weights in together.values():
-            exchange = Exchange(weights, [costs[w] for w in weights], group_of(weights[0], process_group))
+            group = group_of(weights[0], process_group)
+            exchange = Exchange(weights, [costs[w] for w in weights], _loads(apart, weights[0], group), group)
             self.exchanges.append(exchange)
             self._places |= {weight: (exchange, i) for i, weight in enumerate(weights)}
 
@@ -61,3 +67,13 @@ class SharedWeights:
                 found = exchange.collect({i: tensors[p] for i, p in own.items() if p in tensors}, to)
                 collected |= {own[i]: tensor for i, tensor in found.items()}
         return collected
+
+
+def _loads(apart: Mapping[Tensor, float], beside: Tensor, group: dist.ProcessGroup) -> list[float]:
+    """What every rank of a group has to do with weights that lie on the same mesh."""
+    loads = [0.0] * dist.get_world_size(group)
+    for weight, cost in apart.items():
+        if isinstance(weight, DTensor) and isinstance(beside, DTensor) and weight.device_mesh == beside.device_mesh:
+            for rank, box in enumerate(boxes_by_rank(weight, group)):
+                loads[rank] += cost * math.prod(extent(box)) / weight.numel()
+    return loads

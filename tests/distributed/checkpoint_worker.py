@@ -9,6 +9,7 @@ import socket
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -59,6 +60,20 @@ class Run:
     options: tuple[tuple[str, Any], ...] = ()
 
 
+def projections_apart(lit: LitSharded) -> list[dict[str, Any]]:
+    """Of the first group Muon leaves nothing."""
+    return [group_of(lit, "proj", 0.1), group_of(lit, "norm", 0.0), group_of(lit, "embed", 0.0)]
+
+
+def two_of_projections(lit: LitSharded) -> list[dict[str, Any]]:
+    return [group_of(lit, "mlp", 0.1), group_of(lit, "_proj", 0.1, "mlp"), group_of(lit, "norm", 0.0)]
+
+
+def group_of(lit: LitSharded, part: str, weight_decay: float, but: str = "-") -> dict[str, Any]:
+    params = [p for name, p in lit.named_parameters() if part in name and but not in name]
+    return {"params": params, "weight_decay": weight_decay}
+
+
 class Tokens(pl.LightningDataModule):
     """A rank's share of a batch of 4 sequences, the same whatever the number of ranks; a resumed run gets the rest."""
 
@@ -88,10 +103,14 @@ class _Rest:
 
 
 class Kill(pl.Callback):
-    """Ends rank 1 as the kernel would, without a word to anyone."""
+    """Ends rank 1 as the kernel would, without a word to anyone, and writes a file at that moment."""
+
+    def __init__(self, moment: Path) -> None:
+        self.moment = moment
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
         if trainer.global_rank == 1 and trainer.global_step == KILLED:
+            self.moment.touch()
             os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -114,20 +133,25 @@ def train(run: Run, ranks: int, folder: Path) -> dict[str, Any]:
     callback = MuonClipCallback(threshold=1.0, dtype=torch.float32, **dict(run.options))
     callbacks: list[pl.Callback] = [] if run.plain else [callback]
     if run.resume is None:
-        name, plainly = f"{run.name}-{{step}}", {"auto_insert_metric_name": False}
-        callbacks.append(ModelCheckpoint(folder, name, every_n_train_steps=SAVED, save_top_k=-1, **plainly))
+        callbacks.append(
+            ModelCheckpoint(
+                folder, f"{run.name}-{{step}}", every_n_train_steps=SAVED, save_top_k=-1, auto_insert_metric_name=False
+            )
+        )
     if run.killed:
-        callbacks.append(Kill())
+        callbacks.append(Kill(folder / f"{run.name}.killed"))
     fit = trainer(
         callbacks,
         max_steps=run.steps,
         strategy=strategy_of(run.strategy, ranks, timedelta(seconds=PATIENCE if run.killed else 200)),
         devices=ranks,
         use_distributed_sampler=False,
-        enable_checkpointing=True,
+        enable_checkpointing=run.resume is None,
     )
     try:
-        fit.fit(lit, datamodule=Tokens(), ckpt_path=run.resume and checkpoint_of(run.resume, folder))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            fit.fit(lit, datamodule=Tokens(), ckpt_path=run.resume and checkpoint_of(run.resume, folder))
     except (Exception, CheckpointException) as error:  # the latter is no Exception
         if run.killed:
             raise
@@ -136,6 +160,7 @@ def train(run: Run, ranks: int, folder: Path) -> dict[str, Any]:
     return {
         "weights": {name: p.detach().clone() for name, p in weights.items()},
         "clips": None if callback.qk_clip is None else callback.qk_clip.clips,
+        "warnings": [str(warning.message) for warning in caught],
         "rates": [group["lr"] for optimizer in fit.optimizers for group in optimizer.param_groups],
     }
 
@@ -174,8 +199,8 @@ class Ranks:
 
 def start(count: int, folder: Path, function: Callable[..., Any], *args: Any) -> Ranks:
     """Runs a function on so many ranks that find one another as those of torchrun do."""
-    context = multiprocessing.get_context("forkserver")  # imports all this only once
-    context.set_forkserver_preload([__name__])
+    context = multiprocessing.get_context("forkserver")  # imports this only once:
+    context.set_forkserver_preload(["lightning_muonclip", "torch.distributed.fsdp"])
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -17,7 +17,8 @@ TIMEOUT = 240
 
 def on_ranks(count: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """What ``function(*args)`` returns on every rank."""
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")  # imports once, not on every rank
+    context.set_forkserver_preload([function.__module__])
     with tempfile.TemporaryDirectory() as folder:
         processes = [context.Process(target=_run, args=(rank, count, folder, function, args)) for rank in range(count)]
         for process in processes:

@@ -11,8 +11,6 @@ import pytest
 import torch
 import tp_worker
 
-from lightning_muonclip.optim import muon, orthogonalize
-
 
 def run(ranks: int, folder: Path) -> list[dict[str, Any]]:
     done = subprocess.run(
@@ -33,12 +31,8 @@ def four(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("ranks", ["two", "four"])
-def test_ten_steps_equal_those_of_one_process(
-    ranks: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ten_steps_equal_those_of_one_process(ranks: str, request: pytest.FixtureRequest) -> None:
     found = request.getfixturevalue(ranks)
-    for module in (muon, orthogonalize):
-        monkeypatch.setattr(module, "working_dtype", lambda device: torch.float64)
     for name in tp_worker.RUNS[len(found)][1]:
         lit, callback = tp_worker.train_case(name)
         assert callback.qk_clip is not None and callback.last is not None

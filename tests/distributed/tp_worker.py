@@ -42,7 +42,6 @@ from lightning_muonclip import (
 from lightning_muonclip.boxes import to_local
 from lightning_muonclip.experiment.gpt import GPT
 from lightning_muonclip.experiment.lit import LitGPT, _tensor_parallel_plan
-from lightning_muonclip.optim import muon, orthogonalize
 
 BATCHES, BATCH = 10, 4
 ATTENTION = "model.layers.0.self_attn"
@@ -134,7 +133,7 @@ RUNS = {
 def train_case(name: str, **kwargs: Any) -> tuple[pl.LightningModule, MuonClipCallback]:
     case = CASES[name]
     lit = case.make().double()  # Newton-Schulz magnifies rounding
-    callback = MuonClipCallback(threshold=1.0, **case.options)
+    callback = MuonClipCallback(threshold=1.0, dtype=torch.float64, **case.options)
     train(lit, [callback], gradient_clip_val=case.clip, **kwargs)
     return lit, callback
 
@@ -262,7 +261,6 @@ def by_column(module: nn.Module, mesh: DeviceMesh) -> None:
 def main(rank: int, ranks: int, folder: Path) -> None:
     os.environ["LOCAL_RANK"] = str(rank)
     torch.set_num_threads(1)
-    muon.working_dtype = orthogonalize.working_dtype = lambda device: torch.float64
     mesh, names = RUNS[ranks]
     found: dict[str, Any] = {name: trained(name, rank, *mesh) for name in names}
     if ranks == 2:
