@@ -143,7 +143,7 @@ def simulate(model: str, strategy: str, ranks: int, network: float) -> dict[str,
     matrices, stacks = weights_of(model)
     costs = [cost(m, n) for m, n in matrices]
     own = expert_loads(stacks, ranks)
-    choices = {"owners": assign_owners(costs, ranks), "round_robin": [i % ranks for i in range(len(costs))]}
+    choices = {"owners": assign_owners(costs, own.tolist()), "round_robin": [i % ranks for i in range(len(costs))]}
     work = {name: loads(costs, owners, own) for name, owners in choices.items()}
     sent = {name: traffic(strategy, matrices, owners, ranks) for name, owners in choices.items()}
     total, mean = float(work["owners"].sum()), float(work["owners"].mean())

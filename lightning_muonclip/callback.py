@@ -156,7 +156,6 @@ class MuonClipCallback(Callback):
         self._handles: list[Any] = []
         self._capture: Capture | None = None
         self._last_step = 0
-        self._is_step = False
 
     # Arm ------------------------------------------------------------------------------------------------------------
 
@@ -285,8 +284,8 @@ class MuonClipCallback(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Forgets the step before."""
-        self.last, self._is_step = None, False
+        """Forgets the result of the step before."""
+        self.last = None
 
     # Apply ----------------------------------------------------------------------------------------------------------
 
@@ -319,7 +318,6 @@ class MuonClipCallback(Callback):
     ) -> None:
         """Clips the gradients of both optimizers together and steps Muon; QK-Clip follows by a hook after the step."""
         assert self.muon is not None
-        self._is_step = True
         if all(p.grad is None for p in _params(self.muon)):
             return  # training_step returned None: nothing to step, and nothing that a GradScaler could unscale
         self._follow_user(optimizer, self.muon)
@@ -350,8 +348,6 @@ class MuonClipCallback(Callback):
             clip_grad_norm_(params, trainer.gradient_clip_val)
 
     def _apply_qk_clip(self, *_: Any) -> None:
-        if not self._is_step:
-            return  # loading a sharded checkpoint makes optimizers step, to have a state to load into
         assert self.qk_clip is not None
         is_due = self.qk_clip.is_due
         result = self.qk_clip.step()

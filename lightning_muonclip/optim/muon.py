@@ -18,6 +18,7 @@ from torch.optim.optimizer import ParamsT
 
 from lightning_muonclip.boxes import local_box, sharded_dims, to_local
 from lightning_muonclip.optim.coefficients import Coefficients, resolve_schedule
+from lightning_muonclip.optim.holders import share_key
 from lightning_muonclip.optim.options import (
     ADAMW_DEFAULTS,
     LR_ADJUSTMENTS,
@@ -198,6 +199,7 @@ class Muon(Optimizer):
         self._step_matrices(matrices)
         return loss
 
+    @torch.profiler.record_function("muonclip::muon")
     def _gain_momentum(self, group: dict[str, Any], params: list[Tensor]) -> list[_Matrix]:
         """Weight decay and momentum, of what this rank holds of the weights of one group."""
         lr, momentum, lent = _scalar(group["lr"]), group["momentum"], self._lent()
@@ -316,7 +318,8 @@ class Muon(Optimizer):
             apart: dict[Tensor, float] = {}
             for group in self.param_groups:
                 for p in group["params"] if group["algorithm"] == "muon" else ():
-                    (apart if _has_whole_matrices(p, group["kind"]) else costs)[p] = self._cost(p, group)
+                    if share_key(p, self.process_group) is not None:
+                        (apart if _has_whole_matrices(p, group["kind"]) else costs)[p] = self._cost(p, group)
             self._shared = SharedWeights(costs, apart, self.process_group)
             self._drop_others_momentum()
         return self._shared

@@ -29,9 +29,7 @@ class SharedWeights:
     ) -> None:
         together: dict[Hashable, list[Tensor]] = defaultdict(list)
         for weight in costs:
-            key = share_key(weight, process_group)
-            if key is not None:
-                together[key].append(weight)
+            together[share_key(weight, process_group)].append(weight)
         #: One for each set of ranks.
         self.exchanges: list[Exchange] = []
         self._places: dict[Tensor, tuple[Exchange, int]] = {}

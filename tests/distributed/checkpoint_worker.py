@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import signal
 import socket
-import sys
 import time
 import traceback
 import warnings
@@ -20,12 +19,11 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from helpers import LitTiny, loader, tiny_gpt, token_batches, trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-
-sys.path.insert(0, str(Path(__file__).parent))
-from worker import LitSharded, loader, tiny_gpt, token_batches, trainer
 
 from lightning_muonclip import MuonClipCallback
 
@@ -33,6 +31,16 @@ STEPS, SAVED, KILLED = 10, 5, 7  # of a run, before its checkpoint, and before o
 
 #: Seconds after which a rank that hears nothing from another gives up; in a run in which one is killed.
 PATIENCE = 20
+
+
+class LitSharded(LitTiny):
+    """Shards itself under FSDP2."""
+
+    def configure_model(self) -> None:
+        if self.device_mesh is not None:
+            for layer in self.model.layers:
+                fully_shard(layer, mesh=self.device_mesh["data_parallel"])
+            fully_shard(self.model, mesh=self.device_mesh["data_parallel"])
 
 
 @dataclass(frozen=True)

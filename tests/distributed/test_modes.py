@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -15,12 +16,37 @@ from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from ranks import on_ranks
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from tp_worker import ATTENTION, GQA, Overflow, gpt, train, whole
 
 from lightning_muonclip import MuonClipCallback
+from lightning_muonclip.optim.sharding import ROUNDS
 
 RANKS = 2
+
+
+class Watched(MuonClipCallback):
+    """Counts the operators of the last step."""
+
+    calls: Counter[str]
+
+    def on_before_optimizer_step(self, *args: Any) -> None:
+        with Calls() as calls:
+            super().on_before_optimizer_step(*args)
+        self.calls = calls.counter
+
+
+class Calls(TorchDispatchMode):
+    """Counts operators by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counter: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counter[str(func)] += 1
+        return func(*args, **(kwargs or {}))
 
 
 class Checkpointed(nn.Module):
@@ -74,6 +100,8 @@ def fsdp2() -> dict[str, Any]:
 
 #: The model, how it is trained on one process and on several, and how on several.
 MODES: dict[str, tuple[Callable[[], pl.LightningModule], dict[str, Any], Callable[[], dict[str, Any]]]] = {
+    "ddp": (ordinary, {}, ddp),
+    "fsdp2": (ordinary, {}, fsdp2),
     "ddp, accumulation": (ordinary, {"accumulate_grad_batches": 3}, ddp),
     "ddp, static graph": (ordinary, {}, partial(ddp, static_graph=True)),
     "ddp, activation checkpointing": (checkpointed, {}, ddp),
@@ -87,13 +115,14 @@ MODES: dict[str, tuple[Callable[[], pl.LightningModule], dict[str, Any], Callabl
 }
 
 
-def train_mode(mode: str, rank: int = 0, ranks: int = 1) -> tuple[dict[str, Tensor], Tensor]:
+def train_mode(mode: str, rank: int = 0, ranks: int = 1) -> tuple[dict[str, Tensor], Tensor, Counter[str]]:
+    """Weights after ten steps, how often each head was clipped, and the operators of the last step."""
     make, options, strategy = MODES[mode]
-    callback = MuonClipCallback(threshold=1.0, dtype=torch.float64, shard_momentum="sharded momentum" in mode)
+    callback = Watched(threshold=1.0, dtype=torch.float64, shard_momentum="sharded momentum" in mode)
     lit = make()
     train(lit, [callback], rank, ranks, gradient_clip_val=0.3, **options, **(strategy() if ranks > 1 else {}))
     assert callback.qk_clip is not None
-    return {name: whole(p) for name, p in lit.named_parameters()}, callback.qk_clip.clips
+    return {name: whole(p) for name, p in lit.named_parameters()}, callback.qk_clip.clips, callback.calls
 
 
 class EarlyOverflow(Overflow):
@@ -138,15 +167,30 @@ def results() -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_ten_steps_equal_those_of_one_process(mode: str, results: list[dict[str, Any]]) -> None:
-    weights, clips = train_mode(mode)
+    weights, clips, _ = train_mode(mode)
     assert int(clips.sum()) > 0
     for rank in results:
-        own, own_clips = rank[mode]
+        own, own_clips, _ = rank[mode]
         assert torch.equal(own_clips, clips)
         assert own.keys() == weights.keys()
         for name, weight in own.items():
             assert torch.equal(weight, results[0][mode][0][name]), name
             torch.testing.assert_close(weight, weights[name], rtol=1e-6, atol=1e-8, msg=name)
+
+
+@pytest.mark.parametrize(("mode", "legs", "norms"), [("ddp", 1, 0), ("fsdp2", 2, 1)])
+def test_a_step_has_few_collectives_and_no_host_synchronisation(
+    mode: str, legs: int, norms: int, results: list[dict[str, Any]]
+) -> None:
+    for rank in results:
+        calls = rank[mode][2]
+        collectives = {name: count for name, count in calls.items() if name.startswith(("c10d", "_c10d"))}
+        assert legs <= collectives.pop("c10d.alltoall_base_.default") <= ROUNDS * legs  # Muon's
+        assert collectives.pop("c10d.allreduce_.default") == 1  # the maxima of all heads
+        assert collectives.pop("_c10d_functional.all_reduce.default", 0) == norms  # to clip gradients
+        assert set(collectives) <= {"_c10d_functional.wait_tensor.default"}
+        assert "aten._local_scalar_dense.default" not in calls
+        assert "aten.bmm.default" in calls  # the watch did see Muon's step
 
 
 def test_an_infinity_on_one_rank_skips_the_step_of_both_optimizers_on_all(results: list[dict[str, Any]]) -> None:
