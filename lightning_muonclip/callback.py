@@ -156,6 +156,7 @@ class MuonClipCallback(Callback):
         self._handles: list[Any] = []
         self._capture: Capture | None = None
         self._last_step = 0
+        self._has_started = False
 
     # Arm ------------------------------------------------------------------------------------------------------------
 
@@ -164,6 +165,7 @@ class MuonClipCallback(Callback):
         if stage != "fit":
             return
         self.muon, self.qk_clip, self.last, self._restored_clips = None, None, None, None
+        self._has_started = False
         check_strategy(trainer.strategy)
         check_fit(trainer, pl_module, MuonClipCallback)
 
@@ -213,7 +215,7 @@ class MuonClipCallback(Callback):
         if not trainer.strategy.lightning_restore_optimizer:
             warn_of_emptied_groups(optimizer)
         if self._clip_options["logits"] != "off":
-            self._arm_qk_clip(pl_module)
+            self._arm_qk_clip(optimizer, pl_module)
         rank_zero_info(f"MuonClip: who steps what\n{routing_table(routes)}")
         if self.qk_clip is not None:
             sides = self.qk_clip.sides
@@ -245,7 +247,7 @@ class MuonClipCallback(Callback):
         attention, _ = recognise(pl_module, self.specs)
         return Muon(groups, **self._muon_options, parts=matrix_parts(pl_module, attention, self.split))
 
-    def _arm_qk_clip(self, pl_module: pl.LightningModule) -> None:
+    def _arm_qk_clip(self, optimizer: Optimizer, pl_module: pl.LightningModule) -> None:
         observer = None
         if isinstance(pl_module, MaxLogitsMixin):
             if self.specs is not None:
@@ -255,6 +257,11 @@ class MuonClipCallback(Callback):
             observer = pl_module.observe()
         self.qk_clip = QKClip(pl_module, specs=self.specs, observer=observer, **self._clip_options)
         self._restore_clips()
+        # Clip after the last update of a query or key weight; the user's optimizer steps after Muon.
+        users = set(_params(optimizer))
+        last = optimizer if any(p in users for p in self.qk_clip.params) else self.muon
+        assert last is not None
+        self._handles.append(last.register_step_post_hook(self._apply_qk_clip))
 
     def _restore_clips(self) -> None:
         """Most strategies restore before fitting starts, FSDP2 after: whatever comes second calls with effect."""
@@ -263,16 +270,10 @@ class MuonClipCallback(Callback):
             self._restored_clips = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Notes where a resumed run goes on, and clips from now on: FSDP2 steps optimizers once to restore their state."""
-        self._last_step = trainer.global_step
+        """Notes where a resumed run goes on."""
+        self._last_step, self._has_started = trainer.global_step, True
         if self.muon is not None:
             warn_of_other_settings(self.muon)
-        if self.qk_clip is not None:
-            # Clip after the last update of a query or key weight; the user's optimizer steps after Muon.
-            users = set(_params(trainer.optimizers[0]))
-            last = trainer.optimizers[0] if any(p in users for p in self.qk_clip.params) else self.muon
-            assert last is not None
-            self._handles.append(last.register_step_post_hook(self._apply_qk_clip))
         if self.verify and self.qk_clip is not None:
             self._capture = Capture(self.qk_clip.observer)
         if trainer.gradient_clip_val and is_overridden("configure_gradient_clipping", pl_module):
@@ -348,6 +349,8 @@ class MuonClipCallback(Callback):
             clip_grad_norm_(params, trainer.gradient_clip_val)
 
     def _apply_qk_clip(self, *_: Any) -> None:
+        if not self._has_started:
+            return  # FSDP2 makes optimizers step once, to have a state to restore into
         assert self.qk_clip is not None
         is_due = self.qk_clip.is_due
         result = self.qk_clip.step()

@@ -178,17 +178,16 @@ def test_ten_steps_equal_those_of_one_process(mode: str, results: list[dict[str,
             torch.testing.assert_close(weight, weights[name], rtol=1e-6, atol=1e-8, msg=name)
 
 
-@pytest.mark.parametrize(("mode", "legs", "norms"), [("ddp", 1, 0), ("fsdp2", 2, 1)])
+@pytest.mark.parametrize(("mode", "legs"), [("ddp", 1), ("fsdp2", 2)])
 def test_a_step_has_few_collectives_and_no_host_synchronisation(
-    mode: str, legs: int, norms: int, results: list[dict[str, Any]]
+    mode: str, legs: int, results: list[dict[str, Any]]
 ) -> None:
     for rank in results:
         calls = rank[mode][2]
-        collectives = {name: count for name, count in calls.items() if name.startswith(("c10d", "_c10d"))}
+        collectives = {name: count for name, count in calls.items() if name.startswith("c10d")}
         assert legs <= collectives.pop("c10d.alltoall_base_.default") <= ROUNDS * legs  # Muon's
         assert collectives.pop("c10d.allreduce_.default") == 1  # the maxima of all heads
-        assert collectives.pop("_c10d_functional.all_reduce.default", 0) == norms  # to clip gradients
-        assert set(collectives) <= {"_c10d_functional.wait_tensor.default"}
+        assert not collectives
         assert "aten._local_scalar_dense.default" not in calls
         assert "aten.bmm.default" in calls  # the watch did see Muon's step
 
