@@ -21,8 +21,7 @@ def whole_box(shape: Sequence[int]) -> Box:
 def boxes_of(tensor: Tensor) -> list[Box]:
     """What every rank of a tensor's mesh holds, in the order of ``device_mesh.mesh.flatten()``; one box if it is plain.
 
-    Raises:
-        ValueError: If the tensor is sharded in a way that is not known here.
+    It goes by the placements; :func:`local_box` checks them.
     """
     if not isinstance(tensor, DTensor):
         return [whole_box(tensor.shape)]

@@ -35,7 +35,7 @@ from lightning_muonclip.qk_clip.clip import ClipResult, QKClip, check_clip_optio
 from lightning_muonclip.qk_clip.registry import recognise
 from lightning_muonclip.qk_clip.spec import AttentionSpec
 from lightning_muonclip.qk_clip.split import check_split, matrix_parts
-from lightning_muonclip.strategies import check_strategy
+from lightning_muonclip.strategies import check_strategy, restores_optimizers
 
 
 class MuonClipCallback(Callback):
@@ -179,7 +179,7 @@ class MuonClipCallback(Callback):
             raise ValueError(WITHOUT_CALLBACK)
         self._restored_clips = checkpoint.get("muonclip")
         self._restore_clips()
-        if not trainer.strategy.lightning_restore_optimizer:
+        if restores_optimizers(trainer.strategy):
             for i, settings in checkpoint.get("muonclip_groups", {}).items():
                 trainer.optimizers[0].param_groups[i].update(settings)
 
@@ -190,6 +190,8 @@ class MuonClipCallback(Callback):
 
         Those are numbered so that the checkpoint can be resumed under any strategy.
         """
+        if self.muon is None:
+            return  # saved without having been fitted
         if self.qk_clip is not None:
             checkpoint["muonclip"] = self.qk_clip.state_dict()
         checkpoint["muonclip_groups"] = emptied_groups(trainer.optimizers[0])
@@ -197,7 +199,7 @@ class MuonClipCallback(Callback):
             checkpoint.get("optimizer_states", ()),
             trainer.optimizers,
             pl_module,
-            already=not trainer.strategy.lightning_restore_optimizer,
+            already=restores_optimizers(trainer.strategy),
         )
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -212,7 +214,7 @@ class MuonClipCallback(Callback):
                 " step; keep some parameters from Muon by exclude=[...], or train in bf16-mixed"
             )
         trainer.optimizers = [*trainer.optimizers, self.muon]
-        if not trainer.strategy.lightning_restore_optimizer:
+        if restores_optimizers(trainer.strategy):
             warn_of_emptied_groups(optimizer)
         if self._clip_options["logits"] != "off":
             self._arm_qk_clip(optimizer, pl_module)
@@ -308,11 +310,12 @@ class MuonClipCallback(Callback):
         if scaler_of(trainer) is None:
             return
         grads = [[p.grad for p in _params(o) if p.grad is not None] for o in trainer.optimizers]
-        # 0 where all is finite, else NaN: added to one gradient of each optimizer it shows up where the scaler looks.
-        poison = 0 * total_norm((g for own in grads for g in own), norm_type=float("inf"))
+        # 0 where all is finite, else NaN: added to one gradient of each optimizer it shows up where the scaler looks. A sum,
+        # since the maximum over ranks may lose a NaN.
+        poison = 0 * total_norm((g for own in grads for g in own), norm_type=1.0)
         for own in grads:
-            if own:
-                to_local(own[0]).add_(poison.to(own[0].device))
+            for grad in [grad for grad in own if grad.numel()][:1]:
+                to_local(grad).add_(poison.to(grad.device))
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -393,7 +396,8 @@ class MuonClipCallback(Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Leaves model and torch as they were, also when training breaks off."""
         self._disarm(pl_module)
-        explain(trainer, exception)
+        if not self._has_started:
+            explain(trainer, exception)
 
     def _disarm(self, pl_module: pl.LightningModule) -> None:
         for handle in self._handles:

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from lightning_muonclip.optim.coefficients import resolve_schedule
 from lightning_muonclip.optim.muon import Muon
+from lightning_muonclip.strategies import restores_optimizers
 
 WITHOUT_CALLBACK = (
     "this checkpoint was made without MuonClipCallback: its one optimizer holds the state of all parameters. Resume without"
@@ -30,16 +31,19 @@ def explain(trainer: pl.Trainer, exception: BaseException) -> None:
     Raises:
         ValueError: With two ways out.
     """
-    path = trainer.ckpt_path
-    if trainer.state.fn != "fit" or trainer.strategy.lightning_restore_optimizer or not path or not Path(path).exists():
-        return
-    if Path(path).is_dir():
-        saved = FileSystemReader(path).read_metadata().state_dict_metadata
-        is_own = any(key.startswith("optimizer_1.") for key in saved)
-    else:
-        is_own = len(torch.load(path, map_location="cpu", mmap=True)["optimizer_states"]) > 1
-    if not is_own:
+    if trainer.state.fn == "fit" and restores_optimizers(trainer.strategy) and _optimizers_in(trainer.ckpt_path) == 1:
         raise ValueError(WITHOUT_CALLBACK) from exception
+
+
+def _optimizers_in(path: Any) -> int | None:
+    """How many optimizers a checkpoint has, if it can be told."""
+    try:
+        if not Path(path).is_dir():
+            return len(torch.load(path, map_location="cpu", mmap=True)["optimizer_states"])
+        saved = FileSystemReader(path).read_metadata().state_dict_metadata
+        return len({key.partition(".")[0] for key in saved if key.startswith("optimizer_")})
+    except Exception:  # whatever is wrong with it, Lightning has said so already
+        return None
 
 
 def number_as_in_model(

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_muonclip.optim.coefficients import Coefficients
@@ -49,6 +50,9 @@ class MuonClip(Muon):
         include: Patterns of matrices that Muon takes although they look like an embedding or an output head.
         dtype: Working dtype of Newton-Schulz.
         stack_numel: Most elements that are orthogonalised together (see :class:`~lightning_muonclip.Muon`).
+        process_group: The ranks that train this model, if they are not all (see :class:`~lightning_muonclip.Muon`).
+        shard_momentum: Keeps the momentum of plain weights only on the rank that needs it (see
+            :class:`~lightning_muonclip.Muon`).
 
     Raises:
         ValueError: If an argument is out of range, or the attention cannot be read.
@@ -92,6 +96,8 @@ class MuonClip(Muon):
         include: Sequence[str] = (),
         dtype: torch.dtype | None = None,
         stack_numel: int | None = None,
+        process_group: dist.ProcessGroup | None = None,
+        shard_momentum: bool = False,
     ) -> None:
         groups = split_params(model, exclude, include)
         for group in groups:
@@ -110,10 +116,21 @@ class MuonClip(Muon):
             adjust_lr_fn,
             dtype=dtype,
             stack_numel=stack_numel,
+            process_group=process_group,
+            shard_momentum=shard_momentum,
             parts=matrix_parts(model, attention, split),
         )
         self.qk_clip: QKClip | None = QKClip(
-            model, threshold, alpha, specs, shared_keys, qk_norm, logits, lora=lora, every_n_steps=every_n_steps
+            model,
+            threshold,
+            alpha,
+            specs,
+            shared_keys,
+            qk_norm,
+            logits,
+            lora=lora,
+            every_n_steps=every_n_steps,
+            process_group=process_group,
         )
         #: What QK-Clip saw and did at the last step.
         self.last: ClipResult | None = None

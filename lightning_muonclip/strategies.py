@@ -20,6 +20,11 @@ _REFUSED = {
 }
 
 
+def restores_optimizers(strategy: object) -> bool:
+    """Whether a strategy saves and restores optimizers itself, by names of parameters: ModelParallelStrategy does."""
+    return not getattr(strategy, "lightning_restore_optimizer", True)
+
+
 def check_strategy(strategy: object) -> None:
     """Refuses a strategy under which the callback would be wrong.
 

@@ -280,6 +280,13 @@ def test_a_skipped_step_forgets_what_it_saw() -> None:
     assert windows == [float("-inf")] * 3
 
 
+def test_a_trainer_that_never_fitted_can_save(tmp_path: Path) -> None:
+    fit = trainer([MuonClipCallback()])
+    fit.validate(LitTiny(tiny_gpt(), OPTIMIZERS["adamw"]), loader(token_batches(1)), verbose=False)
+    fit.save_checkpoint(tmp_path / "validated.ckpt")
+    assert "muonclip" not in torch.load(tmp_path / "validated.ckpt", weights_only=True)
+
+
 def test_a_rate_set_by_hand_before_the_step_is_followed() -> None:
     class ByHand(pl.Callback):
         def on_train_batch_start(self, trainer: Any, *_: Any) -> None:

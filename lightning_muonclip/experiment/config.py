@@ -117,8 +117,8 @@ class TrainConfig:
     callbacks: Any = None
 
 
-# Arithmetic for configs: ${floordiv:${trainer.devices},2}
-OmegaConf.register_new_resolver("floordiv", operator.floordiv, replace=True)
+# Arithmetic for configs: ${muonclip.floordiv:${trainer.devices},2}
+OmegaConf.register_new_resolver("muonclip.floordiv", operator.floordiv, replace=True)
 
 #: Which schemas may stand where, innermost first; a node whose ``_target_`` is another one belongs to somebody else.
 _SCHEMAS: tuple[tuple[str, type], ...] = (

@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
-from torch.optim.adamw import adamw
 from torch.optim.optimizer import ParamsT
 
 from lightning_muonclip.boxes import local_box, sharded_dims, to_local
+from lightning_muonclip.optim.adamw import adamw_step
 from lightning_muonclip.optim.coefficients import Coefficients, resolve_schedule
+from lightning_muonclip.optim.gradients import gradient
 from lightning_muonclip.optim.holders import share_key
 from lightning_muonclip.optim.options import (
     ADAMW_DEFAULTS,
@@ -151,6 +151,11 @@ class Muon(Optimizer):
         if algorithm == "adamw":
             for key, value in ADAMW_DEFAULTS.items():
                 param_group.setdefault(key, value)
+        if self._lent():
+            raise ValueError(
+                "with shard_momentum=True, parameter groups have to be added before the first step: after it, each rank has"
+                " the momentum of its own matrices only; add them earlier, or pass shard_momentum=False"
+            )
         super().add_param_group(param_group)
         self._shared = None
         if algorithm == "muon":
@@ -187,23 +192,23 @@ class Muon(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._meet()
+        shared = self._meet()
         self._consolidated = None  # of the step before
         matrices = []
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if params and group["algorithm"] == "adamw":
-                self._adamw_step(group, params)
+                adamw_step(self.state, group, params)
             elif params:
                 matrices += self._gain_momentum(group, params)
-        self._step_matrices(matrices)
+        self._step_matrices(matrices, shared)
         return loss
 
     @torch.profiler.record_function("muonclip::muon")
     def _gain_momentum(self, group: dict[str, Any], params: list[Tensor]) -> list[_Matrix]:
         """Weight decay and momentum, of what this rank holds of the weights of one group."""
         lr, momentum, lent = _scalar(group["lr"]), group["momentum"], self._lent()
-        grads = [_gradient(p) for p in params]
+        grads = [gradient(p) for p in params]
         buffers = [None if p in lent else self._momentum_buffer(p, grad) for p, grad in zip(params, grads)]
         matrices = [
             _Matrix(p, to_local(p), to_local(grad), None if buffer is None else to_local(buffer), group)
@@ -216,23 +221,22 @@ class Muon(Optimizer):
         return matrices
 
     @torch.profiler.record_function("muonclip::muon")
-    def _step_matrices(self, matrices: Sequence[_Matrix]) -> None:
+    def _step_matrices(self, matrices: Sequence[_Matrix], shared: SharedWeights) -> None:
         """Subtracts orthogonalised momentum from the weights."""
-        assert self._shared is not None
         here: list[_Matrix] = []
-        there: dict[Exchange, dict[int, _Matrix]] = {exchange: {} for exchange in self._shared.exchanges}
+        there: dict[Exchange, dict[int, _Matrix]] = {exchange: {} for exchange in shared.exchanges}
         for matrix in matrices:
-            place = self._shared.place(matrix.param)
-            if place is None:
-                here.append(matrix)
+            if place := shared.place(matrix.param):
+                exchange, i = place
+                there[exchange][i] = matrix
             else:
-                there[place[0]][place[1]] = matrix
+                here.append(matrix)
         for stack in self._stacks(here, [matrix.weight.shape for matrix in here]):  # needs memory for itself alone
             own = [here[i] for i in stack]
             self._subtract(own, self._directions(own, _updates(own)))
-        for exchange, shared in there.items():
-            if shared:
-                self._step_shared(exchange, shared)
+        for exchange, own_of_it in there.items():
+            if own_of_it:
+                self._step_shared(exchange, own_of_it)
 
     def _step_shared(self, exchange: Exchange, matrices: Mapping[int, _Matrix]) -> None:
         """The same for matrices that other ranks hold too."""
@@ -295,12 +299,12 @@ class Muon(Optimizer):
             _add_scaled([matrix.weight for matrix, _ in own], [direction for _, direction in own], rate)
 
     def _scale(self, matrix: _Matrix) -> float | Tensor:
-        adjust = LR_ADJUSTMENTS[matrix.group["adjust_lr_fn"] or "original"]
+        name = matrix.group["adjust_lr_fn"] or "original"
         param, parts = matrix.param, self._parts.get(matrix.param)
         _, fan_out, fan_in = matrix_shape(param.shape, matrix.group["kind"])
         if parts is None:
-            return adjust(fan_out, fan_in)
-        factors = parts.factors(adjust, param.shape[1 - parts.dim], matrix.weight.device)
+            return LR_ADJUSTMENTS[name](fan_out, fan_in)
+        factors = parts.factors(name, param.shape[1 - parts.dim], matrix.weight.device)
         return factors.narrow(parts.dim, *_start_and_length(local_box(param)[parts.dim]))
 
     def _momentum_buffer(self, param: Tensor, grad: Tensor) -> Tensor:
@@ -315,12 +319,12 @@ class Muon(Optimizer):
         """Once: finds which weights this rank shares with others, and agrees with them on who owns which."""
         if self._shared is None:
             costs: dict[Tensor, float] = {}
-            apart: dict[Tensor, float] = {}
+            local_costs: dict[Tensor, float] = {}
             for group in self.param_groups:
                 for p in group["params"] if group["algorithm"] == "muon" else ():
                     if share_key(p, self.process_group) is not None:
-                        (apart if _has_whole_matrices(p, group["kind"]) else costs)[p] = self._cost(p, group)
-            self._shared = SharedWeights(costs, apart, self.process_group)
+                        (local_costs if _has_whole_matrices(p, group["kind"]) else costs)[p] = self._cost(p, group)
+            self._shared = SharedWeights(costs, local_costs, self.process_group)
             self._drop_others_momentum()
         return self._shared
 
@@ -336,7 +340,7 @@ class Muon(Optimizer):
 
     def _lent(self) -> set[Tensor]:
         """Weights whose momentum another rank keeps."""
-        return self._shared.unowned() if self.shard_momentum and self._shared is not None else set()
+        return self._shared.unowned if self.shard_momentum and self._shared is not None else set()
 
     def _drop_others_momentum(self) -> None:
         for param in self._lent():
@@ -384,48 +388,8 @@ class Muon(Optimizer):
         """
         check_state(state_dict, self.param_groups)
         super().load_state_dict(state_dict)
+        self._consolidated = None
         self._drop_others_momentum()
-
-    def _adamw_step(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        for p in params:
-            if not self.state[p]:
-                zeros = torch.zeros_like(p, memory_format=torch.preserve_format)
-                self.state[p] = {
-                    "step": torch.zeros((), dtype=torch.float32),
-                    "exp_avg": zeros,
-                    "exp_avg_sq": zeros.clone(),
-                }
-        states = [self.state[p] for p in params]
-        beta1, beta2 = group["betas"]
-        adamw(
-            params,
-            [_gradient(p) for p in params],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [],
-            [state["step"] for state in states],
-            amsgrad=False,
-            beta1=beta1,
-            beta2=beta2,
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-        )
-
-
-def _gradient(param: Tensor) -> Tensor:
-    """A parameter's gradient, sharded as the parameter is."""
-    grad = param.grad
-    assert grad is not None
-    if grad.is_sparse:
-        raise ValueError(
-            f"a parameter of shape {tuple(param.shape)} has a sparse gradient; make it dense (sparse=False)"
-        )
-    if isinstance(param, DTensor) and isinstance(grad, DTensor) and grad.placements != param.placements:
-        # such as the share of one rank in the gradient of a weight that all have: Partial, under tensor parallelism
-        return grad.redistribute(placements=param.placements)
-    return grad
 
 
 def _updates(matrices: Sequence[_Matrix]) -> list[Tensor]:

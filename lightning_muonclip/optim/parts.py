@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+
+from lightning_muonclip.optim.options import LR_ADJUSTMENTS
 
 
 class Parts:
@@ -23,7 +25,7 @@ class Parts:
         for own in channels:
             sizes[len(own)].append(own)
         self._channels = {torch.device("cpu"): [torch.stack(own).cpu() for own in sizes.values()]}
-        self._factors: dict[tuple[Callable[[int, int], float], int, torch.device], Tensor] = {}
+        self._factors: dict[tuple[str, int, torch.device], Tensor] = {}
 
     def channels_on(self, device: torch.device) -> list[Tensor]:
         """Channels of matrices of one size together, each of shape (matrices, channels)."""
@@ -35,13 +37,13 @@ class Parts:
         """Number of matrices, and of the channels of each, for every size."""
         return [(len(own), own.shape[1]) for own in self._channels[torch.device("cpu")]]
 
-    def factors(self, scale: Callable[[int, int], float], fan_in: int, device: torch.device) -> Tensor:
-        """``scale(channels, fan_in)`` of every channel's matrix, shaped to multiply the weight."""
-        key = (scale, fan_in, device)
+    def factors(self, adjustment: str, fan_in: int, device: torch.device) -> Tensor:
+        """The scale of the update of every channel's matrix, by its name, shaped to multiply the weight."""
+        key = (adjustment, fan_in, device)
         if key not in self._factors:
             factors = torch.empty(sum(count * size for count, size in self.sizes()))
             for channels in self.channels_on(torch.device("cpu")):
-                factors[channels] = scale(channels.shape[1], fan_in)
+                factors[channels] = LR_ADJUSTMENTS[adjustment](channels.shape[1], fan_in)
             self._factors[key] = factors.view((1, -1) if self.dim else (-1, 1)).to(device)
         return self._factors[key]
 

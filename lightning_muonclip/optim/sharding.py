@@ -15,13 +15,17 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from lightning_muonclip.boxes import Box, extent
+from lightning_muonclip.boxes import Box, extent, local_box
 from lightning_muonclip.optim.holders import boxes_by_rank, replicas_by_rank
 from lightning_muonclip.optim.owners import assign_owners
 
 #: How many times a step exchanges, whatever the number of layers: while one round is on its way, another is computed.
 ROUNDS = 4
+
+#: How many sets of weights with a gradient are remembered; with layers that are dropped at random there is no end of them.
+MOST_PLANS = 64
 
 
 class _Piece(NamedTuple):
@@ -82,7 +86,7 @@ class Exchange:
         self._replicas = [replicas_by_rank(weight, group) for weight in weights]
         self._rounds: dict[tuple[int, ...], list[_Round]] = {}
         self._dtype, self._device = weights[0].dtype, weights[0].device
-        self._check_agreement()
+        self._check_agreement(weights)
 
     def run(
         self,
@@ -142,6 +146,7 @@ class Exchange:
             elif self.rank == to:
                 collected[i] = torch.empty(self.shapes[i], dtype=self._dtype, device=self._device)
                 dist.recv(collected[i], group=self.group, group_src=owner)
+                collected[i] = collected[i].cpu()  # no rank has memory for all of them, or they would not be sharded
         return collected
 
     def _gather(self, round: _Round, parts: Mapping[int, Tensor], wire: torch.dtype) -> Callable[[], dict[int, Tensor]]:
@@ -178,6 +183,8 @@ class Exchange:
     def _rounds_of(self, indices: tuple[int, ...]) -> list[_Round]:
         """These weights in at most :data:`ROUNDS` parts, each of which is as much work for every owner."""
         if indices not in self._rounds:
+            if len(self._rounds) == MOST_PLANS:
+                self._rounds.clear()
             self._rounds[indices] = [self._round(members) for members in self._split(indices) if members]
         return self._rounds[indices]
 
@@ -247,32 +254,56 @@ class Exchange:
 
         return finish
 
-    def _check_agreement(self) -> None:
-        # Once, and before any rank could wait for ever for what another does not send. It also makes the connections.
-        told = f"{[tuple(shape) for shape in self.shapes]}{self.owners}"
-        digest = zlib.crc32(told.encode())
-        extremes = torch.tensor([digest, -digest], device=self._device)
-        dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=self.group)
-        if extremes.tolist() != [digest, -digest]:
+    def _check_agreement(self, weights: Sequence[Tensor]) -> None:
+        """Once, before any rank could wait for ever for what another does not send. It also makes the connections."""
+        problem = next(filter(None, map(_problem, weights)), "")
+        digest = zlib.crc32(f"{self.shapes}{self.owners}{self._costs}{self._boxes}".encode())
+        # Of plain weights nothing but their values tells whether these ranks do train them together.
+        plain = [weight.detach() for weight in weights if not isinstance(weight, DTensor) and weight.numel()]
+        size = float(torch.stack(torch._foreach_norm(plain)).double().sum()) if plain else 0.0
+        told = torch.tensor([bool(problem), digest, -digest, size, -size], dtype=torch.float64, device=self._device)
+        dist.all_reduce(told, op=dist.ReduceOp.MAX, group=self.group)
+        has_problem, largest, least, most, fewest = told.tolist()
+        if has_problem:
+            raise ValueError(problem or "another rank holds a weight that is sharded in an unknown way; see its error")
+        if largest != -least:
+            shapes = ", ".join(str(tuple(shape)) for shape in self.shapes[:8]) + (", ..." if len(weights) > 8 else "")
             raise RuntimeError(
-                f"rank {dist.get_rank()} has other matrices for Muon than the ranks beside it: {told}. All ranks of a group"
-                " must be given the same parameters in the same order, and be the same kind of device"
+                f"rank {dist.get_rank()} has other matrices for Muon than the ranks beside it: {len(weights)} of shapes"
+                f" {shapes}. All ranks of a group must be given the same parameters in the same order, and be the same kind"
+                " of device"
+            )
+        if abs(most + fewest) > 1e-6 * abs(most):
+            raise RuntimeError(
+                f"rank {dist.get_rank()} has other values in its weights than the ranks beside it, so they do not train the"
+                " same model: give Muon the process_group of those that do, or broadcast the weights first, as DDP does"
             )
 
 
 def wires(working: torch.dtype, dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
     """The dtypes that travel to owners and back.
 
-    A direction comes back in the dtype that it was computed in, which loses nothing. An update is not normalised yet, and
-    bfloat16 has the range for that; half precision is what it is rounded to next in any case.
+    A direction comes back in the dtype that it was computed in, which loses nothing. An update goes in bfloat16 if that is
+    what it would be rounded to next. float16 is finer, but has no range for what is not normalised yet: it goes as it is.
 
     Args:
         working: Of Newton-Schulz.
         dtype: Of the weights.
+
+    Returns:
+        The dtype of updates, and that of directions.
     """
     if working.itemsize >= dtype.itemsize:
         return dtype, dtype
-    return torch.bfloat16 if working.itemsize == 2 else working, working
+    return dtype if working == torch.float16 else working, working
+
+
+def _problem(weight: Tensor) -> str:
+    try:
+        local_box(weight)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def _by_peer(pieces: Sequence[_Piece], ranks: int) -> list[int]:

@@ -48,7 +48,7 @@ def stacks(shapes: Sequence[torch.Size], alike: Sequence[Hashable], bound: int) 
 
 def directions(updates: Sequence[Tensor], kind: str, orthogonal: Orthogonal, bound: int) -> list[Tensor]:
     """Orthogonalises the updates of weights that are stacked together, as the matrices that they are."""
-    batches = [update.view(matrix_shape(update.shape, kind)) for update in updates]
+    batches = [update.reshape(matrix_shape(update.shape, kind)) for update in updates]
     wide = [batch.mT if _is_tall(batch) else batch for batch in batches]
     stack = torch.cat(wide) if len(wide) > 1 else wide[0]
     pieces = stack.split(max(1, bound // max(1, stack[0].numel())))  # more than one for experts only

@@ -153,6 +153,9 @@ def other_cases() -> dict[str, Any]:
         "missing gradients": missing_gradients(),
         "gradients in parts": gradients_in_parts(),
         "disagreement": disagreement(),
+        "other values": other_values(),
+        "unknown sharding": unknown_sharding(),
+        "late group": late_group(),
         "checkpoint": checkpoint(),
         "layers": {layers: collectives_of(layers) for layers in (1, 8)},
     }
@@ -181,12 +184,36 @@ def gradients_in_parts() -> list[Tensor]:
 
 
 def disagreement() -> str:
-    rows = 4 + dist.get_rank()
-    p = nn.Parameter(torch.zeros(rows, 3))
-    p.grad = torch.ones(rows, 3)
+    return refusal(nn.Parameter(torch.zeros(4 + dist.get_rank(), 3)))
+
+
+def other_values() -> str:
+    return refusal(nn.Parameter(torch.full((4, 3), 1.0 + dist.get_rank())))
+
+
+def unknown_sharding() -> str:
+    """Rank 0 has more rows than torch would give it."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    local = torch.zeros(3 if dist.get_rank() == 0 else 1, 3)
+    return refusal(nn.Parameter(DTensor.from_local(local, mesh, [Shard(0)], shape=(4, 3), stride=(3, 1))))
+
+
+def refusal(p: nn.Parameter) -> str:
+    p.grad = torch.ones_like(p)
     try:
         Muon([p]).step()
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
+        return str(error)
+    return "no error"
+
+
+def late_group() -> str:
+    optimizer, params = make(plain(), shard_momentum=True)
+    set_gradients(params, 0)
+    optimizer.step()
+    try:
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3, 3))]})
+    except ValueError as error:
         return str(error)
     return "no error"
 
@@ -306,7 +333,20 @@ def test_ranks_with_other_matrices_are_refused(others: list[dict[str, Any]]) -> 
         assert f"({4 + number}, 3)" in rank["disagreement"]
 
 
+def test_ranks_that_train_other_models_are_refused(others: list[dict[str, Any]]) -> None:
+    for number, rank in enumerate(others):
+        assert f"rank {number} has other values in its weights" in rank["other values"]
+
+
+def test_parts_that_torch_would_not_make_are_refused_on_all_ranks(others: list[dict[str, Any]]) -> None:
+    for rank in others:
+        assert "sharded in an unknown way" in rank["unknown sharding"] or "fully_shard" in rank["unknown sharding"]
+
+
 class TestShardedMomentum:
+    def test_late_groups_are_refused(self, others: list[dict[str, Any]]) -> None:
+        assert all("before the first step" in rank["late group"] for rank in others)
+
     def test_every_rank_keeps_its_own(self, others: list[dict[str, Any]]) -> None:
         kept = [rank["checkpoint"]["kept"] for rank in others]
         assert sum(kept) == sum(map(len, weights().values())) and min(kept) > 0

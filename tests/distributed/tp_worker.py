@@ -171,14 +171,14 @@ def trained(name: str, rank: int, data: int, tensor: int) -> dict[str, Any]:
 class Overflow(pl.Callback):
     """Puts an infinity into one rank's part of a gradient in some steps, and notes whether weights move in each."""
 
-    def __init__(self, rank: int, steps: dict[int, str]) -> None:
-        self.rank, self.steps = rank, steps
+    def __init__(self, rank: int, steps: dict[int, str], value: float = torch.inf) -> None:
+        self.rank, self.steps, self.value = rank, steps, value
         self.moved: list[set[bool]] = []
 
     def on_after_backward(self, fit: pl.Trainer, lit: pl.LightningModule) -> None:
         name = self.steps.get(fit.global_step)
         if name is not None and fit.global_rank == self.rank:
-            to_local(lit.get_parameter(name).grad).view(-1)[0] = torch.inf
+            to_local(lit.get_parameter(name).grad).view(-1)[0] = self.value
 
     def on_train_batch_start(self, fit: pl.Trainer, lit: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         self.before = [to_local(p).detach().clone() for p in lit.parameters()]
@@ -187,9 +187,9 @@ class Overflow(pl.Callback):
         self.moved.append({not torch.equal(to_local(p), before) for p, before in zip(lit.parameters(), self.before)})
 
 
-def overflowing(data: int, tensor: int, rank: int) -> list[set[bool]]:
+def overflowing(data: int, tensor: int, rank: int, value: float) -> list[set[bool]]:
     """Whether weights moved in every step; of the second and the fifth the gradients are not all finite."""
-    watch = Overflow(rank=1, steps={1: f"{ATTENTION}.q_proj.weight", 4: f"{ATTENTION}.k_proj.bias"})
+    watch = Overflow(1, {1: f"{ATTENTION}.q_proj.weight", 4: f"{ATTENTION}.k_proj.bias"}, value)
     scaler = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=64.0))
     lit = gpt(partial(MHA, attention_bias=True))
     callbacks = [watch, MuonClipCallback(threshold=1.0)]
@@ -265,7 +265,7 @@ def main(rank: int, ranks: int, folder: Path) -> None:
     found: dict[str, Any] = {name: trained(name, rank, *mesh) for name in names}
     if ranks == 2:
         mesh = init_device_mesh("cpu", (2,))
-        found["overflow"] = [overflowing(1, 2, rank), overflowing(2, 1, rank)]
+        found["overflow"] = [overflowing(1, 2, rank, torch.inf), overflowing(2, 1, rank, torch.nan)]
         found["observed"] = [observed(mesh, compiled=False), observed(mesh, compiled=True)]
         found["refusals"] = refusals(mesh)
     else:

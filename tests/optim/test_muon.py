@@ -437,6 +437,15 @@ class TestCheckpoints:
         train(optimizer_2, hidden_2 + rest_2, range(4, 10))
         assert_all_equal(hidden_2 + rest_2, hidden + rest)
 
+    def test_a_copy_with_parts_goes_on_equally(self) -> None:
+        fused = matrices([(6, 4)])
+        optimizer = Muon(fused, LR, parts={fused[0]: (0, [torch.arange(2), torch.arange(2, 6)])}, dtype=torch.float64)
+        train(optimizer, fused, range(2))
+        fused_2, optimizer_2 = pickle.loads(pickle.dumps((fused, optimizer)))
+        train(optimizer, fused, range(2, 4))
+        train(optimizer_2, fused_2, range(2, 4))
+        assert_all_equal(fused_2, fused)
+
     def test_state_is_what_torch_keeps(self) -> None:
         hidden, rest, optimizer = self.setting()
         train(optimizer, hidden + rest, [0])
@@ -501,6 +510,14 @@ class TestKinds:
             params[0].grad = torch.randn(shape, generator=torch.Generator().manual_seed(1)).view_as(params[0])
             Muon([{"params": params, **options}], LR).step()
         assert torch.equal(kernel[0].flatten(1), flat[0])
+
+    @pytest.mark.parametrize("nesterov", [True, False])
+    def test_a_convolution_in_channels_last_is_the_same(self, nesterov: bool) -> None:
+        first = matrices([(4, 3, 2, 2)])
+        second = [nn.Parameter(first[0].detach().clone(memory_format=torch.channels_last))]
+        for params in (first, second):
+            train(Muon([{"params": params, "kind": "convolution"}], LR, nesterov=nesterov), params, range(3))
+        assert_all_close(second, first, atol=1e-6)
 
     def test_kinds_survive_a_checkpoint(self) -> None:
         experts = matrices([(3, 4, 5)])

@@ -1,0 +1,47 @@
+"""AdamW for the groups of an optimizer that are no matrices: exactly ``torch.optim.AdamW``."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from lightning_muonclip.optim.gradients import gradient
+
+
+def adamw_step(state: MutableMapping[Tensor, Any], group: dict[str, Any], params: list[Tensor]) -> None:
+    """Steps parameters of one group.
+
+    Args:
+        state: The optimizer's.
+        group: Has ``lr``, ``weight_decay``, ``betas`` and ``eps``.
+        params: Those with a gradient.
+    """
+    for p in params:
+        if not state[p]:
+            zeros = torch.zeros_like(p, memory_format=torch.preserve_format)
+            state[p] = {
+                "step": torch.zeros((), dtype=torch.float32),
+                "exp_avg": zeros,
+                "exp_avg_sq": zeros.clone(),
+            }
+    states = [state[p] for p in params]
+    beta1, beta2 = group["betas"]
+    adamw(
+        params,
+        [gradient(p) for p in params],
+        [own["exp_avg"] for own in states],
+        [own["exp_avg_sq"] for own in states],
+        [],
+        [own["step"] for own in states],
+        amsgrad=False,
+        beta1=beta1,
+        beta2=beta2,
+        lr=group["lr"],
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=False,
+    )
