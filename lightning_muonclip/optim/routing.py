@@ -157,7 +157,7 @@ def _decide(
         if kind == "experts" and min(param.shape[-2:]) > 1:
             return "muon", "expert stack"
     if kind != "matrix" or min(param.shape) == 1:
-        return "adamw", "vector" if param.squeeze().ndim < 2 else f"{param.ndim}-D tensor"
+        return "adamw", "vector" if sum(size > 1 for size in param.shape) < 2 else f"{param.ndim}-D tensor"
     if _is_head(name, param, embeddings):
         return "adamw", "output head"
     return "muon", "hidden matrix"

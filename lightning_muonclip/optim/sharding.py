@@ -185,6 +185,7 @@ class Exchange:
         if indices not in self._rounds:
             if len(self._rounds) == MOST_PLANS:
                 self._rounds.clear()
+            self._check_gradients(indices)
             self._rounds[indices] = [self._round(members) for members in self._split(indices) if members]
         return self._rounds[indices]
 
@@ -253,6 +254,20 @@ class Exchange:
             return [part.view(extent(piece.box)) for part, piece in zip(arrived, leg.receives)]
 
         return finish
+
+    def _check_gradients(self, indices: tuple[int, ...]) -> None:
+        # For a new set only, so that a layer which one rank always leaves out is reported and not waited for.
+        digest = float(zlib.crc32(str(indices).encode()))
+        told = torch.tensor([digest, -digest], dtype=torch.float64, device=self._device)
+        dist.all_reduce(told, op=dist.ReduceOp.MAX, group=self.group)
+        largest, least = told.tolist()
+        if largest != -least:
+            absent = [str(tuple(shape)) for i, shape in enumerate(self.shapes) if i not in indices]
+            raise RuntimeError(
+                f"rank {dist.get_rank()} has gradients for {len(indices)} of {len(self.shapes)} matrices, but not for the"
+                f" same as the ranks beside it; here none is for matrices of shapes {', '.join(absent[:8]) or '(all are)'}."
+                " Give unused weights a zero gradient, as by adding 0 * weight.sum() to the loss"
+            )
 
     def _check_agreement(self, weights: Sequence[Tensor]) -> None:
         """Once, before any rank could wait for ever for what another does not send. It also makes the connections."""

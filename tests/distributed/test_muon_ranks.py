@@ -156,6 +156,7 @@ def other_cases() -> dict[str, Any]:
         "other values": other_values(),
         "unknown sharding": unknown_sharding(),
         "late group": late_group(),
+        "other gradients": other_gradients(),
         "checkpoint": checkpoint(),
         "layers": {layers: collectives_of(layers) for layers in (1, 8)},
     }
@@ -203,6 +204,17 @@ def refusal(p: nn.Parameter) -> str:
     try:
         Muon([p]).step()
     except (RuntimeError, ValueError) as error:
+        return str(error)
+    return "no error"
+
+
+def other_gradients() -> str:
+    params = [nn.Parameter(torch.zeros(4, 3)), nn.Parameter(torch.zeros(5, 2))]
+    own = params[dist.get_rank()]
+    own.grad = torch.ones_like(own)
+    try:
+        Muon(params).step()
+    except RuntimeError as error:
         return str(error)
     return "no error"
 
@@ -336,6 +348,12 @@ def test_ranks_with_other_matrices_are_refused(others: list[dict[str, Any]]) -> 
 def test_ranks_that_train_other_models_are_refused(others: list[dict[str, Any]]) -> None:
     for number, rank in enumerate(others):
         assert f"rank {number} has other values in its weights" in rank["other values"]
+
+
+def test_ranks_with_other_gradients_are_told_which(others: list[dict[str, Any]]) -> None:
+    for rank, absent in zip(others, ["(5, 2)", "(4, 3)"]):
+        assert "1 of 2 matrices" in rank["other gradients"]
+        assert f"none is for matrices of shapes {absent}" in rank["other gradients"]
 
 
 def test_parts_that_torch_would_not_make_are_refused_on_all_ranks(others: list[dict[str, Any]]) -> None:
