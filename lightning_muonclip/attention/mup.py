@@ -298,13 +298,13 @@ def _classify(name: str, shape: torch.Size, base: torch.Size, owner: nn.Module, 
         return (FINITE if growth == 1 else VECTOR), growth
     if isinstance(owner, _TRANSPOSED) or qualified_name(type(owner)) in _TRANSPOSED_NAMES:
         fan_in, fan_out = growths[0], math.prod(growths[1:])
-    elif leaf == "weight":
+    elif isinstance(owner, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         fan_in, fan_out = math.prod(growths[1:]), growths[0]
-    else:  # a bare parameter: matrices in its last two dimensions, such as a stack of experts
+    else:  # (out, in), or a stack of such matrices
         fan_in, fan_out = growths[-1], math.prod(growths[:-1])
     if fan_in == fan_out == 1:
         return FINITE, 1.0
-    if fan_in == 1 or (fan_out == 1 and leaf != "weight"):  # position embeddings and class tokens are bare
+    if fan_in == 1 or (fan_out == 1 and leaf != "weight"):  # position embeddings, class tokens
         return INPUT, fan_in * fan_out
     if fan_out == 1:
         in_block = any(part.isdigit() for part in name.split(".")[:-2])
