@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lightning_muonclip import Attention, MultiheadLatentAttention, Muon, MuonClip, MuonClipCallback, mup, split_params
+from lightning_muonclip.experiment import coord_check
 from lightning_muonclip.experiment.gpt import GPT
 from lightning_muonclip.optim.options import LR_ADJUSTMENTS
 
@@ -193,6 +194,30 @@ def test_depth() -> None:
     x = torch.randn(2, 5, 64)
     down = model.layers[7].mlp.down_proj
     assert torch.allclose(down(x), F.linear(x, down.weight) / 4)
+
+
+@pytest.mark.parametrize("name", ["AdamW", "Muon"])
+def test_what_all_layers_write_does_not_grow_with_their_number(name: str) -> None:
+    def slope(residual: tuple[str, ...]) -> float:
+        written = []
+        for layers in (2, 4, 8, 16):
+            torch.manual_seed(0)
+            model = gpt(64, layers)
+            optimizer: torch.optim.Optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+            if name == "Muon":
+                optimizer = Muon(split_params(model), lr=0.05, adjust_lr_fn="spectral_unclamped")
+            if residual:
+                mup.parametrize(model, gpt(64, 2), residual=residual).apply(optimizer)
+            train(model, optimizer, steps=4)
+            embedded = hidden = model.embed_tokens(TOKENS)
+            for layer in model.layers:
+                hidden = layer(hidden)
+            written.append(float((hidden - embedded).detach().abs().mean()))
+        return coord_check.slope((2, 4, 8, 16), written)
+
+    # What the initial weights write shrinks with the root of the depth: the smaller part after these steps.
+    assert abs(slope(("*.o_proj", "*.down_proj"))) < 0.3
+    assert slope(()) > 0.8
 
 
 # Export ------------------------------------------------------------------------------------------------------------
