@@ -194,6 +194,23 @@ class Parametrization:
                 param.copy_(torch.where(queries, (param + weight.offset) * factor - weight.offset, param))
         return state
 
+    def _scale_attention(self, name: str, module: nn.Module, base: nn.Module) -> None:
+        if isinstance(module, nn.MultiheadAttention) and module.head_dim != base.head_dim:
+            raise ValueError(
+                f"{name} is an nn.MultiheadAttention, whose scale cannot be set: let the number of its heads grow, not them"
+            )
+        plain, at_base = getattr(module, "scaling", None), getattr(base, "scaling", None)
+        if isinstance(plain, float) and isinstance(at_base, float) and plain != at_base:
+            scaling = plain**2 / at_base  # sqrt(d_base) / d
+            module.scaling = scaling  # type: ignore[assignment]
+            self._scaling[name] = scaling, plain
+
+    def _scale_head(self, name: str, module: nn.Linear, base: nn.Module, scale: Scale) -> None:
+        is_tied = scale.kind is INPUT and module.weight.shape[0] == base.weight.shape[0]  # type: ignore[index]
+        if scale.kind is OUTPUT or is_tied:
+            self._heads[name] = scale.growth**OUTPUT.multiplier
+            module.register_forward_pre_hook(Multiplier(self._heads[name]))
+
     def __str__(self) -> str:
         rows: dict[tuple[str, ...], int] = defaultdict(int)
         for name, scale in self.scales.items():
@@ -258,23 +275,10 @@ def parametrize(model: nn.Module, base: nn.Module, residual: Sequence[str] = ())
     mup = Parametrization(model, scales)
     by_weight: dict[Tensor, Scale] = {param: scales[name] for name, param in model.named_parameters()}
     for name, module in model.named_modules():
-        counterpart_module = base_modules.find(name, residual)
-        if isinstance(module, nn.MultiheadAttention) and module.head_dim != counterpart_module.head_dim:
-            raise ValueError(
-                f"{name} is an nn.MultiheadAttention, whose scale cannot be set: let the number of its heads grow, not them"
-            )
-        plain, at_base = (getattr(m, "scaling", None) for m in (module, counterpart_module))
-        if isinstance(plain, float) and isinstance(at_base, float) and plain != at_base:
-            scaling = plain**2 / at_base
-            module.scaling = scaling
-            mup._scaling[name] = scaling, plain
+        counterpart = base_modules.find(name, residual)
+        mup._scale_attention(name, module, counterpart)
         if isinstance(module, nn.Linear) and module.weight in by_weight:
-            scale = by_weight[module.weight]
-            is_tied = scale.kind is INPUT and module.weight.shape[0] == counterpart_module.weight.shape[0]
-            if (scale.kind is OUTPUT or is_tied) and scale.growth != 1:
-                factor = scale.growth**OUTPUT.multiplier
-                module.register_forward_pre_hook(Multiplier(factor))
-                mup._heads[name] = factor
+            mup._scale_head(name, module, counterpart, by_weight[module.weight])
         if _matches(name, residual) and depth != 1:
             module.register_forward_hook(Multiplier(1 / depth))
             mup._residual[name] = 1 / depth
