@@ -1,5 +1,6 @@
 """MuonClip for PyTorch Lightning: transformers that do not blow up."""
 
+from lightning_muonclip.attention import mup
 from lightning_muonclip.attention.attention import Attention
 from lightning_muonclip.attention.latent import MultiheadLatentAttention
 from lightning_muonclip.attention.masks import AttentionMask
@@ -30,6 +31,7 @@ __all__ = [
     "Projection",
     "QKClip",
     "muonclip_qk_clip",
+    "mup",
     "orthogonalize",
     "qk_clip_gamma",
     "register_attention",

@@ -337,8 +337,11 @@ class MuonClipCallback(Callback):
     def _follow_user(self, optimizer: Optimizer, muon: Muon) -> None:
         for (i, base), group in zip(self._sources, muon.param_groups):
             source = optimizer.param_groups[i]
-            group["lr"] = source["lr"] if self.lr is None else self.lr * (source["lr"] / base if base else 1.0)
-            group["weight_decay"] = source.get("weight_decay", 0.0) if self.weight_decay is None else self.weight_decay
+            rates = source.get("mup", {})  # of a group that muP has scaled, for AdamW
+            own, users = rates.get(group["adjust_lr_fn"] or "original", 1.0), rates.get("adamw", 1.0)
+            lr = source["lr"] / users if self.lr is None else self.lr * (source["lr"] / base if base else 1.0)
+            weight_decay = source.get("weight_decay", 0.0) * users if self.weight_decay is None else self.weight_decay
+            group["lr"], group["weight_decay"] = lr * own, weight_decay / own
 
     def _clip_gradients(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Clips over all parameters; Lightning's own clip of the user's share then finds nothing left to do."""

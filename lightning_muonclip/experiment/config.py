@@ -109,12 +109,29 @@ class TrainConfig:
     optimized_metric: str = "val/loss"
     data: Any = MISSING
     model: Any = MISSING
+    base_hidden_size: Optional[int] = None
     lit: ScheduleConfig = field(default_factory=ScheduleConfig)
     optimizer: Any = MISSING
     muonclip: Optional[MuonClipConfig] = None
     trainer: Any = MISSING
     logger: Any = None
     callbacks: Any = None
+
+
+@dataclass
+class CoordCheckConfig:
+    """A run of ``muonclip-coord-check``; see :func:`~lightning_muonclip.experiment.coord_check.activation_sizes`."""
+
+    seed: int = 0
+    widths: list[int] = MISSING
+    base_width: int = MISSING
+    steps: int = MISSING
+    seeds: int = MISSING
+    lr: float = MISSING
+    muon_lr: float = MISSING
+    activations: list[str] = MISSING
+    data: Any = MISSING
+    model: Any = MISSING
 
 
 # Arithmetic for configs: ${muonclip.floordiv:${trainer.devices},2}
@@ -127,7 +144,6 @@ _SCHEMAS: tuple[tuple[str, type], ...] = (
     ("model.attention", AttentionConfig),
     ("model.attention", LatentAttentionConfig),
     ("model", ModelConfig),
-    ("", TrainConfig),
 )
 
 #: Groups that only override others and leave no key of their own.
@@ -138,16 +154,21 @@ class ConfigError(ValueError):
     """A mistake in the configuration, said in one line."""
 
 
-def check_config(config: DictConfig) -> None:
+def check_config(config: DictConfig, schema: type = TrainConfig) -> None:
     """Checks names and types of everything that has a schema.
+
+    Args:
+        config: A composed config.
+        schema: Of the whole.
 
     Raises:
         ConfigError: Names the key, where it stands, and the nearest right one or what is wrong with its value.
     """
-    for path, schema in _SCHEMAS:
-        node = OmegaConf.select(config, path) if path else config
-        if OmegaConf.is_dict(node) and node.get("_target_") == getattr(schema, "_target_", None):
-            _check_node(node, schema, path)
+    for path, own in _SCHEMAS:
+        node = OmegaConf.select(config, path)
+        if OmegaConf.is_dict(node) and node.get("_target_") == own._target_:  # type: ignore[attr-defined]
+            _check_node(node, own, path)
+    _check_node(config, schema, "")
 
 
 def _check_node(node: DictConfig, schema: type, path: str) -> None:

@@ -14,6 +14,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from lightning_muonclip.attention.mup import parametrize
 from lightning_muonclip.experiment.gpt import GPT
 from lightning_muonclip.mixin import MaxLogitsMixin
 
@@ -31,6 +32,7 @@ class LitGPT(MaxLogitsMixin):
         warmup_steps: Steps of linear warm-up, followed by a cosine down to ``final_lr`` of the peak.
         final_lr: Share of the peak learning rate that is left at the last step.
         compile: Whether to compile the network.
+        base: The network at the width whose hyperparameters are to carry over: puts ``model`` into muP.
     """
 
     def __init__(
@@ -40,12 +42,14 @@ class LitGPT(MaxLogitsMixin):
         warmup_steps: int = 0,
         final_lr: float = 0.1,
         compile: bool = False,
+        base: GPT | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.make_optimizer = optimizer
         self.warmup_steps = warmup_steps
         self.final_lr = final_lr
+        self.mup = None if base is None else parametrize(model, base)
         if compile:
             self.model.compile()
 
@@ -83,6 +87,8 @@ class LitGPT(MaxLogitsMixin):
         matrices = [(name, p) for name, p in self.named_parameters() if p.ndim >= 2]
         vectors = [(name, p) for name, p in self.named_parameters() if p.ndim < 2]
         optimizer = self.make_optimizer([{"params": matrices}, {"params": vectors, "weight_decay": 0.0}])
+        if self.mup is not None:
+            self.mup.apply(optimizer)
         scheduler = LambdaLR(optimizer, self._lr_factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from lightning_muonclip.experiment.config import ConfigError, check_config, unknown_key
+from lightning_muonclip.experiment.gpt import GPT
 from lightning_muonclip.experiment.lit import LitGPT
 
 
@@ -47,7 +49,7 @@ def train(config: DictConfig) -> float:
     for logger in trainer.loggers:
         logger.log_hyperparams(OmegaConf.to_container(config, resolve=True))  # type: ignore[arg-type]
     trainer.fit(lit, datamodule=data, ckpt_path=config.ckpt_path)
-    rank_zero_info(f"Everything is in {_output_dir()}")
+    rank_zero_info(f"Everything is in {output_dir()}")
     if config.optimized_metric not in trainer.callback_metrics:
         logged = ", ".join(sorted(trainer.callback_metrics))
         rank_zero_warn(f"optimized_metric={config.optimized_metric} was not logged in this run; logged: {logged}")
@@ -79,37 +81,53 @@ def _build_all(nodes: DictConfig | None) -> list[Any]:
 
 
 def _build_module(config: DictConfig, vocab_size: int) -> LitGPT:
-    vocab_size = config.model.vocab_size or vocab_size
-    model = _build(config.model, vocab_size=vocab_size)
-    lit: LitGPT = _build(config.lit, model=model, optimizer=_build(config.optimizer))
+    model = build_model(config.model, vocab_size)
+    width = config.get("base_hidden_size")
+    base = None if width is None else build_model(config.model, vocab_size, width)
+    lit: LitGPT = _build(config.lit, model=model, optimizer=_build(config.optimizer), base=base)
     return lit
 
 
-def _output_dir() -> Path:
+def build_model(node: DictConfig, vocab_size: int, hidden_size: int | None = None) -> GPT:
+    """The configured model, or the same one of another width; ``vocab_size`` is for one that is given none."""
+    sizes = {"vocab_size": node.vocab_size or vocab_size}
+    if hidden_size is not None:
+        sizes["hidden_size"] = hidden_size
+        if node.intermediate_size is not None:
+            sizes["intermediate_size"] = node.intermediate_size * hidden_size // node.hidden_size
+    model: GPT = _build(node, **sizes)
+    return model
+
+
+def output_dir() -> Path:
+    """The folder of this run."""
     return Path(HydraConfig.get().runtime.output_dir)
 
 
 @hydra.main(version_base="1.3", config_path="pkg://lightning_muonclip.conf", config_name="train")
 def _hydra_main(config: DictConfig) -> float:
     # Lightning starts further ranks by this very command: only the first one looks.
-    if "LOCAL_RANK" not in os.environ and (_output_dir() / "metrics.csv").exists():
-        raise ConfigError(
-            f"{_output_dir()} holds a run already, which would be overwritten; give another hydra.run.dir"
-        )
-    OmegaConf.save(config, _output_dir() / "config.yaml", resolve=True)
+    if "LOCAL_RANK" not in os.environ and (output_dir() / "metrics.csv").exists():
+        raise ConfigError(f"{output_dir()} holds a run already, which would be overwritten; give another hydra.run.dir")
+    OmegaConf.save(config, output_dir() / "config.yaml", resolve=True)
     return train(config)
 
 
 def main() -> None:
-    """Entry point; a mistake in the configuration is one line, with the nearest right key."""
+    """Entry point."""
+    run_command("muonclip-train", _hydra_main)
+
+
+def run_command(name: str, command: Callable[[], Any]) -> None:
+    """Runs a command of Hydra; a mistake in the configuration is one line, with the nearest right key."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # hand errors on instead of printing them
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler of the summary starts and stops in silence
     for message in ("Experiment logs directory", r".*treespec, LeafSpec"):  # true of every run, and of no interest
         warnings.filterwarnings("ignore", message)
     try:
-        _hydra_main()
+        command()
     except (ConfigError, HydraException, OmegaConfBaseException) as error:
-        sys.exit(f"muonclip-train: {_explain(error)}")
+        sys.exit(f"{name}: {_explain(error)}")
 
 
 def _explain(error: Exception) -> str:

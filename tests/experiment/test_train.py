@@ -110,7 +110,7 @@ def test_loggers(train: Any, logger: str) -> None:
     assert list(folder.glob("metrics.csv" if logger == "csv" else "tensorboard/events*"))
 
 
-@pytest.mark.parametrize("experiment", ["demo", "explosion", "adamw_baseline", "kimi_mla"])
+@pytest.mark.parametrize("experiment", ["demo", "explosion", "adamw_baseline", "kimi_mla", "mu_transfer"])
 def test_experiments_compose_and_hold_to_the_schema(experiment: str) -> None:
     with initialize_config_module("lightning_muonclip.conf", version_base="1.3"):
         composed = compose("train", [f"experiment={experiment}"], return_hydra_config=True)

@@ -1,0 +1,66 @@
+"""Loss against learning rate, one curve a width: whether the best rate of a narrow model is that of a wide one."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hydra.experimental.callback import Callback as HydraCallback
+from omegaconf import DictConfig
+
+
+class Run(NamedTuple):
+    """How one run of the sweep was trained, and its loss in the end."""
+
+    optimizer: str
+    parametrization: str
+    width: int
+    lr: float
+    loss: float
+
+
+class LearningRateTransfer(HydraCallback):
+    """After a sweep (``experiment=mu_transfer``), writes ``transfer.csv`` and draws ``transfer.png`` into its folder."""
+
+    def __init__(self) -> None:
+        self.runs: list[Run] = []
+
+    def on_job_end(self, config: DictConfig, job_return: Any, **kwargs: Any) -> None:
+        """Remembers what a run returned."""
+        optimizer = "AdamW" if config.muonclip is None else "MuonClip"
+        parametrization = "standard" if config.base_hidden_size is None else "muP"
+        loss = float(job_return.return_value)
+        self.runs.append(Run(optimizer, parametrization, config.model.hidden_size, config.optimizer.lr, loss))
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Writes and draws."""
+        folder = Path(config.hydra.sweep.dir)
+        with (folder / "transfer.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([Run._fields, *self.runs])
+        draw_transfer(self.runs, folder / "transfer.png")
+
+
+def draw_transfer(runs: Sequence[Run], path: Path) -> None:
+    """A column an optimizer, a row a parametrization, a curve a width; its best run is marked."""
+    from matplotlib.figure import Figure
+
+    rows, columns = sorted({run.parametrization for run in runs}), sorted({run.optimizer for run in runs}, reverse=True)
+    figure = Figure(figsize=(4.5 * len(columns), 3.5 * len(rows)), layout="constrained")
+    grid = figure.subplots(len(rows), len(columns), sharex="col", sharey=True, squeeze=False)
+    for parametrization, own_row in zip(rows, grid):
+        for optimizer, axes in zip(columns, own_row):
+            curves: dict[int, list[tuple[float, float]]] = defaultdict(list)
+            for run in runs:
+                if (run.optimizer, run.parametrization) == (optimizer, parametrization) and math.isfinite(run.loss):
+                    curves[run.width].append((run.lr, run.loss))
+            for width, points in sorted(curves.items()):
+                (line,) = axes.plot(*zip(*sorted(points)), marker=".", lw=1.2, label=str(width))
+                axes.plot(*min(points, key=lambda point: point[1]), marker="*", ms=11, color=line.get_color())
+            axes.set(xscale="log", xlabel="learning rate", ylabel="loss", title=f"{optimizer}, {parametrization}")
+            if curves:
+                axes.legend(title="width", fontsize="small")
+    figure.savefig(path, dpi=150)
