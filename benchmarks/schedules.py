@@ -22,7 +22,7 @@ from lightning_muonclip.optim.coefficients import SCHEDULES, Schedule
 from lightning_muonclip.optim.minimax import minimax_schedule
 from lightning_muonclip.optim.restarts import best_restarts, flops
 
-#: A schedule decides how far Muon steps, so it is Muon's rate that has to suit it; AdamW keeps the one that suits it best.
+#: A schedule decides how far Muon steps, so it is Muon's rate that has to suit it; AdamW keeps one that suits it.
 #: With one rate for both, what looks like the better schedule is the one whose best rate is nearer to AdamW's.
 ADAMW_RATE = 0.02
 RATES = (0.005, 0.01, 0.02, 0.04)
