@@ -35,7 +35,7 @@ OURS = {
     "ours": (None, "auto"),
     "ours, direct": (None, "direct"),
     "ours, gram": (None, "gram"),
-    "ours, schatten4": ("schatten4", "auto"),
+    "ours, polar_express": ("polar_express", "auto"),
     "ours, jordan": ("jordan", "auto"),
 }
 
