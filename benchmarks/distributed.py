@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from harness import copy_rate, device, machine, matmul_rate, save
 from parameter_sets import MODELS, PARAMETER_SETS, Shape
+from peers import LoopMuon
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -34,7 +35,7 @@ from lightning_muonclip import Muon, orthogonalize
 from lightning_muonclip.optim.coefficients import resolve_schedule
 from lightning_muonclip.optim.orthogonalize import working_dtype
 from lightning_muonclip.optim.owners import assign_owners
-from lightning_muonclip.optim.restarts import best_restarts, flops
+from lightning_muonclip.optim.restarts import cheapest_flops
 
 DOCS = Path(__file__).parents[1] / "docs"
 RANKS = tuple(2**i for i in range(1, 13))
@@ -70,7 +71,7 @@ def cost(m: int, n: int) -> float:
     """FLOPs of orthogonalising one matrix, as Muon counts them when it chooses owners."""
     schedule = resolve_schedule(None, None)
     unit = torch.finfo(working_dtype(device())).eps / 2
-    return flops(schedule, best_restarts(schedule.polynomials, max(m, n) / min(m, n), unit, 1.0), m, n)
+    return cheapest_flops(schedule, m, n, unit)
 
 
 def wire_bytes() -> int:
@@ -294,22 +295,12 @@ def write_docs(parts: dict[str, str]) -> None:
 # Real processes -------------------------------------------------------------------------------------------------------
 
 
-class Everyone(Optimizer):
-    """Muon as a loop in which every rank gathers and orthogonalises everything."""
+class Everyone(LoopMuon):
+    """Every rank gathers and orthogonalises everything."""
 
-    def __init__(self, params: Sequence[Parameter], lr: float) -> None:
-        super().__init__(params, {"lr": lr, "momentum": 0.95, "weight_decay": 0.1})
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One step."""
-        for group in self.param_groups:
-            for p in group["params"]:
-                buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
-                buffer.lerp_(p.grad, 1 - group["momentum"])
-                update = p.grad.lerp(buffer, group["momentum"])
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(_laid_out_as(p, orthogonalize(_whole(update))), alpha=-group["lr"])
+    def subtract(self, p: Tensor, update: Tensor, lr: float) -> None:
+        """On every rank alike."""
+        p.add_(_laid_out_as(p, orthogonalize(_whole(update))), alpha=-lr)
 
 
 #: Operators of torch's collectives that are none.

@@ -32,7 +32,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_muonclip import Muon
 from lightning_muonclip.optim.coefficients import resolve_schedule
 from lightning_muonclip.optim.orthogonalize import working_dtype
-from lightning_muonclip.optim.restarts import best_restarts, flops
+from lightning_muonclip.optim.restarts import cheapest_flops
 
 PEER = "Muon"
 LR = 1e-6  # parameters stay what they are, however often they are stepped
@@ -102,7 +102,7 @@ def work(name: str, params: Sequence[Tensor]) -> Work | None:
         unit = torch.finfo(dtype).eps / 2
 
         def products(m: int, n: int) -> float:
-            return flops(schedule, best_restarts(schedule.polynomials, max(m, n) / min(m, n), unit, 0.5), m, n, 0.5)
+            return cheapest_flops(schedule, m, n, unit, 0.5)
 
     elif name in ("plain float32 loop", "torch.optim.Muon"):
         dtype = torch.float32 if name.startswith("plain") else torch.bfloat16

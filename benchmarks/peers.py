@@ -30,12 +30,11 @@ def newton_schulz(x: Tensor, dtype: torch.dtype) -> Tensor:
     return (y.mT if is_tall else y).to(x.dtype)
 
 
-class PlainMuon(Optimizer):
-    """Muon as a loop over matrices, in one working dtype; a stack of experts is a loop too."""
+class LoopMuon(Optimizer):
+    """Muon as a loop over weights; a subclass says how to subtract an update."""
 
-    def __init__(self, params: Iterable[Parameter], lr: float, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, params: Iterable[Any], lr: float) -> None:
         super().__init__(params, {"lr": lr, "momentum": 0.95, "weight_decay": 0.1})
-        self.dtype = dtype
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -46,10 +45,26 @@ class PlainMuon(Optimizer):
                 buffer.lerp_(p.grad, 1 - group["momentum"])
                 update = p.grad.lerp(buffer, group["momentum"])
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                m, n = p.shape[-2:]
-                scale = max(1.0, m / n) ** 0.5
-                for weight, u in zip(p.reshape(-1, m, n), update.reshape(-1, m, n)):
-                    weight.add_(newton_schulz(u, self.dtype), alpha=-group["lr"] * scale)
+                self.subtract(p, update, group["lr"])
+
+    def subtract(self, p: Tensor, update: Tensor, lr: float) -> None:
+        """Orthogonalises an update and subtracts it from its weight."""
+        raise NotImplementedError
+
+
+class PlainMuon(LoopMuon):
+    """In one working dtype; a stack of experts is a loop too."""
+
+    def __init__(self, params: Iterable[Parameter], lr: float, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(params, lr)
+        self.dtype = dtype
+
+    def subtract(self, p: Tensor, update: Tensor, lr: float) -> None:
+        """Matrix by matrix."""
+        m, n = p.shape[-2:]
+        scale = max(1.0, m / n) ** 0.5
+        for weight, u in zip(p.reshape(-1, m, n), update.reshape(-1, m, n)):
+            weight.add_(newton_schulz(u, self.dtype), alpha=-lr * scale)
 
 
 def each(function: Callable[[Tensor], Any]) -> Orthogonalizer:

@@ -20,7 +20,7 @@ from harness import RESULTS, machine
 
 from lightning_muonclip.optim.coefficients import SCHEDULES, Schedule
 from lightning_muonclip.optim.minimax import minimax_schedule
-from lightning_muonclip.optim.restarts import best_restarts, flops
+from lightning_muonclip.optim.restarts import cheapest_flops
 
 #: A schedule decides how far Muon steps, so it is Muon's rate that has to suit it; AdamW keeps one that suits it.
 #: With one rate for both, what looks like the better schedule is the one whose best rate is nearer to AdamW's.
@@ -92,8 +92,7 @@ def cost(schedule: Schedule) -> float:
     """FLOPs of one step of the demo's hidden matrices (four 128 x 128 and two 512 x 128 a layer), by the cheapest form."""
     total = 0.0
     for count, (m, n) in ((4, (128, 128)), (2, (512, 128))):
-        restarts = best_restarts(schedule.polynomials, max(m, n) / min(m, n), 2**-24, 0.5)
-        total += 4 * count * flops(schedule, restarts, m, n, 0.5)
+        total += 4 * count * cheapest_flops(schedule, m, n, 2**-24, 0.5)
     return total
 
 

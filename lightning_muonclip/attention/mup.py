@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_muonclip.qk_clip.layout import QUERY_KINDS
-from lightning_muonclip.qk_clip.names import qualified_name
+from lightning_muonclip.qk_clip.names import TRANSPOSED_LINEARS, qualified_name
 from lightning_muonclip.qk_clip.registry import recognise
 from lightning_muonclip.qk_clip.weights import weights_of
 from lightning_muonclip.tables import table
@@ -28,7 +28,6 @@ OptimizerT = TypeVar("OptimizerT", bound=Optimizer)
 
 #: Layers whose weight is (in, out).
 _TRANSPOSED = (nn.Embedding, nn.EmbeddingBag, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_TRANSPOSED_NAMES = ("transformers.pytorch_utils.Conv1D",)
 
 
 @dataclass(frozen=True, eq=False)
@@ -300,7 +299,7 @@ def _classify(name: str, shape: torch.Size, base: torch.Size, owner: nn.Module, 
     if len(shape) < 2:
         growth = math.prod(growths)
         return (FINITE if growth == 1 else VECTOR), growth
-    if isinstance(owner, _TRANSPOSED) or qualified_name(type(owner)) in _TRANSPOSED_NAMES:
+    if isinstance(owner, _TRANSPOSED) or qualified_name(type(owner)) in TRANSPOSED_LINEARS:
         fan_in, fan_out = growths[0], math.prod(growths[1:])
     elif isinstance(owner, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         fan_in, fan_out = math.prod(growths[1:]), growths[0]

@@ -51,11 +51,13 @@ class _Round:
         indices: All of them, the same on every rank.
         owned: Those that this rank orthogonalises.
         sources: Those of which this rank has to know its part of the update.
+        is_sharded: Whether anything goes to any owner: the same answer on every rank.
     """
 
     indices: list[int]
     owned: list[int]
     sources: list[int]
+    is_sharded: bool
     to_owners: _Leg
     to_holders: _Leg
 
@@ -152,7 +154,7 @@ class Exchange:
     def _gather(self, round: _Round, parts: Mapping[int, Tensor], wire: torch.dtype) -> Callable[[], dict[int, Tensor]]:
         """Starts to bring matrices to their owners; the function returned waits for those that this rank owns."""
         sends = [parts[piece.number] for piece in round.to_owners.sends]
-        finish = self._all_to_all(round.to_owners, sends, wire) if self._is_sharded(round) else None
+        finish = self._all_to_all(round.to_owners, sends, wire) if round.is_sharded else None
 
         def wait() -> dict[int, Tensor]:
             if finish is None:
@@ -223,11 +225,8 @@ class Exchange:
             pieces.sort(key=lambda piece: (piece.peer, piece.number))
         owned = [i for i in indices if self.owners[i] == self.rank]
         sources = sorted({*owned, *(piece.number for piece in to_owners.sends)})
-        return _Round(indices, owned, sources, to_owners, to_holders)
-
-    def _is_sharded(self, round: _Round) -> bool:
-        """Whether anything goes to any owner: the same answer on every rank."""
-        return any(box != self._boxes[i][0] for i in round.indices for box in self._boxes[i])
+        is_sharded = any(box != self._boxes[i][0] for i in indices for box in self._boxes[i])
+        return _Round(indices, owned, sources, is_sharded, to_owners, to_holders)
 
     def _all_to_all(
         self, leg: _Leg, parts: Sequence[Tensor], wire: torch.dtype, dtype: torch.dtype | None = None
@@ -257,11 +256,8 @@ class Exchange:
 
     def _check_gradients(self, indices: tuple[int, ...]) -> None:
         # For a new set only, so that a layer which one rank always leaves out is reported and not waited for.
-        digest = float(zlib.crc32(str(indices).encode()))
-        told = torch.tensor([digest, -digest], dtype=torch.float64, device=self._device)
-        dist.all_reduce(told, op=dist.ReduceOp.MAX, group=self.group)
-        largest, least = told.tolist()
-        if largest != -least:
+        [(least, largest)] = self._ranges(zlib.crc32(str(indices).encode()))
+        if least != largest:
             absent = [str(tuple(shape)) for i, shape in enumerate(self.shapes) if i not in indices]
             raise RuntimeError(
                 f"rank {dist.get_rank()} has gradients for {len(indices)} of {len(self.shapes)} matrices, but not for the"
@@ -276,23 +272,28 @@ class Exchange:
         # Of plain weights nothing but their values tells whether these ranks do train them together.
         plain = [weight.detach() for weight in weights if not isinstance(weight, DTensor) and weight.numel()]
         size = float(torch.stack(torch._foreach_norm(plain)).double().sum()) if plain else 0.0
-        told = torch.tensor([bool(problem), digest, -digest, size, -size], dtype=torch.float64, device=self._device)
-        dist.all_reduce(told, op=dist.ReduceOp.MAX, group=self.group)
-        has_problem, largest, least, most, fewest = told.tolist()
+        (_, has_problem), (least, largest), (smallest, biggest) = self._ranges(bool(problem), digest, size)
         if has_problem:
             raise ValueError(problem or "another rank holds a weight that is sharded in an unknown way; see its error")
-        if largest != -least:
+        if least != largest:
             shapes = ", ".join(str(tuple(shape)) for shape in self.shapes[:8]) + (", ..." if len(weights) > 8 else "")
             raise RuntimeError(
                 f"rank {dist.get_rank()} has other matrices for Muon than the ranks beside it: {len(weights)} of shapes"
                 f" {shapes}. All ranks of a group must be given the same parameters in the same order, and be the same kind"
                 " of device"
             )
-        if abs(most + fewest) > 1e-6 * abs(most):
+        if abs(biggest - smallest) > 1e-6 * abs(biggest):
             raise RuntimeError(
                 f"rank {dist.get_rank()} has other values in its weights than the ranks beside it, so they do not train the"
                 " same model: give Muon the process_group of those that do, or broadcast the weights first, as DDP does"
             )
+
+    def _ranges(self, *values: float) -> list[tuple[float, float]]:
+        """The least and the largest that any rank has of every value; read on the host."""
+        told = torch.tensor([[-value for value in values], values], dtype=torch.float64, device=self._device)
+        dist.all_reduce(told, op=dist.ReduceOp.MAX, group=self.group)
+        least, largest = told.tolist()
+        return [(-low, high) for low, high in zip(least, largest)]
 
 
 def wires(working: torch.dtype, dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+#: Linear layers whose weight is (in, out): output channels lie on dimension 1.
+TRANSPOSED_LINEARS = ("transformers.pytorch_utils.Conv1D",)
+
 
 def qualified_name(cls: Any) -> str:
     """The name of a class with its module."""

@@ -6,13 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_muonclip.qk_clip.layout import SPLITS, split_channels
-from lightning_muonclip.qk_clip.names import qualified_name
+from lightning_muonclip.qk_clip.names import TRANSPOSED_LINEARS, qualified_name
 from lightning_muonclip.qk_clip.registry import AttentionModules
 from lightning_muonclip.qk_clip.spec import Projection
 from lightning_muonclip.qk_clip.weights import channel_map
-
-#: Linear layers whose weight is (in, out): output channels lie on dimension 1.
-_TRANSPOSED = ("transformers.pytorch_utils.Conv1D",)
 
 #: For a weight, the dimension of its output channels, and the channels of every matrix in it.
 MatrixParts = dict[Tensor, tuple[int, list[Tensor]]]
@@ -39,7 +36,7 @@ def matrix_parts(model: nn.Module, attention: AttentionModules, split: str) -> M
     check_split(split)
     parts: MatrixParts = {}
     for module in model.modules():
-        if qualified_name(type(module)) in _TRANSPOSED:
+        if qualified_name(type(module)) in TRANSPOSED_LINEARS:
             transposed = module.get_parameter("weight")
             parts[transposed] = (1, [torch.arange(transposed.shape[1])])
     for name, (module, spec) in attention.items():
