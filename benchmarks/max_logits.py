@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from harness import report, side_by_side
 from torch import Tensor
 
+from lightning_muonclip.attention.core import attention
 from lightning_muonclip.kernels.max_logits import max_logits
 
 PEER = "SDPA forward + backward"
@@ -35,24 +36,22 @@ def one_length(batch: int, heads: int, length: int, dim: int, dtype: torch.dtype
         "max_logits, 8 documents": largest(documents=documents),
     }
     if device == "cuda":
-        functions |= flex(attend, length)
+        functions |= flex(attend, dim)
     report(name, side_by_side(functions), PEER, batch=batch, heads=heads, length=length, dim=dim, dtype=str(dtype))
 
 
-def flex(attend: Callable[..., Callable[[], None]], length: int) -> dict[str, Callable[[], Any]]:
-    """FlexAttention with and without its own largest scores."""
-    from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
+def flex(attend: Callable[..., Callable[[], None]], dim: int) -> dict[str, Callable[[], Any]]:
+    """FlexAttention, which finds the largest logits on its way unless a score_mod changes them first."""
 
-    compiled = torch.compile(flex_attention)
-    block_mask = create_block_mask(lambda b, h, q, k: q >= k, None, None, length, length)
-
-    def tracked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out, _ = compiled(q, k, v, block_mask=block_mask, return_aux=AuxRequest(max_scores=True))
-        return out
+    def through(track: str | None, softcap: float | None = None) -> Callable[..., Tensor]:
+        options: dict[str, Any] = {"scale": dim**-0.5, "backend": "flex", "track": track, "softcap": softcap}
+        return lambda q, k, v: attention(q, k, v, **options)[0]
 
     return {
-        "flex forward + backward": attend(lambda q, k, v: compiled(q, k, v, block_mask=block_mask)),
-        "flex with max_scores": attend(tracked),
+        "flex": attend(through(None)),
+        "flex, tracked": attend(through("exact")),
+        "flex, soft-cap": attend(through(None, 50.0)),
+        "flex, soft-cap, tracked": attend(through("exact", 50.0)),
     }
 
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_muonclip.attention.core import attention
+from lightning_muonclip.attention.base import AttentionModule
 from lightning_muonclip.attention.masks import AttentionMask
 from lightning_muonclip.attention.rotary import RotaryEmbedding, rotate
-from lightning_muonclip.attention.tracking import Tracked
+from lightning_muonclip.attention.score_mods import ScoreMod
 from lightning_muonclip.heads import for_own_heads, split_heads
 
 
-class Attention(Tracked):
+class Attention(AttentionModule):
     """Causal self-attention with rotary positions; parameters are named and laid out as in Hugging Face Llama.
 
     Args:
@@ -23,13 +26,21 @@ class Attention(Tracked):
         head_dim: Channels a head; ``None`` is ``hidden_size / num_attention_heads``.
         attention_bias: Whether the projections have a bias.
         qk_norm: RMS-normalises every query and key head after its projection, as Qwen3 does.
-        rope_theta: Base of the rotary wavelengths.
+        rope_theta: Base of the rotary wavelengths; ``None`` does not rotate, for a ``score_mod`` that knows distances.
         rms_norm_eps: Epsilon of ``qk_norm``.
+        output_bias: Whether the output projection has a bias; ``None`` follows ``attention_bias`` (Qwen2 has none there).
+        rope_scaling: See :class:`~lightning_muonclip.attention.rotary.RotaryEmbedding`.
+        sliding_window: See :class:`~lightning_muonclip.attention.base.AttentionModule`, as for the next two.
+        softcap: Bound of the logits.
+        sinks: Whether heads have a learnt logit without a value.
+        scaling: Factor on the dot products; ``None`` is ``head_dim ** -0.5`` (Gemma 2: ``query_pre_attn_scalar ** -0.5``).
+        score_mod: See :class:`~lightning_muonclip.attention.base.AttentionModule`.
+        backend: Likewise.
 
     Under tensor parallelism (queries, keys and values by columns, outputs by rows) it attends with the heads of its rank.
 
     Raises:
-        ValueError: If the sizes do not divide.
+        ValueError: If the sizes do not divide, or an option is out of range.
 
     Example:
         >>> module = Attention(hidden_size=32, num_attention_heads=4, num_key_value_heads=2)
@@ -45,28 +56,44 @@ class Attention(Tracked):
         head_dim: int | None = None,
         attention_bias: bool = False,
         qk_norm: bool = False,
-        rope_theta: float = 10000.0,
+        rope_theta: float | None = 10000.0,
         rms_norm_eps: float = 1e-6,
+        output_bias: bool | None = None,
+        rope_scaling: Mapping[str, Any] | None = None,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        sinks: bool = False,
+        scaling: float | None = None,
+        score_mod: ScoreMod | None = None,
+        backend: str = "auto",
     ) -> None:
-        super().__init__()
         if head_dim is None and hidden_size % num_attention_heads:
             raise ValueError(
                 f"hidden_size {hidden_size} is not divisible by {num_attention_heads} heads; give head_dim"
             )
-        self.num_attention_heads = num_attention_heads
-        self.num_key_value_heads = num_key_value_heads or num_attention_heads
-        if num_attention_heads % self.num_key_value_heads:
-            raise ValueError(f"{num_attention_heads} heads cannot share {self.num_key_value_heads} key heads evenly")
-        self.head_dim = head_dim or hidden_size // num_attention_heads
-        self.scaling = self.head_dim**-0.5
-        queries, keys = num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        num_key_value_heads = num_key_value_heads or num_attention_heads
+        if num_attention_heads % num_key_value_heads:
+            raise ValueError(f"{num_attention_heads} heads cannot share {num_key_value_heads} key heads evenly")
+        if rope_theta is None and rope_scaling is not None:
+            raise ValueError("rope_scaling stretches a rotation, but rope_theta=None has none; give only one of them")
+        head_dim = head_dim or hidden_size // num_attention_heads
+        scaling = head_dim**-0.5 if scaling is None else float(scaling)
+        super().__init__(num_attention_heads, scaling, sliding_window, softcap, sinks, score_mod, backend)
+        self.num_key_value_heads = num_key_value_heads
+        self.head_dim = head_dim
+        queries, keys = num_attention_heads * head_dim, num_key_value_heads * head_dim
         self.q_proj = nn.Linear(hidden_size, queries, bias=attention_bias)
         self.k_proj = nn.Linear(hidden_size, keys, bias=attention_bias)
         self.v_proj = nn.Linear(hidden_size, keys, bias=attention_bias)
-        self.o_proj = nn.Linear(queries, hidden_size, bias=attention_bias)
-        self.q_norm = nn.RMSNorm(self.head_dim, eps=rms_norm_eps) if qk_norm else None
-        self.k_norm = nn.RMSNorm(self.head_dim, eps=rms_norm_eps) if qk_norm else None
-        self.rotary = RotaryEmbedding(self.head_dim, rope_theta)
+        self.o_proj = nn.Linear(queries, hidden_size, bias=attention_bias if output_bias is None else output_bias)
+        self.q_norm = nn.RMSNorm(head_dim, eps=rms_norm_eps) if qk_norm else None
+        self.k_norm = nn.RMSNorm(head_dim, eps=rms_norm_eps) if qk_norm else None
+        self.rotary = None if rope_theta is None else RotaryEmbedding(head_dim, rope_theta, rope_scaling)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """That of the queries."""
+        return self.q_proj.weight
 
     def forward(
         self, hidden_states: Tensor, *, mask: AttentionMask | None = None, position_ids: Tensor | None = None
@@ -81,8 +108,6 @@ class Attention(Tracked):
         Returns:
             Tensor of the shape of ``hidden_states``.
         """
-        if position_ids is None:
-            position_ids = torch.arange(hidden_states.shape[1], device=hidden_states.device)[None]
         query, key, value = (
             split_heads(projection(hidden_states), self.head_dim)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
@@ -90,11 +115,12 @@ class Attention(Tracked):
         if self.q_norm is not None and self.k_norm is not None:
             query = _normalise(query, self.q_norm, self.q_proj.weight, self.num_attention_heads)
             key = _normalise(key, self.k_norm, self.k_proj.weight, self.num_key_value_heads)
-        cos, sin = self.rotary(position_ids)
-        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-        output, maxima = attention(query, key, value, scale=self.scaling, mask=mask, track=self.track)
-        self.report(maxima, query, key)
-        return self.o_proj(output.transpose(1, 2).flatten(2))
+        if self.rotary is not None:
+            if position_ids is None:
+                position_ids = torch.arange(hidden_states.shape[1], device=hidden_states.device)[None]
+            cos, sin = self.rotary(position_ids)
+            query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        return self.attend(query, key, value, mask)
 
 
 def _normalise(x: Tensor, norm: nn.RMSNorm, weight: Tensor, heads: int) -> Tensor:

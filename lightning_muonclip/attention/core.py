@@ -1,15 +1,19 @@
-"""Scaled dot-product attention that also tells each head's largest logit."""
+"""Scaled dot-product attention that also tells each head's largest logit: one function, three backends."""
 
 from __future__ import annotations
 
-import torch.nn.functional as F
+import importlib.util
+
+import torch
 from torch import Tensor
 
-from lightning_muonclip.attention.masks import AttentionMask
-from lightning_muonclip.kernels.log_sum_exp import attention_log_sum_exp, tells_log_sum_exp
-from lightning_muonclip.kernels.max_logits import max_logits
+from lightning_muonclip.attention import eager, flex, sdpa
+from lightning_muonclip.attention.masks import CAUSAL, AttentionMask
+from lightning_muonclip.attention.score_mods import ScoreMod, chain, soft_cap
 
-CAUSAL = AttentionMask()
+BACKENDS = {"eager": eager.attend, "sdpa": sdpa.attend, "flex": flex.attend}
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+BACKEND_CHOICES = ("auto", *BACKENDS)
 
 
 def attention(
@@ -19,52 +23,67 @@ def attention(
     *,
     scale: float,
     mask: AttentionMask | None = None,
+    score_mod: ScoreMod | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     track: str | None = None,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention of all heads.
+    """Attention of all heads within a sequence.
+
+    Logits are the scaled dot products; they are soft-capped, then given to ``score_mod``, then masked.
 
     Args:
         query: Shape ``(batch, heads, length, d)``.
-        key: Shape ``(batch, key_heads, length, d)``.
+        key: Shape ``(batch, key_heads, length, d)``; every run of ``heads / key_heads`` query heads shares a key head.
         value: Shape ``(batch, key_heads, length, d_v)``.
         scale: Factor on the dot products.
         mask: ``None`` is causal.
+        score_mod: What is done to logits, in the signature of FlexAttention.
+        softcap: Cap of the logits, see :func:`~lightning_muonclip.attention.score_mods.soft_cap`.
+        sinks: A logit for every query head, shape ``(heads,)``, that takes part in the softmax and has no value (GPT-OSS).
         track: ``None`` does not measure the logits, ``"exact"`` does, ``"lse"`` takes the kernel's log-sum-exp as an upper
             bound where it can be had, and measures elsewhere.
+        backend: ``"flex"`` (FlexAttention, which has no backward on CPUs), ``"sdpa"`` (torch's fused kernels: no
+            ``score_mod``, soft-cap or sinks), ``"eager"`` (plain operations and whole logit matrices, the reference), or
+            ``"auto"``: flex on a CUDA device, else sdpa where it can, else eager.
 
     Returns:
-        Output of shape ``(batch, heads, length, d_v)``, and the per-head maxima of shape ``(heads,)`` (see
-        :func:`~lightning_muonclip.kernels.max_logits.max_logits`) or ``None``.
+        Output of shape ``(batch, heads, length, d_v)``, and the per-head maxima of shape ``(heads,)``, float32, or ``None``.
+        Maxima are of the scaled dot products over the visible pairs, before soft-cap, ``score_mod`` and sinks: of what a
+        factor on the weights scales (see :func:`~lightning_muonclip.kernels.max_logits.max_logits`).
+
+    Raises:
+        ValueError: If shapes do not fit, the backend is unknown or cannot do what is asked, or the mask is for another
+            batch, length or device.
     """
+    _check(query, key, value, sinks, backend)
     mask = CAUSAL if mask is None else mask
-    dense = mask.dense(query.shape[-2], query.device)
-    is_causal = mask.causal and dense is None
-    # The fused kernels want values as wide as keys; zeros that are cut off again are cheaper than the plain kernel.
-    width = value.shape[-1]
-    if width < key.shape[-1]:
-        value = F.pad(value, (0, key.shape[-1] - width))
-    if track == "lse" and tells_log_sum_exp(query, key, value, dense, 0.0):
-        real = mask.real_pairs(dense)
-        output, bounds = attention_log_sum_exp(query, key, value, dense, is_causal, scale, counted=real)
-        return output[..., :width], bounds
-    maxima = None
-    if track is not None:
-        # Not by the dense mask: a window and documents tell which tiles need no look.
-        maxima = max_logits(
-            query,
-            key,
-            scale=scale,
-            is_causal=mask.causal,
-            window=mask.window,
-            documents=mask.real_documents(),
+    if softcap is not None:
+        score_mod = chain(soft_cap(softcap), score_mod)
+    if backend == "auto":
+        plain = "eager" if score_mod is not None or sinks is not None else "sdpa"
+        backend = "flex" if _fits_flex(query, value) else plain
+    return BACKENDS[backend](query, key, value, scale, mask, score_mod, sinks, track)
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, backend: str) -> None:
+    if backend not in BACKEND_CHOICES:
+        raise ValueError(f"unknown backend {backend!r}; known: {', '.join(BACKEND_CHOICES)}")
+    heads, key_heads = query.shape[1], key.shape[1]
+    if heads % key_heads:
+        raise ValueError(f"{heads} query heads cannot share {key_heads} key heads evenly")
+    shapes = query.shape[0], key_heads, query.shape[2]
+    if key.shape[:3] != shapes or value.shape[:3] != shapes or query.shape[3] != key.shape[3]:
+        raise ValueError(
+            "queries, keys and values are of one sequence: (batch, heads, length, d), (batch, key_heads, length, d) and"
+            f" (batch, key_heads, length, d_v); got {tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}"
         )
-    output = F.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=dense,
-        is_causal=is_causal,
-        scale=scale,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-    return output[..., :width], maxima
+    if sinks is not None and sinks.shape != (heads,):
+        raise ValueError(f"sinks are one logit for each of {heads} query heads; got shape {tuple(sinks.shape)}")
+
+
+def _fits_flex(query: Tensor, value: Tensor) -> bool:
+    # Its kernels multiply tiles of at least 16 channels, and know no float64.
+    is_large = min(query.shape[-1], value.shape[-1]) >= 16
+    return _HAS_TRITON and query.device.type == "cuda" and is_large and query.dtype is not torch.float64

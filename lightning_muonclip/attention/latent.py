@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from lightning_muonclip.attention.core import attention
+from lightning_muonclip.attention.base import AttentionModule
 from lightning_muonclip.attention.masks import AttentionMask
 from lightning_muonclip.attention.rotary import RotaryEmbedding, rotate_interleaved
-from lightning_muonclip.attention.tracking import Tracked
+from lightning_muonclip.attention.score_mods import ScoreMod
 from lightning_muonclip.heads import for_own_heads, split_heads
 
 
-class MultiheadLatentAttention(Tracked):
+class MultiheadLatentAttention(AttentionModule):
     """Attention whose keys and values are made from one small latent; parameters as in Hugging Face DeepSeek-V3.
 
     A query or key head has two parts: one without rotation, made from the latent, and a rotated one, whose key is shared
@@ -30,6 +33,16 @@ class MultiheadLatentAttention(Tracked):
         attention_bias: Whether the down-projections and the output projection have a bias.
         rope_theta: Base of the rotary wavelengths.
         rms_norm_eps: Epsilon of the norms of the latents.
+        rope_scaling: See :class:`~lightning_muonclip.attention.rotary.RotaryEmbedding`; with YaRN's ``mscale_all_dim`` the
+            scale of the logits grows too.
+        sliding_window: See :class:`~lightning_muonclip.attention.base.AttentionModule`, as for the rest.
+        softcap: Bound of the logits.
+        sinks: Whether heads have a learnt logit without a value.
+        score_mod: What is done to a logit before it is masked.
+        backend: Which kernel attends.
+
+    Raises:
+        ValueError: If an option is out of range.
 
     Source: DeepSeek-V2, arXiv 2405.04434, section 2.1.
 
@@ -53,16 +66,22 @@ class MultiheadLatentAttention(Tracked):
         attention_bias: bool = False,
         rope_theta: float = 10000.0,
         rms_norm_eps: float = 1e-6,
+        rope_scaling: Mapping[str, Any] | None = None,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        sinks: bool = False,
+        score_mod: ScoreMod | None = None,
+        backend: str = "auto",
     ) -> None:
-        super().__init__()
-        self.num_attention_heads = num_attention_heads
+        rotary = RotaryEmbedding(qk_rope_head_dim, rope_theta, rope_scaling)
+        qk_head_dim = qk_nope_head_dim + qk_rope_head_dim
+        scaling = qk_head_dim**-0.5 * rotary.logit_factor
+        super().__init__(num_attention_heads, scaling, sliding_window, softcap, sinks, score_mod, backend)
         self.q_lora_rank = q_lora_rank
         self.kv_lora_rank = kv_lora_rank
         self.qk_nope_head_dim = qk_nope_head_dim
         self.qk_rope_head_dim = qk_rope_head_dim
         self.v_head_dim = v_head_dim
-        qk_head_dim = qk_nope_head_dim + qk_rope_head_dim
-        self.scaling = qk_head_dim**-0.5
         if q_lora_rank is None:
             self.q_proj = nn.Linear(hidden_size, num_attention_heads * qk_head_dim, bias=False)
         else:
@@ -73,7 +92,12 @@ class MultiheadLatentAttention(Tracked):
         self.kv_a_layernorm = nn.RMSNorm(kv_lora_rank, eps=rms_norm_eps)
         self.kv_b_proj = nn.Linear(kv_lora_rank, num_attention_heads * (qk_nope_head_dim + v_head_dim), bias=False)
         self.o_proj = nn.Linear(num_attention_heads * v_head_dim, hidden_size, bias=attention_bias)
-        self.rotary = RotaryEmbedding(qk_rope_head_dim, rope_theta)
+        self.rotary = rotary
+
+    @property
+    def head_weight(self) -> Tensor:
+        """That of keys and values, which is there with a latent of queries and without."""
+        return self.kv_b_proj.weight
 
     def forward(
         self, hidden_states: Tensor, *, mask: AttentionMask | None = None, position_ids: Tensor | None = None
@@ -102,13 +126,10 @@ class MultiheadLatentAttention(Tracked):
         key_value = split_heads(key_value, self.qk_nope_head_dim + self.v_head_dim)
         key_nope, value = key_value.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
         heads = key_nope.shape[1]
-        key_rope = for_own_heads(key_rope, self.kv_b_proj.weight, self.num_attention_heads, heads)
+        key_rope = for_own_heads(key_rope, self.head_weight, self.num_attention_heads, heads)
         key_rope = rotate_interleaved(key_rope.unsqueeze(1), cos, sin)
         key = torch.cat([key_nope, key_rope.expand(-1, heads, -1, -1)], dim=-1)
-
-        output, maxima = attention(query, key, value, scale=self.scaling, mask=mask, track=self.track)
-        self.report(maxima, query, key)
-        return self.o_proj(output.transpose(1, 2).flatten(2))
+        return self.attend(query, key, value, mask)
 
     def _queries(self, hidden_states: Tensor) -> Tensor:
         if self.q_lora_rank is None:

@@ -3,36 +3,72 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
-@dataclass(frozen=True)
+#: ``mask_mod(b, h, q_idx, kv_idx) -> visible``, FlexAttention's: indices of batch, query head, query and key. It is called
+#: with tensors that broadcast, and by FlexAttention with scalars.
+MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+T = TypeVar("T")
+
+#: Queries and keys of a block of a BlockMask. Sequences are filled up to whole ones.
+BLOCK = 128
+
+
+@dataclass(frozen=True, eq=False)
 class AttentionMask:
-    """Visibility of keys, in the form that attention can use best.
+    """Visibility of keys: a pair is visible if everything that is given allows it.
+
+    Masks combine with ``&`` and ``|``. Make one a batch and give it to every layer: what a backend needs (a dense mask, a
+    BlockMask, nothing but causality) is built once.
+
+    A query that sees nothing gets zeros, and no gradient.
 
     Args:
         causal: A query sees no later key.
-        padding: Boolean, shape ``(batch, length)``; ``True`` is a real token. Padded keys are seen by no query.
+        padding: Boolean, shape ``(batch, length)``; ``True`` is a real token. Padded keys are seen by no query, and what
+            padded queries see is attended to but does not count for QK-Clip.
         window: A query sees only what is less than so many tokens away, itself included; ``None`` is any distance.
         documents: Integers, shape ``(batch, length)``: the document of every token, which sees no other document. A negative
             one is padding, which sees nothing and is seen by no query.
+        prefix: Integers, shape ``(batch,)``: so many tokens of a sequence are seen by all in spite of causality
+            (prefix-LM).
+        mask_mod: Anything else: a function of the indices of batch, head, query and key, written for tensors that broadcast.
+        either: Visible in at least one mask of each of these; what ``|`` makes.
 
     Raises:
-        ValueError: If ``padding`` is not a boolean matrix, ``documents`` not one of integers, or the window is empty.
+        ValueError: If ``padding`` is not a boolean matrix, ``documents`` or ``prefix`` are not integers of their shape, the
+            window is empty, or a prefix is given without causality.
 
     Example:
         >>> keep = torch.tensor([[True, True, False]])
         >>> AttentionMask(causal=False, padding=keep).dense(3)[0, 0, 0]
         tensor([ True,  True, False])
+        >>> first_two = AttentionMask(mask_mod=lambda b, h, q, k: k < 2)
+        >>> (AttentionMask(window=2) | first_two).dense(5)[0, 0].int()
+        tensor([[1, 0, 0, 0, 0],
+                [1, 1, 0, 0, 0],
+                [1, 1, 1, 0, 0],
+                [1, 1, 1, 1, 0],
+                [1, 1, 0, 1, 1]], dtype=torch.int32)
     """
 
     causal: bool = True
     padding: Tensor | None = None
     window: int | None = None
     documents: Tensor | None = None
+    prefix: Tensor | None = None
+    mask_mod: MaskMod | None = None
+    either: tuple[tuple[AttentionMask, ...], ...] = ()
+    _built: dict[Any, tuple[Any, Any]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.padding is not None and (self.padding.dtype is not torch.bool or self.padding.ndim != 2):
@@ -42,69 +78,294 @@ class AttentionMask:
             )
         if self.window is not None and self.window < 1:
             raise ValueError(f"a window of {self.window} lets no query see even itself; give at least 1, or None")
-        if self.documents is not None and (
-            self.documents.dtype.is_floating_point or self.documents.dtype is torch.bool or self.documents.ndim != 2
-        ):
+        if self.documents is not None and not _is_integers(self.documents, 2):
             raise ValueError(
                 "documents must be integers of shape (batch, length), one id a token; got"
                 f" {self.documents.dtype} of shape {tuple(self.documents.shape)}"
             )
+        if self.prefix is not None and not _is_integers(self.prefix, 1):
+            raise ValueError(
+                "prefix must be integers of shape (batch,), one length a sequence; got"
+                f" {self.prefix.dtype} of shape {tuple(self.prefix.shape)}"
+            )
+        if self.prefix is not None and not self.causal:
+            raise ValueError("a prefix is what is seen in spite of causality, but causal=False hides nothing from it")
 
     def __and__(self, other: AttentionMask) -> AttentionMask:
-        """Visible in both.
-
-        Raises:
-            ValueError: If both have documents, and not the same tensor.
-        """
-        if self.padding is None or other.padding is None:
-            padding = other.padding if self.padding is None else self.padding
-        else:
-            padding = self.padding & other.padding
-        if not (self.documents is None or other.documents is None or self.documents is other.documents):
-            raise ValueError("both masks have documents, whose ids may mean different ones; give one mask without them")
-        return replace(
-            self,
-            causal=self.causal or other.causal,
-            padding=padding,
-            window=min((mask.window for mask in (self, other) if mask.window is not None), default=None),
-            documents=other.documents if self.documents is None else self.documents,
+        """Visible in both."""
+        padding, prefix = other.padding, other.prefix
+        if self.padding is not None:
+            padding = self.padding if padding is None else self.padding & padding
+        if not other.causal:
+            prefix = self.prefix
+        elif self.causal:
+            both = self.prefix is not None and prefix is not None
+            prefix = torch.minimum(self.prefix, prefix) if both else None  # type: ignore[arg-type]
+        mods = [mask.mask_mod for mask in (self, other) if mask.mask_mod is not None]
+        documents, either = self.documents, self.either + other.either
+        if documents is None:
+            documents = other.documents
+        elif other.documents is not None and other.documents is not documents:
+            either += ((AttentionMask(causal=False, documents=other.documents),),)
+        return AttentionMask(
+            self.causal or other.causal,
+            padding,
+            other.window if self.window is None else min(self.window, other.window or self.window),
+            documents,
+            prefix,
+            _all(mods) if mods else None,
+            either,
         )
 
-    def dense(self, length: int, device: torch.device | None = None) -> Tensor | None:
-        """Boolean mask of shape ``(batch or 1, 1, length or 1, length)``, or ``None`` where causality alone says it all.
+    def __or__(self, other: AttentionMask) -> AttentionMask:
+        """Visible in one or both."""
+        # What both say stays outside: backends can make more of it there.
+        same = [name for name in ("padding", "window", "documents") if getattr(self, name) is getattr(other, name)]
+        shared: dict[str, Any] = {name: getattr(self, name) for name in same}
+        rest: dict[str, Any] = dict.fromkeys(same)
+        shared["causal"] = self.causal and other.causal and self.prefix is other.prefix
+        if shared["causal"]:
+            shared["prefix"] = self.prefix
+            rest |= {"causal": False, "prefix": None}
+        alternatives = replace(self, **rest), replace(other, **rest)
+        hides = all(mask._mod() is not None for mask in alternatives)
+        return AttentionMask(**shared, either=(alternatives,) if hides else ())
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_built": {}}
+
+    def to(self, device: torch.device | str) -> AttentionMask:
+        """The same with its tensors on a device; those that a ``mask_mod`` refers to stay where they are."""
+        moved = {name: tensor.to(device) for name, tensor in self._tensors().items()}
+        return replace(self, **moved, either=self._each(lambda mask: mask.to(device)))  # type: ignore[arg-type]
+
+    def within(self, window: int) -> AttentionMask:
+        """Visible here and in a window: the same mask at every call, so that layers share what is built."""
+        return self._once(("within", window), None, lambda: self & AttentionMask(causal=False, window=window))
+
+    def from_head(self, first: int) -> AttentionMask:
+        """For heads that are counted from ``first`` on, as on a rank of tensor parallelism."""
+        return self._once(("from_head", first), None, lambda: self._from_head(first)) if first else self
+
+    def _from_head(self, first: int) -> AttentionMask:
+        mod = self.mask_mod
+        shifted = None if mod is None else lambda b, h, q, k: mod(b, h + first, q, k)
+        return replace(self, mask_mod=shifted, either=self._each(lambda mask: mask._from_head(first)))
+
+    def dense(
+        self,
+        length: int,
+        device: torch.device | None = None,
+        *,
+        batch: int | None = None,
+        heads: int = 1,
+        counted: bool = False,
+    ) -> Tensor | None:
+        """Boolean mask, or ``None`` where causality alone says it all.
 
         Args:
             length: Tokens of a sequence.
-            device: Where the mask is to be, as padding and documents are.
+            device: Where the sequence is.
+            batch: Number of sequences; ``None`` is that of the padding, the documents or the prefix, else 1.
+            heads: Number of query heads.
+            counted: Only the pairs whose logits count for QK-Clip: padded queries have none.
+
+        Returns:
+            Shape ``(batch or 1, heads or 1, length or 1, length)``: 1 where all are alike.
 
         Raises:
-            ValueError: If the padding or the documents are for another length.
+            ValueError: If the padding, the documents or the prefix are for another length or batch, or on another device.
         """
-        for name, tokens in (("padding is", self.padding), ("documents are", self.documents)):
-            if tokens is not None and tokens.shape[1] != length:
-                raise ValueError(f"{name} for {tokens.shape[1]} tokens, the sequence has {length}")
-        parts = []
-        if self.padding is not None:
-            parts.append(self.padding[:, None, None, :])
-        if self.documents is not None:
-            rows, columns = self.documents[:, None, :, None], self.documents[:, None, None, :]
-            parts.append((rows == columns) & (rows >= 0))
-        if self.window is not None and self.window < length:
-            position = torch.arange(length, device=device)
-            parts.append(((position[:, None] - position).abs() < self.window)[None, None])
-        if parts and self.causal:
-            parts.append(torch.ones(length, length, dtype=torch.bool, device=parts[0].device).tril())
-        return functools.reduce(torch.logical_and, parts) if parts else None
+        batch = self._checked_batch(length, device, batch)
+        window = None if self.window is None or self.window >= length else self.window
+        if window is None and not self._tensors() and self.mask_mod is None and not self.either:
+            return None
+        mask = replace(self, window=window)
+        counted = counted and self._has_padding()
+        key = length, batch, heads, device
+        return self._once(("dense", counted), key, lambda: mask._visible(counted, batch, heads, length, device))
 
-    def real_documents(self) -> Tensor | None:
+    def block_mask(
+        self, length: int, device: torch.device | None = None, *, batch: int | None = None, heads: int = 1
+    ) -> BlockMask | None:
+        """The mask for FlexAttention, of a sequence that is filled up to a multiple of 128; ``None`` hides nothing.
+
+        Args and errors are those of :meth:`dense`.
+        """
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        batch = self._checked_batch(length, device, batch)
+        mod = self._mod()
+        whole = filled(length)
+        if mod is None and whole == length:
+            return None
+
+        def inside(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            # What fills up is hidden; a function that looks up a table must not be asked for it.
+            return (k < length) if mod is None else mod(b, h, *clamped(q, k, length)) & (k < length)
+
+        def build() -> BlockMask:
+            alike = inside(*indices(batch, heads, 1, device)).shape  # 1 where sequences or heads are
+            rows, columns = (None if size == 1 else size for size in alike[:2])
+            return create_block_mask(inside, rows, columns, whole, whole, str(device or "cpu"), BLOCK)
+
+        return self._once("block", (length, batch, heads, device), build)
+
+    def tiles(self, length: int, device: torch.device | None, *, batch: int, heads: int) -> dict[str, Any]:
+        """The pairs that count, as arguments of :func:`~lightning_muonclip.kernels.max_logits.max_logits`.
+
+        Dense is only what causality, a window and documents cannot say: they tell which tiles need no look.
+        """
+        batch = self._checked_batch(length, device, batch)
+        rest = None
+        if self.prefix is not None or self.mask_mod is not None or self.either:
+            mask = replace(self, causal=self.prefix is not None, padding=None, window=None, documents=None)
+            key = length, batch, heads, device
+            rest = self._once("rest", key, lambda: mask._visible(True, batch, heads, length, device))
+        return {
+            "is_causal": self.causal and self.prefix is None,
+            "window": self.window,
+            "documents": self._real_documents(),
+            "mask": rest,
+        }
+
+    @property
+    def pads_in_part(self) -> bool:
+        """Whether it depends on the key if a query counts: to one part of a ``|`` it is padding, to another it is not."""
+        return any(mask._has_padding() for masks in self.either for mask in masks)
+
+    def _real_documents(self) -> Tensor | None:
         """The document of every token, negative for padding; ``None`` where all are of one."""
         if self.padding is None:
             return self.documents
         one = torch.zeros_like(self.padding, dtype=torch.long) if self.documents is None else self.documents.long()
         return one.masked_fill(~self.padding, -1)
 
-    def real_pairs(self, visible: Tensor | None) -> Tensor | None:
-        """What :meth:`dense` made, without padded queries: the logits that count."""
-        if visible is None or self.padding is None:
-            return visible
-        return visible & self.padding[:, None, :, None]
+    def _has_padding(self) -> bool:
+        return self.padding is not None or self.pads_in_part
+
+    def _visible(self, counted: bool, batch: int, heads: int, length: int, device: torch.device | None) -> Tensor:
+        mod = self._mod(counted)
+        assert mod is not None
+        return mod(*indices(batch, heads, length, device))
+
+    def _mod(self, counted: bool = False) -> MaskMod | None:
+        """All of it as one function; ``None`` if it hides nothing."""
+        mods = list(self._mods(counted))
+        return _all(mods) if mods else None
+
+    def _mods(self, counted: bool) -> Iterator[MaskMod]:
+        if self.prefix is not None:
+            yield _before(self.prefix)
+        elif self.causal:
+            yield lambda b, h, q, k: k <= q
+        if self.window is not None:
+            yield _near(self.window)
+        if self.padding is not None:
+            yield _real(self.padding, counted)
+        if self.documents is not None:
+            yield _same(self.documents)
+        if self.mask_mod is not None:
+            yield self.mask_mod
+        for alternatives in self.either:
+            mods = [mask._mod(counted) for mask in alternatives]
+            yield _any([mod for mod in mods if mod is not None])
+
+    def _each(self, change: Callable[[AttentionMask], AttentionMask]) -> tuple[tuple[AttentionMask, ...], ...]:
+        return tuple(tuple(map(change, alternatives)) for alternatives in self.either)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {"padding": self.padding, "documents": self.documents, "prefix": self.prefix}
+        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+    def _checked_batch(self, length: int, device: torch.device | None, batch: int | None) -> int:
+        masks = [self, *(mask for alternatives in self.either for mask in alternatives)]
+        given = [item for mask in masks for item in mask._tensors().items()]
+        if batch is None:
+            batch = max((tensor.shape[0] for _, tensor in given), default=1)
+        for name, tensor in given:
+            name += " are" if name == "documents" else " is"
+            if tensor.ndim == 2 and tensor.shape[1] != length:
+                raise ValueError(f"{name} for {tensor.shape[1]} tokens, the sequence has {length}")
+            if tensor.shape[0] not in (1, batch):
+                raise ValueError(f"{name} for {tensor.shape[0]} sequences, the batch has {batch}")
+            if device is not None and tensor.device != device:
+                raise ValueError(
+                    f"{name} on {tensor.device}, the sequence on {device}; move the mask with mask.to(...)"
+                )
+        return batch
+
+    def _once(self, kind: Any, key: Any, build: Callable[[], T]) -> T:
+        """What is built for a batch, kept for its further layers: the last of a kind."""
+        if torch.compiler.is_compiling():
+            return build()  # a graph computes it once of itself; and what is kept here would be guarded
+        key = key, torch.is_inference_mode_enabled()  # whose tensors cannot take part in training
+        if kind not in self._built or self._built[kind][0] != key:
+            self._built[kind] = key, build()
+        built: T = self._built[kind][1]
+        return built
+
+
+#: For all attention that is given no mask.
+CAUSAL = AttentionMask()
+
+
+def filled(length: int) -> int:
+    """Tokens of a sequence that is filled up to whole blocks."""
+    return -(-length // BLOCK) * BLOCK
+
+
+def clamped(q: Tensor, k: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Indices of tokens that are there, for those that have been filled up."""
+    return q.clamp(max=length - 1), k.clamp(max=length - 1)
+
+
+def indices(batch: int, heads: int, length: int, device: torch.device | None) -> tuple[Tensor, ...]:
+    """Of batch, head, query and key: four tensors that broadcast to ``(batch, heads, length, length)``."""
+    sizes = batch, heads, length, length
+    return tuple(
+        torch.arange(size, device=device).view([-1 if i == dim else 1 for i in range(4)])
+        for dim, size in enumerate(sizes)
+    )
+
+
+def _is_integers(x: Tensor, ndim: int) -> bool:
+    return not x.dtype.is_floating_point and x.dtype is not torch.bool and x.ndim == ndim
+
+
+def _near(window: int) -> MaskMod:
+    return lambda b, h, q, k: (q - k).abs() < window
+
+
+# What is one for the whole batch has one row.
+
+
+def _real(padding: Tensor, counted: bool) -> MaskMod:
+    def real(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        row = b if len(padding) > 1 else 0
+        return padding[row, q] & padding[row, k] if counted else padding[row, k]
+
+    return real
+
+
+def _same(documents: Tensor) -> MaskMod:
+    def same(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        row = b if len(documents) > 1 else 0
+        own = documents[row, q]
+        return (own == documents[row, k]) & (own >= 0)
+
+    return same
+
+
+def _before(prefix: Tensor) -> MaskMod:
+    return lambda b, h, q, k: (k <= q) | (k < prefix[b if len(prefix) > 1 else 0])
+
+
+def _all(mods: Sequence[MaskMod]) -> MaskMod:
+    if len(mods) == 1:
+        return mods[0]
+    return lambda b, h, q, k: functools.reduce(torch.logical_and, [mod(b, h, q, k) for mod in mods])
+
+
+def _any(mods: Sequence[MaskMod]) -> MaskMod:
+    return lambda b, h, q, k: functools.reduce(torch.logical_or, [mod(b, h, q, k) for mod in mods])

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -199,10 +200,15 @@ class Parametrization:
                 f"{name} is an nn.MultiheadAttention, whose scale cannot be set: let the number of its heads grow, not them"
             )
         plain, at_base = getattr(module, "scaling", None), getattr(base, "scaling", None)
-        if isinstance(plain, float) and isinstance(at_base, float) and plain != at_base:
-            scaling = plain**2 / at_base  # sqrt(d_base) / d
-            module.scaling = scaling  # type: ignore[assignment]
-            self._scaling[name] = scaling, plain
+        if not isinstance(plain, float) or not isinstance(at_base, float):
+            return
+        head_dim, base_head_dim = getattr(module, "head_dim", None), getattr(base, "head_dim", None)
+        growth = (at_base / plain) ** 2
+        if isinstance(head_dim, int) and isinstance(base_head_dim, int):  # whose scale may be one of its own (Gemma 2)
+            growth = head_dim / base_head_dim
+        if plain != at_base / growth:
+            module.scaling = at_base / growth  # type: ignore[assignment]
+            self._scaling[name] = at_base / growth, plain
 
     def _scale_head(self, name: str, module: nn.Linear, base: nn.Module, scale: Scale) -> None:
         is_tied = scale.kind is INPUT and module.weight.shape[0] == base.weight.shape[0]  # type: ignore[index]
@@ -218,6 +224,9 @@ class Parametrization:
         head = ("parameter", "class", "growth", "lr AdamW", *(f"lr {name}" for name in _ADJUSTMENTS), "count")
         cells = [head] + [(*row, str(count)) for row, count in rows.items()]
         return table(cells, right=range(2, len(head)))
+
+
+_in_mup: WeakSet[nn.Module] = WeakSet()
 
 
 @torch.no_grad()
@@ -252,7 +261,7 @@ def parametrize(model: nn.Module, base: nn.Module, residual: Sequence[str] = ())
         [('input', 0.001), ('hidden', 0.00025)]
     """
     hooks = [hook for m in model.modules() for hook in (*m._forward_pre_hooks.values(), *m._forward_hooks.values())]
-    if any(isinstance(hook, Multiplier) for hook in hooks):
+    if model in _in_mup or any(isinstance(hook, Multiplier) for hook in hooks):  # which copies keep
         raise ValueError("this model is in muP already; parametrize a fresh one")
     depth, blocks = _depth(model, base, residual)
     owners = dict(model.named_modules())
@@ -271,6 +280,7 @@ def parametrize(model: nn.Module, base: nn.Module, residual: Sequence[str] = ())
         spread = _rms(param)
         if spread > 0 and kind is not FINITE:
             param.mul_(_rms(counterpart) / spread * growth**kind.init)
+    _in_mup.add(model)
     mup = Parametrization(model, scales)
     by_weight: dict[Tensor, Scale] = {param: scales[name] for name, param in model.named_parameters()}
     for name, module in model.named_modules():

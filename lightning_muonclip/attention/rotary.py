@@ -1,6 +1,11 @@
-"""Rotary position embedding (RoPE), Su et al., arXiv 2104.09864."""
+"""Rotary position embedding (RoPE), Su et al., arXiv 2104.09864, and its ways to longer sequences than it was trained on."""
 
 from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,25 +17,37 @@ class RotaryEmbedding(nn.Module):
     Args:
         dim: Number of channels that are rotated; even.
         theta: Base of the wavelengths.
+        scaling: How wavelengths are stretched for longer sequences, with the keys of Hugging Face: a ``rope_type`` of
+            ``"linear"``, ``"dynamic"``, ``"yarn"`` or ``"llama3"``, ``factor``, ``original_max_position_embeddings`` (where
+            theirs lacks it, it is ``max_position_embeddings`` of the config), and what else the type takes. ``None`` or
+            ``"default"`` does not stretch. The dynamic type goes by the largest position of each forward and remembers none.
 
     Raises:
-        ValueError: If ``dim`` is odd.
+        ValueError: If ``dim`` is odd, or ``scaling`` has an unknown type, lacks a key, or has one that is unknown or out of
+            range.
     """
 
-    def __init__(self, dim: int, theta: float = 10000.0) -> None:
+    def __init__(self, dim: int, theta: float = 10000.0, scaling: Mapping[str, Any] | None = None) -> None:
         super().__init__()
         if dim % 2:
             raise ValueError(f"rotary embedding turns pairs of channels, so their number must be even; got {dim}")
         self.dim = dim
         self.theta = theta
+        self.rope_type, self.options = _read(scaling or {"rope_type": "default"}, theta)
+
+    @property
+    def logit_factor(self) -> float:
+        """What DeepSeek multiplies its logits by besides: the square of what YaRN makes of ``mscale_all_dim``, or 1."""
+        return _mscale(self.options.get("factor", 1.0), self.options.get("mscale_all_dim") or 0.0) ** 2
 
     def forward(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines, float32, shape ``(batch, 1, length, dim)``, of positions of shape ``(batch, length)``."""
         # Made anew each time: a buffer of frequencies would lose its precision in ``module.bfloat16()``.
-        exponents = torch.arange(0, self.dim, 2, dtype=torch.float32, device=position_ids.device) / self.dim
-        angles = position_ids.unsqueeze(-1).float() * self.theta**-exponents
+        frequencies, factor = _TYPES[self.rope_type](self.dim, self.theta, position_ids, **self.options)
+        angles = position_ids.unsqueeze(-1).float() * frequencies
         angles = torch.cat([angles, angles], dim=-1).unsqueeze(1)
-        return angles.cos(), angles.sin()
+        cos, sin = angles.cos(), angles.sin()
+        return (cos, sin) if factor == 1 else (cos * factor, sin * factor)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -42,3 +59,125 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def rotate_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turns neighbouring channels together (DeepSeek's pairing); the result lists all first, then all second ones."""
     return rotate(x.unflatten(-1, (-1, 2)).mT.flatten(-2), cos, sin)
+
+
+# Each type gives the frequencies, shape (dim / 2,), and a factor on cosines and sines; its keywords are the keys of the
+# scaling. Operations come in the order of Hugging Face's: at position 100000 a last digit of a frequency is seen.
+
+
+def _periods(dim: int, theta: float | Tensor, like: Tensor) -> Tensor:
+    return theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device=like.device) / dim)
+
+
+def _default(dim: int, theta: float | Tensor, position_ids: Tensor) -> tuple[Tensor, float]:
+    return 1.0 / _periods(dim, theta, position_ids), 1.0
+
+
+def _linear(dim: int, theta: float, position_ids: Tensor, *, factor: float) -> tuple[Tensor, float]:
+    """All positions closer together: Chen et al., arXiv 2306.15595."""
+    return _default(dim, theta, position_ids)[0] / factor, 1.0
+
+
+def _dynamic(
+    dim: int, theta: float, position_ids: Tensor, *, factor: float, original_max_position_embeddings: int
+) -> tuple[Tensor, float]:
+    """A base that grows with the length (NTK-aware): bloc97 and emozilla, in YaRN, arXiv 2309.00071, appendix B.1."""
+    length = position_ids.max() + 1
+    growth = factor * length / original_max_position_embeddings - (factor - 1)
+    growth = torch.where(length > original_max_position_embeddings, growth, 1.0)
+    return _default(dim, theta * growth ** (dim / (dim - 2)), position_ids)
+
+
+def _yarn(
+    dim: int,
+    theta: float,
+    position_ids: Tensor,
+    *,
+    factor: float,
+    original_max_position_embeddings: int,
+    beta_fast: float = 32.0,
+    beta_slow: float = 1.0,
+    attention_factor: float | None = None,
+    mscale: float | None = None,
+    mscale_all_dim: float | None = None,
+    truncate: bool = True,
+) -> tuple[Tensor, float]:
+    """Linear for wavelengths beyond the original length, none for short ones: Peng et al., arXiv 2309.00071."""
+
+    def channel(turns: float) -> float:
+        """The pair of channels that turns so often within the original length."""
+        return dim * math.log(original_max_position_embeddings / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = channel(beta_fast), channel(beta_slow)
+    if truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    ramp = (torch.arange(dim // 2, dtype=torch.float32, device=position_ids.device) - low) / ((high - low) or 0.001)
+    kept = 1 - ramp.clamp(0, 1)
+    periods = _periods(dim, theta, position_ids)
+    if attention_factor is None:
+        attention_factor = _mscale(factor, 1.0)
+        if mscale and mscale_all_dim:
+            attention_factor = _mscale(factor, mscale) / _mscale(factor, mscale_all_dim)
+    return 1.0 / (factor * periods) * (1 - kept) + 1.0 / periods * kept, attention_factor
+
+
+def _mscale(factor: float, weight: float) -> float:
+    return 0.1 * weight * math.log(factor) + 1.0
+
+
+def _llama3(
+    dim: int,
+    theta: float,
+    position_ids: Tensor,
+    *,
+    factor: float,
+    original_max_position_embeddings: int,
+    low_freq_factor: float,
+    high_freq_factor: float,
+) -> tuple[Tensor, float]:
+    """As YaRN, with a ramp over frequencies: Llama 3.1, arXiv 2407.21783, and ``apply_scaling`` of its reference code."""
+    frequencies, _ = _default(dim, theta, position_ids)
+    turns = original_max_position_embeddings / (2 * math.pi / frequencies)
+    kept = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)
+    return (1 - kept) * frequencies / factor + kept * frequencies, 1.0
+
+
+_TYPES: dict[str, Callable[..., tuple[Tensor, float]]] = {
+    "default": _default,
+    "linear": _linear,
+    "dynamic": _dynamic,
+    "yarn": _yarn,
+    "llama3": _llama3,
+}
+_ORDERED = (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast"))
+
+
+def _read(scaling: Mapping[str, Any], theta: float) -> tuple[str, dict[str, Any]]:
+    """The type and all its options."""
+    given = {key: value for key, value in scaling.items() if value is not None}
+    rope_type = given.pop("rope_type", given.pop("type", None))  # as older configs have it
+    if rope_type not in _TYPES:
+        raise ValueError(f"unknown rope_type {rope_type!r} in rope_scaling; known: {', '.join(_TYPES)}")
+    for key, own in (("rope_theta", theta), ("partial_rotary_factor", 1.0)):
+        if given.pop(key, own) != own:
+            raise ValueError(f"{key} of rope_scaling is {scaling[key]}, here it is {own}; leave it out of rope_scaling")
+    known = inspect.signature(_TYPES[rope_type]).parameters.values()
+    keys = {key.name: key.default for key in known if key.kind is key.KEYWORD_ONLY}
+    for key in given:
+        if key not in keys:
+            takes = ", ".join(keys) or "none"
+            raise ValueError(f"rope_type {rope_type!r} takes no {key!r} in rope_scaling; it takes {takes}")
+    options = keys | given
+    for key, value in options.items():
+        if value is inspect.Parameter.empty:
+            raise ValueError(
+                f"rope_type {rope_type!r} needs {key!r} in rope_scaling; given: {', '.join(given) or 'none'}"
+            )
+        least = int(key in ("factor", "original_max_position_embeddings"))
+        if value is not None and (not isinstance(value, (int, float)) or value < least):
+            raise ValueError(f"{key} of rope_scaling must be a number of at least {least}; got {value!r}")
+    for low, high in _ORDERED:
+        if low in options and options[low] >= options[high]:
+            raise ValueError(f"{low} of rope_scaling must be below {high}; got {options[low]} and {options[high]}")
+    return rope_type, options

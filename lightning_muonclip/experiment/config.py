@@ -55,8 +55,16 @@ class AttentionConfig:
     head_dim: Optional[int] = None
     attention_bias: bool = False
     qk_norm: bool = False
-    rope_theta: float = 10000.0
+    rope_theta: Optional[float] = 10000.0
     rms_norm_eps: float = 1e-6
+    output_bias: Optional[bool] = None
+    rope_scaling: Any = None
+    sliding_window: Optional[int] = None
+    softcap: Optional[float] = None
+    sinks: bool = False
+    scaling: Optional[float] = None
+    score_mod: Any = None
+    backend: str = "auto"
 
 
 @dataclass
@@ -74,6 +82,12 @@ class LatentAttentionConfig:
     attention_bias: bool = False
     rope_theta: float = 10000.0
     rms_norm_eps: float = 1e-6
+    rope_scaling: Any = None
+    sliding_window: Optional[int] = None
+    softcap: Optional[float] = None
+    sinks: bool = False
+    score_mod: Any = None
+    backend: str = "auto"
 
 
 @dataclass
@@ -87,6 +101,7 @@ class ModelConfig:
     num_hidden_layers: int = 4
     intermediate_size: Optional[int] = None
     mlp: str = "relu2"
+    sliding_window: Optional[list[Optional[int]]] = None
 
 
 @dataclass

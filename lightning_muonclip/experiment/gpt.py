@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +21,11 @@ class GPT(nn.Module):
         num_hidden_layers: Number of layers.
         intermediate_size: Width of the MLP; ``None`` is four times ``hidden_size``.
         mlp: ``"relu2"`` (squared ReLU) or ``"swiglu"``.
+        sliding_window: Handed to ``attention``, one entry a layer, over again where there are more layers: ``[64, None]`` is
+            local and global in turn, as in Gemma 2. ``None`` leaves it to ``attention``.
 
     Raises:
-        ValueError: If ``mlp`` is unknown.
+        ValueError: If ``mlp`` is unknown, or ``sliding_window`` empty.
     """
 
     def __init__(
@@ -33,15 +36,19 @@ class GPT(nn.Module):
         num_hidden_layers: int = 4,
         intermediate_size: int | None = None,
         mlp: str = "relu2",
+        sliding_window: Sequence[int | None] | None = None,
     ) -> None:
         super().__init__()
         if mlp not in _MLPS:
             raise ValueError(f"unknown mlp {mlp!r}; known: {', '.join(_MLPS)}")
+        if sliding_window is not None and not sliding_window:
+            raise ValueError("sliding_window has an entry for no layer; give at least one, or None")
         width = intermediate_size or 4 * hidden_size
         self.embed_tokens = nn.Embedding(vocab_size, hidden_size)
+        windows = [{}] if sliding_window is None else [{"sliding_window": window} for window in sliding_window]
         self.layers = nn.ModuleList(
-            Block(attention(hidden_size=hidden_size), _MLPS[mlp](hidden_size, width), hidden_size)
-            for _ in range(num_hidden_layers)
+            Block(attention(hidden_size=hidden_size, **window), _MLPS[mlp](hidden_size, width), hidden_size)
+            for window in itertools.islice(itertools.cycle(windows), num_hidden_layers)
         )
         self.norm = nn.RMSNorm(hidden_size)
         self.lm_head = nn.Linear(hidden_size, vocab_size, bias=False)

@@ -24,20 +24,17 @@ class Run(NamedTuple):
 
 
 class LearningRateTransfer(HydraCallback):
-    """After a sweep (``experiment=mu_transfer``), writes ``transfer.csv`` and draws ``transfer.png`` into its folder."""
+    """In a sweep (``experiment=mu_transfer``), writes ``transfer.csv`` and draws ``transfer.png`` into its folder."""
 
     def __init__(self) -> None:
         self.runs: list[Run] = []
 
     def on_job_end(self, config: DictConfig, job_return: Any, **kwargs: Any) -> None:
-        """Remembers what a run returned."""
+        """Adds a run: a sweep that is broken off has drawn what it has."""
         optimizer = "AdamW" if config.muonclip is None else "MuonClip"
         parametrization = "standard" if config.base_hidden_size is None else "muP"
         loss = float(job_return.return_value)
         self.runs.append(Run(optimizer, parametrization, config.model.hidden_size, config.optimizer.lr, loss))
-
-    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Writes and draws."""
         folder = Path(config.hydra.sweep.dir)
         with (folder / "transfer.csv").open("w", newline="") as file:
             csv.writer(file).writerows([Run._fields, *self.runs])

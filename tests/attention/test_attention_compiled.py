@@ -15,6 +15,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
 from lightning_muonclip import Attention, AttentionMask, MultiheadLatentAttention, QKClip
+from lightning_muonclip.attention.core import attention
+from lightning_muonclip.attention.score_mods import ScoreMod, alibi
 
 KEEP = torch.arange(70) < torch.tensor([[70], [50]])
 
@@ -78,6 +80,21 @@ def check_one_graph(eager: nn.Module, xs: Tensor, backend: str) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_one_graph_compiled_once_with_the_maxima_of_eager(name: str) -> None:
     check_one_graph(MODELS[name](), torch.randn(5, 2, 70, 16), "aot_eager")
+
+
+@pytest.mark.parametrize("score_mod", [None, alibi(4)], ids=["", "alibi"])
+def test_flex_is_part_of_the_graph_of_its_model(score_mod: ScoreMod | None) -> None:
+    query, key, value = (torch.randn(2, heads, 200, 16) for heads in (4, 2, 2))
+    documents = torch.arange(200).expand(2, -1) // 70
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Any:  # its mask is made in the graph, too
+        mask = AttentionMask(window=50) | AttentionMask(documents=documents)
+        return attention(query, key, value, scale=0.5, mask=mask, score_mod=score_mod, track="exact", backend="flex")
+
+    with torch.no_grad():
+        found = torch.compile(attend, fullgraph=True, backend="aot_eager")(query, key, value)
+        expected = attend(query, key, value)
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.slow

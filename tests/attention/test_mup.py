@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lightning_muonclip import Attention, MultiheadLatentAttention, Muon, MuonClip, MuonClipCallback, mup, split_params
+from lightning_muonclip.attention.score_mods import RelativeBias
 from lightning_muonclip.experiment import coord_check
 from lightning_muonclip.experiment.gpt import GPT
 from lightning_muonclip.optim.options import LR_ADJUSTMENTS
@@ -117,6 +118,36 @@ def test_scale_of_attention() -> None:
     more_heads = gpt(64, attention=partial(Attention, num_attention_heads=8))
     mup.parametrize(more_heads, base)
     assert more_heads.layers[0].self_attn.scaling == 8**-0.5
+
+
+def test_a_scale_of_its_own_falls_with_the_width_of_heads() -> None:
+    # Gemma 2's, which does not follow the head: muP wants 1 / d of it too.
+    attention = partial(Attention, num_attention_heads=2, scaling=0.3, softcap=4.0)
+    model, base = gpt(64, attention=attention), gpt(16, attention=attention)
+    scaled = mup.parametrize(model, base)
+    assert [layer.self_attn.scaling for layer in model.layers] == [0.3 / 4] * 2
+    plain = gpt(64, attention=attention)
+    plain.load_state_dict(scaled.export())
+    torch.testing.assert_close(plain(TOKENS), model(TOKENS))
+
+
+def test_a_learnt_bias_of_positions_is_no_matrix() -> None:
+    def make(width: int) -> GPT:
+        score_mod = RelativeBias(width // 8, 8, 20)
+        return gpt(width, attention=partial(Attention, num_attention_heads=width // 8, score_mod=score_mod))
+
+    model = make(64)
+    name = "layers.0.self_attn.score_mod.relative_attention_bias.weight"
+    assert mup.parametrize(model, make(16)).scales[name].kind is mup.INPUT
+    (adamw,) = (group for group in split_params(model) if group["algorithm"] == "adamw")
+    assert name in [own for own, _ in adamw["params"]]
+
+
+def test_a_model_without_a_head_is_put_into_mup_once() -> None:
+    model, base = Attention(64, 2), Attention(16, 2)
+    mup.parametrize(model, base)
+    with pytest.raises(ValueError, match="in muP already"):
+        mup.parametrize(model, base)
 
 
 def test_classes_of_latent_attention_and_of_bare_parameters() -> None:

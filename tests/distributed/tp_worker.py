@@ -39,6 +39,7 @@ from lightning_muonclip import (
     Projection,
     QKClip,
 )
+from lightning_muonclip.attention.score_mods import RelativeBias, alibi
 from lightning_muonclip.boxes import to_local
 from lightning_muonclip.experiment.gpt import GPT
 from lightning_muonclip.experiment.lit import LitGPT, _tensor_parallel_plan
@@ -114,19 +115,28 @@ MHA = partial(Attention, num_attention_heads=2)
 GQA = partial(Attention, num_attention_heads=4, num_key_value_heads=2)
 MLA = partial(MultiheadLatentAttention, num_attention_heads=2, **LATENT)
 
+
+def biased(hidden_size: int) -> Attention:
+    """What knows one head from another beside their projections."""
+    score_mod = RelativeBias(4, num_buckets=4, max_distance=6)
+    nn.init.normal_(score_mod.relative_attention_bias.weight)
+    return Attention(hidden_size, 4, 2, sinks=True, sliding_window=5, score_mod=score_mod)
+
+
 CASES: dict[str, Case] = {
     # Of biases beside norms Lightning cannot clip the norm.
     "mha, biases, tied embeddings": Case(partial(gpt, partial(MHA, attention_bias=True), tied=True), {}, clip=None),
     "gqa": Case(partial(gpt, GQA, mlp="swiglu"), {"shared_keys": "query"}),
     "gains": Case(partial(gpt, partial(GQA, qk_norm=True)), {"qk_norm": "gain"}),
-    "mla": Case(partial(gpt, MLA), {}),
     "mla, low-rank queries": Case(partial(gpt, partial(MLA, q_lora_rank=8)), {}),
+    "mla, soft-cap, sinks, ALiBi": Case(partial(gpt, partial(MLA, softcap=9.0, sinks=True, score_mod=alibi(2))), {}),
+    "window, sinks, learnt bias": Case(partial(gpt, biased), {}),
     "llama": Case(llama, {"shared_keys": "group"}),
 }
 #: Which of them run on so many ranks, and over how many of data and tensor parallelism.
 RUNS = {
-    2: ((1, 2), ("mha, biases, tied embeddings", "gqa", "gains", "mla", "llama")),
-    4: ((2, 2), ("mha, biases, tied embeddings", "gqa", "mla, low-rank queries", "llama")),
+    2: ((1, 2), ("mha, biases, tied embeddings", "gqa", "gains", "mla, soft-cap, sinks, ALiBi", "llama")),
+    4: ((2, 2), ("window, sinks, learnt bias", "gqa", "mla, low-rank queries", "llama")),
 }
 
 

@@ -1,0 +1,123 @@
+"""What attention modules have in common: all that happens between rotated queries and keys and the output."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from lightning_muonclip.attention.core import BACKEND_CHOICES, attention
+from lightning_muonclip.attention.masks import CAUSAL, AttentionMask
+from lightning_muonclip.attention.score_mods import ScoreMod, from_head
+from lightning_muonclip.attention.tracking import Tracked
+from lightning_muonclip.heads import first_head, for_own_heads
+
+
+class AttentionModule(Tracked):
+    """Attends with queries, keys and values that a subclass makes, and projects by its ``o_proj``.
+
+    Args:
+        num_attention_heads: Number of query heads, on all ranks.
+        scaling: Factor on the dot products.
+        sliding_window: A query sees only what is less than so many tokens away, itself included, in any mask; ``None`` is
+            any distance.
+        softcap: Logits are ``softcap * tanh(logit / softcap)``, as in Gemma 2 (arXiv 2408.00118); ``None`` are as they are.
+        sinks: Whether every head has a learnt logit that takes part in the softmax and has no value, as in GPT-OSS
+            (arXiv 2508.10925) and StreamingLLM (arXiv 2309.17453).
+        score_mod: What else is done to a logit before it is masked, in FlexAttention's signature (see
+            :mod:`~lightning_muonclip.attention.score_mods`).
+        backend: Which kernel attends (see :func:`~lightning_muonclip.attention.core.attention`).
+
+    Raises:
+        ValueError: If the window is empty, the soft-cap not positive, or the backend unknown.
+    """
+
+    o_proj: nn.Linear
+
+    def __init__(
+        self,
+        num_attention_heads: int,
+        scaling: float,
+        sliding_window: int | None,
+        softcap: float | None,
+        sinks: bool,
+        score_mod: ScoreMod | None,
+        backend: str,
+    ) -> None:
+        super().__init__()
+        if sliding_window is not None and sliding_window < 1:
+            raise ValueError(
+                f"a sliding_window of {sliding_window} lets no query see even itself; give at least 1, or None for none"
+            )
+        if softcap is not None and not softcap > 0:
+            raise ValueError(f"a softcap of {softcap} leaves no logit; give a positive number, or None for no cap")
+        if backend not in BACKEND_CHOICES:
+            raise ValueError(f"unknown attention backend {backend!r}; known: {', '.join(BACKEND_CHOICES)}")
+        self.num_attention_heads = num_attention_heads
+        self.scaling = scaling
+        self.sliding_window = sliding_window
+        self.softcap = softcap
+        self.sinks = nn.Parameter(torch.zeros(num_attention_heads)) if sinks else None
+        self.score_mod = score_mod
+        self.backend = backend
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The weight whose rows are the channels of the heads: tensor parallelism deals it out to the ranks."""
+        raise NotImplementedError
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask | None) -> Tensor:
+        """Attends with the heads of this rank, reports the largest logits, and projects.
+
+        Args:
+            query: Shape ``(batch, heads, length, d)``, rotated.
+            key: Shape ``(batch, key_heads, length, d)``, rotated.
+            value: Shape ``(batch, key_heads, length, d_v)``.
+            mask: ``None`` is causal.
+
+        Returns:
+            Shape ``(batch, length, hidden_size)``.
+        """
+        mask = CAUSAL if mask is None else mask
+        if self.sliding_window is not None:
+            mask = mask.within(self.sliding_window)
+        mask, score_mod, sinks = self._for_own_heads(mask, query.shape[1])
+        output, maxima = attention(
+            query,
+            key,
+            value,
+            scale=self.scaling,
+            mask=mask,
+            score_mod=score_mod,
+            softcap=self.softcap,
+            sinks=sinks,
+            track=self.track,
+            backend=self.backend,
+        )
+        self.report(maxima, query, key)
+        return self.o_proj(output.transpose(1, 2).flatten(2))
+
+    def _for_own_heads(self, mask: AttentionMask, local: int) -> tuple[AttentionMask, ScoreMod | None, Tensor | None]:
+        """Mask, score_mod and sinks as this rank's heads see them, which it counts from 0."""
+        heads = self.num_attention_heads
+        first = None if local == heads else first_head(self.head_weight, 0, heads, local)
+        if first is None:
+            return mask, self.score_mod, self.sinks
+        score_mod, sinks = self.score_mod, self.sinks
+        if isinstance(score_mod, nn.Module):
+            shared = {
+                name: for_own_heads(param, self.head_weight, heads, local)
+                for name, param in score_mod.named_parameters()
+            }
+            score_mod = partial(_call, score_mod, shared)
+        return (
+            mask.from_head(first),
+            None if score_mod is None else from_head(score_mod, first),
+            None if sinks is None else for_own_heads(sinks, self.head_weight, heads, local)[first : first + local],
+        )
+
+
+def _call(module: nn.Module, params: dict[str, Tensor], *args: Tensor) -> Tensor:
+    return functional_call(module, params, args)

@@ -1,0 +1,106 @@
+"""What may be done to a logit before the softmax, in the signature of FlexAttention's ``score_mod``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+#: ``score_mod(score, b, h, q_idx, kv_idx) -> score``: indices of batch, query head, query and key. It is called with tensors
+#: that broadcast, and by FlexAttention with scalars.
+ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def soft_cap(cap: float) -> ScoreMod:
+    """``cap * tanh(score / cap)``: no logit passes the cap, as in Gemma 2 (arXiv 2408.00118, section 2).
+
+    Raises:
+        ValueError: If the cap is not positive.
+    """
+    if not cap > 0:
+        raise ValueError(f"a soft-cap of {cap} leaves no logit; give a positive number, or None for no cap")
+    return partial(_capped, cap)  # and no function of its own: a module that keeps one can be pickled
+
+
+def alibi(num_heads: int) -> ScoreMod:
+    """Attention with linear biases: every head takes its own slope times the distance off a logit.
+
+    Slopes are ``2 ** (-8 (h + 1) / n)`` for the first n heads, n the largest power of two; further heads lie between them.
+
+    Args:
+        num_heads: Query heads of the attention, on all ranks.
+
+    Source: Press et al., arXiv 2108.12409, section 3.
+
+    Example:
+        >>> score_mod = alibi(8)
+        >>> h, q, k = torch.tensor([0, 7]), torch.tensor(9), torch.tensor(5)
+        >>> score_mod(torch.zeros(2), torch.tensor(0), h, q, k)
+        tensor([-2.0000, -0.0156])
+    """
+    return partial(_biased, 2 ** math.floor(math.log2(num_heads)))
+
+
+class RelativeBias(nn.Module):
+    """A learnt bias for every head and every bucket of distances, as in T5; near distances have buckets of their own.
+
+    Args:
+        num_heads: Query heads of the attention, on all ranks.
+        num_buckets: Number of biases a head.
+        max_distance: All that is farther shares a bucket.
+        bidirectional: Whether later keys have buckets of their own; else they share that of distance 0.
+
+    Source: Raffel et al., arXiv 1910.10683, section 2.1.
+    """
+
+    def __init__(
+        self, num_heads: int, num_buckets: int = 32, max_distance: int = 128, bidirectional: bool = False
+    ) -> None:
+        super().__init__()
+        # An embedding, named as in Hugging Face: Muon and muP know that it is no matrix that multiplies.
+        self.relative_attention_bias = nn.Embedding(num_buckets, num_heads)
+        nn.init.zeros_(self.relative_attention_bias.weight)
+        self.max_distance = max_distance
+        self.bidirectional = bidirectional
+
+    def forward(self, score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        """A :data:`ScoreMod`."""
+        return score + self.relative_attention_bias.weight[self._bucket(q - k), h]
+
+    def _bucket(self, behind: Tensor) -> Tensor:
+        buckets = self.relative_attention_bias.num_embeddings
+        first: Tensor | int = 0
+        if self.bidirectional:
+            buckets //= 2
+            first = torch.where(behind < 0, buckets, 0)
+            distance = behind.abs()
+        else:
+            distance = behind.clamp(min=0)
+        near = buckets // 2
+        grown = torch.log(distance.clamp(min=1).float() / near) / math.log(self.max_distance / near)
+        far = (near + (grown * (buckets - near)).long()).clamp(max=buckets - 1)
+        return first + torch.where(distance < near, distance, far)
+
+
+def chain(first: ScoreMod, second: ScoreMod | None) -> ScoreMod:
+    """One after the other."""
+    if second is None:
+        return first
+    return lambda score, b, h, q, k: second(first(score, b, h, q, k), b, h, q, k)
+
+
+def from_head(score_mod: ScoreMod, first: int) -> ScoreMod:
+    """For heads that are counted from ``first`` on, as on a rank of tensor parallelism."""
+    return lambda score, b, h, q, k: score_mod(score, b, h + first, q, k)
+
+
+def _capped(cap: float, score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    return cap * torch.tanh(score / cap)
+
+
+def _biased(main: int, score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    exponent = torch.where(h < main, 2 * (h + 1), 2 * (h - main) + 1)
+    return score - torch.exp2(-4 / main * exponent) * (q - k).abs()

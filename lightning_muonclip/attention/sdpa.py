@@ -1,0 +1,57 @@
+"""Attention by torch's fused kernels; the largest logits by a pass of their own."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_muonclip.attention.masks import AttentionMask
+from lightning_muonclip.attention.score_mods import ScoreMod
+from lightning_muonclip.kernels.log_sum_exp import attention_log_sum_exp, tells_log_sum_exp
+from lightning_muonclip.kernels.max_logits import max_logits
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    mask: AttentionMask,
+    score_mod: ScoreMod | None,
+    sinks: Tensor | None,
+    track: str | None,
+) -> tuple[Tensor, Tensor | None]:
+    """As :func:`~lightning_muonclip.attention.core.attention`.
+
+    Raises:
+        ValueError: If there is a score_mod or are sinks.
+    """
+    if score_mod is not None or sinks is not None:
+        raise ValueError(
+            "scaled_dot_product_attention has no score_mod, soft-cap or sinks; take backend='auto', 'flex' or 'eager'"
+        )
+    batch, heads, length, _ = query.shape
+    dense = mask.dense(length, query.device, batch=batch, heads=heads)
+    is_causal = mask.causal and dense is None
+    # The fused kernels want values as wide as keys; zeros that are cut off again are cheaper than the plain kernel.
+    width = value.shape[-1]
+    if width < key.shape[-1]:
+        value = F.pad(value, (0, key.shape[-1] - width))
+    if track == "lse" and tells_log_sum_exp(query, key, value, dense, 0.0):
+        counted = mask.dense(length, query.device, batch=batch, heads=heads, counted=True)
+        output, bounds = attention_log_sum_exp(query, key, value, dense, is_causal, scale, counted=counted)
+        return output[..., :width], bounds
+    maxima = None
+    if track is not None:
+        tiles = mask.tiles(length, query.device, batch=batch, heads=heads)
+        maxima = max_logits(query, key, scale=scale, **tiles)
+    output = F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=dense,
+        is_causal=is_causal,
+        scale=scale,
+        enable_gqa=heads != key.shape[1],
+    )
+    return output[..., :width], maxima
