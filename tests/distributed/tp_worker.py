@@ -93,13 +93,15 @@ def llama() -> LitLlama:
     return LitLlama(model, partial(torch.optim.AdamW, lr=3e-3))
 
 
-def gpt(attention: Callable[..., nn.Module], tied: bool = False, mlp: str = "relu2") -> LitGPT:
+def gpt(attention: Callable[..., nn.Module], tied: bool = False, base: int | None = None) -> LitGPT:
     torch.manual_seed(0)
-    model = GPT(attention, vocab_size=VOCAB, hidden_size=16, num_hidden_layers=1, intermediate_size=32, mlp=mlp)
+    make = partial(GPT, attention, vocab_size=VOCAB, num_hidden_layers=1, intermediate_size=32, mlp="swiglu")
+    model = make(hidden_size=16)
     if tied:
         model.lm_head.weight = model.embed_tokens.weight
+    lit = LitGPT(model, partial(torch.optim.AdamW, lr=3e-3), base=None if base is None else make(hidden_size=base))
     enlarge(model)
-    return LitGPT(model, partial(torch.optim.AdamW, lr=3e-3))
+    return lit
 
 
 def enlarge(model: nn.Module) -> None:
@@ -126,7 +128,8 @@ def biased(hidden_size: int) -> Attention:
 CASES: dict[str, Case] = {
     # Of biases beside norms Lightning cannot clip the norm.
     "mha, biases, tied embeddings": Case(partial(gpt, partial(MHA, attention_bias=True), tied=True), {}, clip=None),
-    "gqa": Case(partial(gpt, GQA, mlp="swiglu"), {"shared_keys": "query"}),
+    "gqa": Case(partial(gpt, GQA), {"shared_keys": "query"}),
+    "gqa in muP": Case(partial(gpt, GQA, base=8), {"shared_keys": "query"}),
     "gains": Case(partial(gpt, partial(GQA, qk_norm=True)), {"qk_norm": "gain"}),
     "mla, low-rank queries": Case(partial(gpt, partial(MLA, q_lora_rank=8)), {}),
     "mla, soft-cap, sinks, ALiBi": Case(partial(gpt, partial(MLA, softcap=9.0, sinks=True, score_mod=alibi(2))), {}),
@@ -136,7 +139,7 @@ CASES: dict[str, Case] = {
 #: Which of them run on so many ranks, and over how many of data and tensor parallelism.
 RUNS = {
     2: ((1, 2), ("mha, biases, tied embeddings", "gqa", "gains", "mla, soft-cap, sinks, ALiBi", "llama")),
-    4: ((2, 2), ("window, sinks, learnt bias", "gqa", "mla, low-rank queries", "llama")),
+    4: ((2, 2), ("window, sinks, learnt bias", "gqa in muP", "mla, low-rank queries", "llama")),
 }
 
 
