@@ -17,6 +17,13 @@ def test_lightning_finetune(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert [type(optimizer).__name__ for optimizer in trainer.optimizers] == ["AdamW", "Muon"]
 
 
+def test_packed_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    metrics = runpy.run_path(str(EXAMPLES / "packed_documents.py"))["main"](max_steps=25).callback_metrics
+    assert float(metrics["loss"]) < 3.0  # of 5.5 at the start
+    assert float(metrics["muonclip/max_logit"]) > 0
+
+
 def test_plain_pytorch() -> None:
     optimizer = runpy.run_path(str(EXAMPLES / "plain_pytorch.py"))["main"](steps=30)
     assert optimizer.last.max_logits.shape == (1, 4)

@@ -9,13 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_muonclip.attention.masks import AttentionMask
+
 
 class GPT(nn.Module):
     """Decoder-only transformer over tokens.
 
     Args:
         attention: Makes the attention of a layer from ``hidden_size``, such as
-            ``functools.partial(Attention, num_attention_heads=4)``.
+            ``functools.partial(Attention, num_attention_heads=4)``; it is called with ``mask=``.
         vocab_size: Number of tokens; 256 for bytes.
         hidden_size: Width of the residual stream.
         num_hidden_layers: Number of layers.
@@ -56,11 +58,14 @@ class GPT(nn.Module):
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Logits of the next token, shape ``(batch, length, vocab_size)``, for tokens of shape ``(batch, length)``."""
+    def forward(self, tokens: Tensor, mask: AttentionMask | None = None) -> Tensor:
+        """Logits of the next token, shape ``(batch, length, vocab_size)``, for tokens of shape ``(batch, length)``.
+
+        A mask of ``None`` is causal.
+        """
         hidden_states = self.embed_tokens(tokens)
         for layer in self.layers:
-            hidden_states = layer(hidden_states)
+            hidden_states = layer(hidden_states, mask)
         return self.lm_head(self.norm(hidden_states))
 
     @torch.no_grad()
@@ -93,9 +98,9 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(hidden_size)
         self.mlp = mlp
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor, mask: AttentionMask | None = None) -> Tensor:
         """Maps ``(batch, length, hidden_size)`` to the same."""
-        hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states))
+        hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states), mask=mask)
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
