@@ -10,7 +10,7 @@ from torch.func import functional_call
 
 from lightning_muonclip.attention.core import BACKEND_CHOICES, attention
 from lightning_muonclip.attention.masks import CAUSAL, AttentionMask
-from lightning_muonclip.attention.score_mods import ScoreMod, from_head
+from lightning_muonclip.attention.score_mods import ScoreMod, SoftCap, chain, from_head
 from lightning_muonclip.attention.tracking import Tracked
 from lightning_muonclip.heads import first_head, for_own_heads
 
@@ -51,14 +51,13 @@ class AttentionModule(Tracked):
             raise ValueError(
                 f"a sliding_window of {sliding_window} lets no query see even itself; give at least 1, or None for none"
             )
-        if softcap is not None and not softcap > 0:
-            raise ValueError(f"a softcap of {softcap} leaves no logit; give a positive number, or None for no cap")
         if backend not in BACKEND_CHOICES:
             raise ValueError(f"unknown attention backend {backend!r}; known: {', '.join(BACKEND_CHOICES)}")
         self.num_attention_heads = num_attention_heads
         self.scaling = scaling
         self.sliding_window = sliding_window
         self.softcap = softcap
+        self.cap = None if softcap is None else SoftCap(softcap)
         self.sinks = nn.Parameter(torch.zeros(num_attention_heads)) if sinks else None
         self.score_mod = score_mod
         self.backend = backend
@@ -90,8 +89,7 @@ class AttentionModule(Tracked):
             value,
             scale=self.scaling,
             mask=mask,
-            score_mod=score_mod,
-            softcap=self.softcap,
+            score_mod=score_mod if self.cap is None else chain(self.cap, score_mod),
             sinks=sinks,
             track=self.track,
             backend=self.backend,

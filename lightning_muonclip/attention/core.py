@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 
 import torch
@@ -9,10 +10,9 @@ from torch import Tensor
 
 from lightning_muonclip.attention import eager, flex, sdpa
 from lightning_muonclip.attention.masks import CAUSAL, AttentionMask
-from lightning_muonclip.attention.score_mods import ScoreMod, chain, soft_cap
+from lightning_muonclip.attention.score_mods import ScoreMod, capped, chain
 
 BACKENDS = {"eager": eager.attend, "sdpa": sdpa.attend, "flex": flex.attend}
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
 BACKEND_CHOICES = ("auto", *BACKENDS)
 
 
@@ -40,7 +40,7 @@ def attention(
         scale: Factor on the dot products.
         mask: ``None`` is causal.
         score_mod: What is done to logits, in the signature of FlexAttention.
-        softcap: Cap of the logits, see :func:`~lightning_muonclip.attention.score_mods.soft_cap`.
+        softcap: Cap of the logits, see :func:`~lightning_muonclip.attention.score_mods.SoftCap`.
         sinks: A logit for every query head, shape ``(heads,)``, that takes part in the softmax and has no value (GPT-OSS).
         track: ``None`` does not measure the logits, ``"exact"`` does, ``"lse"`` takes the kernel's log-sum-exp as an upper
             bound where it can be had, and measures elsewhere.
@@ -57,21 +57,30 @@ def attention(
         ValueError: If shapes do not fit, the backend is unknown or cannot do what is asked, or the mask is for another
             batch, length or device.
     """
-    _check(query, key, value, sinks, backend)
+    _check(query, key, value, softcap, sinks, backend)
     mask = CAUSAL if mask is None else mask
     if softcap is not None:
-        score_mod = chain(soft_cap(softcap), score_mod)
-    if backend == "auto":
+        score_mod = chain(functools.partial(capped, softcap), score_mod)
+    if not query.numel():
+        backend = "eager"  # the kernels are not made for nothing
+    elif backend == "auto":
         plain = "eager" if score_mod is not None or sinks is not None else "sdpa"
         backend = "flex" if _fits_flex(query, value) else plain
     return BACKENDS[backend](query, key, value, scale, mask, score_mod, sinks, track)
 
 
-def _check(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, backend: str) -> None:
+def _check(
+    query: Tensor, key: Tensor, value: Tensor, softcap: float | None, sinks: Tensor | None, backend: str
+) -> None:
     if backend not in BACKEND_CHOICES:
         raise ValueError(f"unknown backend {backend!r}; known: {', '.join(BACKEND_CHOICES)}")
+    if not query.ndim == key.ndim == value.ndim == 4:
+        raise ValueError(
+            f"queries, keys and values have four dimensions each: (batch, heads, length, d); got {query.ndim},"
+            f" {key.ndim} and {value.ndim}"
+        )
     heads, key_heads = query.shape[1], key.shape[1]
-    if heads % key_heads:
+    if not key_heads or heads % key_heads:
         raise ValueError(f"{heads} query heads cannot share {key_heads} key heads evenly")
     shapes = query.shape[0], key_heads, query.shape[2]
     if key.shape[:3] != shapes or value.shape[:3] != shapes or query.shape[3] != key.shape[3]:
@@ -79,6 +88,8 @@ def _check(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, back
             "queries, keys and values are of one sequence: (batch, heads, length, d), (batch, key_heads, length, d) and"
             f" (batch, key_heads, length, d_v); got {tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}"
         )
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"a soft-cap of {softcap} leaves no logit; give a positive number, or None for no cap")
     if sinks is not None and sinks.shape != (heads,):
         raise ValueError(f"sinks are one logit for each of {heads} query heads; got shape {tuple(sinks.shape)}")
 
@@ -86,4 +97,12 @@ def _check(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, back
 def _fits_flex(query: Tensor, value: Tensor) -> bool:
     # Its kernels multiply tiles of at least 16 channels, and know no float64.
     is_large = min(query.shape[-1], value.shape[-1]) >= 16
-    return _HAS_TRITON and query.device.type == "cuda" and is_large and query.dtype is not torch.float64
+    return query.device.type == "cuda" and _has_kernels() and is_large and query.dtype is not torch.float64
+
+
+def _find_kernels() -> bool:
+    """Whether triton is there, and runs on the GPU: from Volta on."""
+    return importlib.util.find_spec("triton") is not None and torch.cuda.get_device_capability() >= (7, 0)
+
+
+_has_kernels = torch.compiler.assume_constant_result(_find_kernels)

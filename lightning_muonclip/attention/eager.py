@@ -40,7 +40,8 @@ def attend(
 
 
 def _largest(logits: Tensor, counted: Tensor) -> Tensor:
-    return logits.masked_fill(~counted, float("-inf")).amax((0, 2, 3)).float()
+    logits = logits.masked_fill(~counted, float("-inf")).float()
+    return logits.amax((0, 2, 3)) if logits.numel() else logits.new_full((logits.shape[1],), float("-inf"))
 
 
 def _softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_muonclip.attention.compiled import fast
 from lightning_muonclip.attention.masks import AttentionMask, clamped, filled
 from lightning_muonclip.attention.score_mods import ScoreMod
 from lightning_muonclip.kernels.max_logits import max_logits
@@ -28,20 +27,20 @@ def attend(
     """As :func:`~lightning_muonclip.attention.core.attention`.
 
     Raises:
-        ValueError: If a gradient is wanted on a CPU.
+        ValueError: If a gradient is wanted where torch has no backward of it: on a CPU.
     """
-    from torch.nn.attention.flex_attention import AuxRequest
+    from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
     batch, heads, length, _ = query.shape
     device = query.device.type
-    on_cpu = device == "cpu"
-    if torch.is_autocast_enabled(device):
+    if torch.is_autocast_enabled(device) and query.dtype is not torch.float64:
         # As torch's own function does it; else what a norm has made float32 stays that, many times slower.
         query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
-    if on_cpu:
+    is_complete = device not in ("cpu", "mps")  # where torch has neither the backward nor the maxima
+    if not is_complete:
         query, key, value = _without_gradient(query, key, value)
     # The kernel's maxima are of what score_mod has made of the logits, and of each query over all keys.
-    tells_maxima = track is not None and score_mod is None and not mask.pads_in_part and not on_cpu
+    tells_maxima = track is not None and score_mod is None and not mask.pads_in_part and is_complete
     maxima = None
     if track is not None and not tells_maxima:
         tiles = mask.tiles(length, query.device, batch=batch, heads=heads)
@@ -50,7 +49,8 @@ def attend(
     more = filled(length) - length
     if more:
         query, key, value = (F.pad(x, (0, 0, 0, more)) for x in (query, key, value))
-    output, aux = _flex_attention(on_cpu)(
+    function: Any = fast(flex_attention) if is_complete else flex_attention
+    output, aux = function(
         query,
         key,
         value,
@@ -62,34 +62,18 @@ def attend(
     )
     output = output[:, :, :length]
     if sinks is not None:
-        kept = torch.sigmoid(aux.lse[:, :, :length] - sinks.float()[:, None])
+        lse = aux.lse[:, :, :length]
+        kept = torch.sigmoid(lse - sinks.float()[:, None]).masked_fill(lse.isneginf(), 0.0)
         output = (output * kept.unsqueeze(-1)).to(output.dtype)
     if tells_maxima:
         maxima = _largest(aux.max_scores[:, :, :length], mask.padding)
     return output, maxima
 
 
-def _flex_attention(on_cpu: bool) -> Callable[..., Any]:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    # Compiled with the model it is a part of its graph; on a CPU its compiled form tells no log-sum-exp.
-    plain: Callable[..., Any] = flex_attention
-    return plain if on_cpu or torch.compiler.is_compiling() else _compiled()
-
-
-@functools.cache
-def _compiled() -> Callable[..., Any]:
-    """One for all modules."""
-    from torch.nn.attention.flex_attention import flex_attention
-
-    compiled: Callable[..., Any] = torch.compile(flex_attention)
-    return compiled
-
-
 def _without_gradient(*tensors: Tensor) -> tuple[Tensor, ...]:
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         raise ValueError(
-            "FlexAttention has no backward on CPUs; train with backend='auto' (or 'sdpa', 'eager'), or call it under"
+            "FlexAttention has no backward on this device; train with backend='auto' (or 'sdpa', 'eager'), or call it under"
             " torch.no_grad()"
         )
     return tuple(x.detach() for x in tensors)  # it refuses leaves with a gradient even if none is recorded

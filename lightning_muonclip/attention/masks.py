@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import functools
+import inspect
+import math
+import operator
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
+
+from lightning_muonclip.attention.compiled import fast
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -23,12 +27,12 @@ T = TypeVar("T")
 BLOCK = 128
 
 
-@dataclass(frozen=True, eq=False)
 class AttentionMask:
     """Visibility of keys: a pair is visible if everything that is given allows it.
 
     Masks combine with ``&`` and ``|``. Make one a batch and give it to every layer: what a backend needs (a dense mask, a
-    BlockMask, nothing but causality) is built once.
+    BlockMask, nothing but causality) is built once, and does not follow later changes of its tensors. In a compiled model
+    every layer would build its own BlockMask of padding, documents and the like: call :meth:`block_mask` before.
 
     A query that sees nothing gets zeros, and no gradient.
 
@@ -61,96 +65,105 @@ class AttentionMask:
                 [1, 1, 0, 1, 1]], dtype=torch.int32)
     """
 
-    causal: bool = True
-    padding: Tensor | None = None
-    window: int | None = None
-    documents: Tensor | None = None
-    prefix: Tensor | None = None
-    mask_mod: MaskMod | None = None
-    either: tuple[tuple[AttentionMask, ...], ...] = ()
-    _built: dict[Any, tuple[Any, Any]] = field(default_factory=dict, init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        if self.padding is not None and (self.padding.dtype is not torch.bool or self.padding.ndim != 2):
+    def __init__(
+        self,
+        causal: bool = True,
+        padding: Tensor | None = None,
+        window: int | None = None,
+        documents: Tensor | None = None,
+        prefix: Tensor | None = None,
+        mask_mod: MaskMod | None = None,
+        either: tuple[tuple[AttentionMask, ...], ...] = (),
+    ) -> None:
+        if padding is not None and (padding.dtype is not torch.bool or padding.ndim != 2):
             raise ValueError(
                 "padding must be boolean of shape (batch, length), True for real tokens; got"
-                f" {self.padding.dtype} of shape {tuple(self.padding.shape)}"
+                f" {padding.dtype} of shape {tuple(padding.shape)}"
             )
-        if self.window is not None and self.window < 1:
-            raise ValueError(f"a window of {self.window} lets no query see even itself; give at least 1, or None")
-        if self.documents is not None and not _is_integers(self.documents, 2):
+        if window is not None and window < 1:
+            raise ValueError(f"a window of {window} lets no query see even itself; give at least 1, or None")
+        if documents is not None and not _is_integers(documents, 2):
             raise ValueError(
                 "documents must be integers of shape (batch, length), one id a token; got"
-                f" {self.documents.dtype} of shape {tuple(self.documents.shape)}"
+                f" {documents.dtype} of shape {tuple(documents.shape)}"
             )
-        if self.prefix is not None and not _is_integers(self.prefix, 1):
+        if prefix is not None and not _is_integers(prefix, 1):
             raise ValueError(
                 "prefix must be integers of shape (batch,), one length a sequence; got"
-                f" {self.prefix.dtype} of shape {tuple(self.prefix.shape)}"
+                f" {prefix.dtype} of shape {tuple(prefix.shape)}"
             )
-        if self.prefix is not None and not self.causal:
+        if prefix is not None and not causal:
             raise ValueError("a prefix is what is seen in spite of causality, but causal=False hides nothing from it")
+        # No dataclass: Lightning and torch take those apart, to cast what is in them.
+        self.causal = causal
+        self.padding = padding
+        self.window = window
+        self.documents = documents
+        self.prefix = prefix
+        self.mask_mod = mask_mod
+        self.either = either
+        self._derived: dict[tuple[str, int], AttentionMask] = {}
+        self._built: dict[Any, tuple[Any, Any]] = {}
 
     def __and__(self, other: AttentionMask) -> AttentionMask:
         """Visible in both."""
-        padding, prefix = other.padding, other.prefix
-        if self.padding is not None:
-            padding = self.padding if padding is None else self.padding & padding
-        if not other.causal:
-            prefix = self.prefix
-        elif self.causal:
-            both = self.prefix is not None and prefix is not None
-            prefix = torch.minimum(self.prefix, prefix) if both else None  # type: ignore[arg-type]
         mods = [mask.mask_mod for mask in (self, other) if mask.mask_mod is not None]
-        documents, either = self.documents, self.either + other.either
-        if documents is None:
-            documents = other.documents
-        elif other.documents is not None and other.documents is not documents:
-            either += ((AttentionMask(causal=False, documents=other.documents),),)
+        own: dict[str, Tensor | None] = {}
+        either = self.either + other.either
+        for name, join in (("padding", torch.logical_and), ("documents", None), ("prefix", torch.minimum)):
+            one, two = getattr(self, name), getattr(other, name)
+            if name == "prefix" and self.causal and other.causal and (one is None or two is None):
+                own[name] = None  # causality alone hides more
+            elif one is None or two is None or one is two:
+                own[name] = two if one is None else one
+            elif join is not None and one.shape == two.shape:
+                own[name] = join(one, two)
+            else:
+                own[name] = one
+                either += ((AttentionMask(causal=name == "prefix", **{name: two}),),)
         return AttentionMask(
             self.causal or other.causal,
-            padding,
-            other.window if self.window is None else min(self.window, other.window or self.window),
-            documents,
-            prefix,
-            _all(mods) if mods else None,
-            either,
+            window=other.window if self.window is None else min(self.window, other.window or self.window),
+            mask_mod=_all(mods) if mods else None,
+            either=either,
+            **own,
         )
 
     def __or__(self, other: AttentionMask) -> AttentionMask:
         """Visible in one or both."""
         # What both say stays outside: backends can make more of it there.
-        same = [name for name in ("padding", "window", "documents") if getattr(self, name) is getattr(other, name)]
-        shared: dict[str, Any] = {name: getattr(self, name) for name in same}
-        rest: dict[str, Any] = dict.fromkeys(same)
+        both = [name for name in ("padding", "documents") if getattr(self, name) is getattr(other, name)]
+        both += ["window"] * (self.window == other.window)
+        shared: dict[str, Any] = {name: getattr(self, name) for name in both}
+        rest: dict[str, Any] = dict.fromkeys(both)
         shared["causal"] = self.causal and other.causal and self.prefix is other.prefix
         if shared["causal"]:
             shared["prefix"] = self.prefix
             rest |= {"causal": False, "prefix": None}
-        alternatives = replace(self, **rest), replace(other, **rest)
-        hides = all(mask._mod() is not None for mask in alternatives)
-        return AttentionMask(**shared, either=(alternatives,) if hides else ())
+        alternatives = self._but(**rest), other._but(**rest)
+        is_all = any(mask._mod() is None for mask in alternatives)
+        return AttentionMask(**shared, either=() if is_all else (alternatives,))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_built": {}}
+        return {**self.__dict__, "_derived": {}, "_built": {}}
 
     def to(self, device: torch.device | str) -> AttentionMask:
         """The same with its tensors on a device; those that a ``mask_mod`` refers to stay where they are."""
-        moved = {name: tensor.to(device) for name, tensor in self._tensors().items()}
-        return replace(self, **moved, either=self._each(lambda mask: mask.to(device)))  # type: ignore[arg-type]
+        moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in self._tensors().items()}
+        return self._but(**moved, either=self._each(lambda mask: mask.to(device)))
 
     def within(self, window: int) -> AttentionMask:
         """Visible here and in a window: the same mask at every call, so that layers share what is built."""
-        return self._once(("within", window), None, lambda: self & AttentionMask(causal=False, window=window))
+        return self._derive(("window", window), lambda: self & AttentionMask(causal=False, window=window))
 
     def from_head(self, first: int) -> AttentionMask:
         """For heads that are counted from ``first`` on, as on a rank of tensor parallelism."""
-        return self._once(("from_head", first), None, lambda: self._from_head(first)) if first else self
+        return self._derive(("head", first), lambda: self._from_head(first)) if first else self
 
     def _from_head(self, first: int) -> AttentionMask:
         mod = self.mask_mod
         shifted = None if mod is None else lambda b, h, q, k: mod(b, h + first, q, k)
-        return replace(self, mask_mod=shifted, either=self._each(lambda mask: mask._from_head(first)))
+        return self._but(mask_mod=shifted, either=self._each(lambda mask: mask._from_head(first)))
 
     def dense(
         self,
@@ -165,7 +178,7 @@ class AttentionMask:
 
         Args:
             length: Tokens of a sequence.
-            device: Where the sequence is.
+            device: Where the sequence is; ``None`` is where the mask's tensors are.
             batch: Number of sequences; ``None`` is that of the padding, the documents or the prefix, else 1.
             heads: Number of query heads.
             counted: Only the pairs whose logits count for QK-Clip: padded queries have none.
@@ -174,13 +187,14 @@ class AttentionMask:
             Shape ``(batch or 1, heads or 1, length or 1, length)``: 1 where all are alike.
 
         Raises:
-            ValueError: If the padding, the documents or the prefix are for another length or batch, or on another device.
+            ValueError: If the padding, the documents or the prefix are for another length or batch, or on another device,
+                or a ``mask_mod`` does not give booleans.
         """
-        batch = self._checked_batch(length, device, batch)
+        batch, device = self._checked(length, device, batch)
         window = None if self.window is None or self.window >= length else self.window
         if window is None and not self._tensors() and self.mask_mod is None and not self.either:
             return None
-        mask = replace(self, window=window)
+        mask = self._but(window=window)
         counted = counted and self._has_padding()
         key = length, batch, heads, device
         return self._once(("dense", counted), key, lambda: mask._visible(counted, batch, heads, length, device))
@@ -194,7 +208,7 @@ class AttentionMask:
         """
         from torch.nn.attention.flex_attention import create_block_mask
 
-        batch = self._checked_batch(length, device, batch)
+        batch, device = self._checked(length, device, batch)
         mod = self._mod()
         whole = filled(length)
         if mod is None and whole == length:
@@ -204,10 +218,19 @@ class AttentionMask:
             # What fills up is hidden; a function that looks up a table must not be asked for it.
             return (k < length) if mod is None else mod(b, h, *clamped(q, k, length)) & (k < length)
 
+        chosen = mod if mod is not None and whole == length else inside
+
+        if not self._tensors() and self.mask_mod is None and not self.either:
+            if torch.compiler.is_compiling():
+                return _band(self.causal, self.window, length, device, chosen)
+            return self._once("band", (length, device), lambda: _band(self.causal, self.window, length, device, chosen))
+
         def build() -> BlockMask:
-            alike = inside(*indices(batch, heads, 1, device)).shape  # 1 where sequences or heads are
-            rows, columns = (None if size == 1 else size for size in alike[:2])
-            return create_block_mask(inside, rows, columns, whole, whole, str(device or "cpu"), BLOCK)
+            alike = _boolean(chosen(*indices(batch, heads, 1, device))).shape  # 1 where sequences or heads are
+            rows, columns = (None if size == 1 else size for size in ((1,) * 4 + alike)[-4:-2])
+            # On a GPU without writing whole masks on the way.
+            create = fast(create_block_mask) if device.type == "cuda" else create_block_mask
+            return create(chosen, rows, columns, whole, whole, str(device), BLOCK)
 
         return self._once("block", (length, batch, heads, device), build)
 
@@ -216,10 +239,10 @@ class AttentionMask:
 
         Dense is only what causality, a window and documents cannot say: they tell which tiles need no look.
         """
-        batch = self._checked_batch(length, device, batch)
+        batch, device = self._checked(length, device, batch)
         rest = None
         if self.prefix is not None or self.mask_mod is not None or self.either:
-            mask = replace(self, causal=self.prefix is not None, padding=None, window=None, documents=None)
+            mask = self._but(causal=self.prefix is not None, padding=None, window=None, documents=None)
             key = length, batch, heads, device
             rest = self._once("rest", key, lambda: mask._visible(True, batch, heads, length, device))
         return {
@@ -232,7 +255,7 @@ class AttentionMask:
     @property
     def pads_in_part(self) -> bool:
         """Whether it depends on the key if a query counts: to one part of a ``|`` it is padding, to another it is not."""
-        return any(mask._has_padding() for masks in self.either for mask in masks)
+        return any(mask.padding is not None for mask in self._parts() if mask is not self)
 
     def _real_documents(self) -> Tensor | None:
         """The document of every token, negative for padding; ``None`` where all are of one."""
@@ -242,12 +265,12 @@ class AttentionMask:
         return one.masked_fill(~self.padding, -1)
 
     def _has_padding(self) -> bool:
-        return self.padding is not None or self.pads_in_part
+        return any(mask.padding is not None for mask in self._parts())
 
     def _visible(self, counted: bool, batch: int, heads: int, length: int, device: torch.device | None) -> Tensor:
         mod = self._mod(counted)
         assert mod is not None
-        return mod(*indices(batch, heads, length, device))
+        return _boolean(mod(*indices(batch, heads, length, device)))
 
     def _mod(self, counted: bool = False) -> MaskMod | None:
         """All of it as one function; ``None`` if it hides nothing."""
@@ -278,36 +301,90 @@ class AttentionMask:
         tensors = {"padding": self.padding, "documents": self.documents, "prefix": self.prefix}
         return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
-    def _checked_batch(self, length: int, device: torch.device | None, batch: int | None) -> int:
-        masks = [self, *(mask for alternatives in self.either for mask in alternatives)]
-        given = [item for mask in masks for item in mask._tensors().items()]
+    def _parts(self) -> Iterator[AttentionMask]:
+        """This mask and all that it is made of."""
+        yield self
+        for alternatives in self.either:
+            for mask in alternatives:
+                yield from mask._parts()
+
+    def _checked(self, length: int, device: torch.device | None, batch: int | None) -> tuple[int, torch.device]:
+        """Batch and device, those of the mask's tensors where they are not given."""
+        given = [item for mask in self._parts() for item in mask._tensors().items()]
         if batch is None:
             batch = max((tensor.shape[0] for _, tensor in given), default=1)
+        if device is None:
+            device = next((tensor.device for _, tensor in given), torch.device("cpu"))
         for name, tensor in given:
             name += " are" if name == "documents" else " is"
             if tensor.ndim == 2 and tensor.shape[1] != length:
                 raise ValueError(f"{name} for {tensor.shape[1]} tokens, the sequence has {length}")
             if tensor.shape[0] not in (1, batch):
                 raise ValueError(f"{name} for {tensor.shape[0]} sequences, the batch has {batch}")
-            if device is not None and tensor.device != device:
+            if tensor.device != device:
                 raise ValueError(
                     f"{name} on {tensor.device}, the sequence on {device}; move the mask with mask.to(...)"
                 )
-        return batch
+        return batch, device
+
+    def _but(self, **changes: Any) -> AttentionMask:
+        return AttentionMask(**{name: getattr(self, name) for name in _FIELDS} | changes)
+
+    def _derive(self, key: tuple[str, int], make: Callable[[], AttentionMask]) -> AttentionMask:
+        if torch.compiler.is_compiling():
+            return make()
+        if key not in self._derived:
+            self._derived[key] = make()
+        return self._derived[key]
 
     def _once(self, kind: Any, key: Any, build: Callable[[], T]) -> T:
         """What is built for a batch, kept for its further layers: the last of a kind."""
+        made, value = self._built.get(kind, (None, None))
         if torch.compiler.is_compiling():
-            return build()  # a graph computes it once of itself; and what is kept here would be guarded
-        key = key, torch.is_inference_mode_enabled()  # whose tensors cannot take part in training
-        if kind not in self._built or self._built[kind][0] != key:
-            self._built[kind] = key, build()
-        built: T = self._built[kind][1]
-        return built
+            # What a graph makes stays in it; and only a BlockMask is worth the guard on what was made before.
+            return value if kind == "block" and made is not None and made[0] == key else build()
+        now = key, torch.is_inference_mode_enabled()  # whose tensors cannot take part in training
+        if made != now:
+            value = build()
+            # Not what has no values: estimators run models on tensors of another type.
+            if type(getattr(value, "kv_indices", value)) is Tensor:
+                self._built[kind] = now, value
+        return value
 
+
+_FIELDS = tuple(inspect.signature(AttentionMask).parameters)
 
 #: For all attention that is given no mask.
 CAUSAL = AttentionMask()
+
+
+def _band(causal: bool, window: int | None, length: int, device: torch.device, mask_mod: MaskMod) -> BlockMask:
+    """The BlockMask of causality and a window, from the distances in a block instead of all of its pairs."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    block = torch.arange(filled(length) // BLOCK, device=device)
+    near, far = (BLOCK * (block[:, None] - block) + extent for extent in (1 - BLOCK, BLOCK - 1))
+    least = 0 if causal else -math.inf if window is None else 1 - window
+    most = math.inf if window is None else window - 1
+    whole = (near >= least) & (far <= most) & (BLOCK * (block + 1) <= length)
+    part = (far >= least) & (near <= most) & ~whole
+    size = filled(length), filled(length)
+    return BlockMask.from_kv_blocks(
+        *_listed(part), *_listed(whole), BLOCK_SIZE=BLOCK, mask_mod=mask_mod, seq_lengths=size
+    )
+
+
+def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """How many blocks of each row are chosen, and a list that begins with those; int32, shape (1, 1, rows[, columns])."""
+    chosen = blocks[None, None].to(torch.int32)
+    return chosen.sum(-1, dtype=torch.int32), chosen.argsort(stable=True, dim=-1, descending=True).to(torch.int32)
+
+
+def _boolean(visible: Any) -> Tensor:
+    if not isinstance(visible, Tensor) or visible.dtype is not torch.bool:
+        kind = visible.dtype if isinstance(visible, Tensor) else type(visible).__name__
+        raise ValueError(f"a mask_mod must give a boolean tensor, True where a key is visible; got {kind}")
+    return visible
 
 
 def filled(length: int) -> int:
@@ -364,8 +441,8 @@ def _before(prefix: Tensor) -> MaskMod:
 def _all(mods: Sequence[MaskMod]) -> MaskMod:
     if len(mods) == 1:
         return mods[0]
-    return lambda b, h, q, k: functools.reduce(torch.logical_and, [mod(b, h, q, k) for mod in mods])
+    return lambda b, h, q, k: functools.reduce(operator.and_, [_boolean(mod(b, h, q, k)) for mod in mods])
 
 
 def _any(mods: Sequence[MaskMod]) -> MaskMod:
-    return lambda b, h, q, k: functools.reduce(torch.logical_or, [mod(b, h, q, k) for mod in mods])
+    return lambda b, h, q, k: functools.reduce(operator.or_, [_boolean(mod(b, h, q, k)) for mod in mods])

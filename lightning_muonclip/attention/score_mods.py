@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,18 +13,34 @@ from torch import Tensor, nn
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-def soft_cap(cap: float) -> ScoreMod:
+# Modules, and their numbers whole: of a module torch.compile takes those for constants, while others become symbols as soon
+# as there are two of them, which a score_mod of FlexAttention cannot hold.
+
+
+class SoftCap(nn.Module):
     """``cap * tanh(score / cap)``: no logit passes the cap, as in Gemma 2 (arXiv 2408.00118, section 2).
 
     Raises:
         ValueError: If the cap is not positive.
     """
-    if not cap > 0:
-        raise ValueError(f"a soft-cap of {cap} leaves no logit; give a positive number, or None for no cap")
-    return partial(_capped, cap)  # and no function of its own: a module that keeps one can be pickled
+
+    def __init__(self, cap: float) -> None:
+        super().__init__()
+        if not cap > 0:
+            raise ValueError(f"a soft-cap of {cap} leaves no logit; give a positive number, or None for no cap")
+        self.numerator, self.denominator = float(cap).as_integer_ratio()
+
+    def forward(self, score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        """A :data:`ScoreMod`."""
+        return capped(self.numerator / self.denominator, score)
 
 
-def alibi(num_heads: int) -> ScoreMod:
+def capped(cap: float, score: Tensor, *_: Tensor) -> Tensor:
+    """What :class:`SoftCap` does to a logit."""
+    return cap * torch.tanh(score / cap)
+
+
+class Alibi(nn.Module):
     """Attention with linear biases: every head takes its own slope times the distance off a logit.
 
     Slopes are ``2 ** (-8 (h + 1) / n)`` for the first n heads, n the largest power of two; further heads lie between them.
@@ -36,12 +51,21 @@ def alibi(num_heads: int) -> ScoreMod:
     Source: Press et al., arXiv 2108.12409, section 3.
 
     Example:
-        >>> score_mod = alibi(8)
+        >>> score_mod = Alibi(8)
         >>> h, q, k = torch.tensor([0, 7]), torch.tensor(9), torch.tensor(5)
         >>> score_mod(torch.zeros(2), torch.tensor(0), h, q, k)
         tensor([-2.0000, -0.0156])
     """
-    return partial(_biased, 2 ** math.floor(math.log2(num_heads)))
+
+    def __init__(self, num_heads: int) -> None:
+        super().__init__()
+        # No buffer of slopes, which would lose its precision in ``module.bfloat16()``.
+        self.main = 2 ** math.floor(math.log2(num_heads))
+
+    def forward(self, score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        """A :data:`ScoreMod`."""
+        exponent = torch.where(h < self.main, 2 * (h + 1), 2 * (h - self.main) + 1)
+        return score - torch.exp2(-4 / self.main * exponent) * (q - k).abs()
 
 
 class RelativeBias(nn.Module):
@@ -95,12 +119,3 @@ def chain(first: ScoreMod, second: ScoreMod | None) -> ScoreMod:
 def from_head(score_mod: ScoreMod, first: int) -> ScoreMod:
     """For heads that are counted from ``first`` on, as on a rank of tensor parallelism."""
     return lambda score, b, h, q, k: score_mod(score, b, h + first, q, k)
-
-
-def _capped(cap: float, score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-    return cap * torch.tanh(score / cap)
-
-
-def _biased(main: int, score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-    exponent = torch.where(h < main, 2 * (h + 1), 2 * (h - main) + 1)
-    return score - torch.exp2(-4 / main * exponent) * (q - k).abs()

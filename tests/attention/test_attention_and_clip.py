@@ -12,7 +12,7 @@ from oracles import brute_max_logits, causal, enlarge, queries_and_keys
 from torch import Tensor, nn
 
 from lightning_muonclip import Attention, AttentionMask, MultiheadLatentAttention, QKClip
-from lightning_muonclip.attention.score_mods import RelativeBias, alibi
+from lightning_muonclip.attention.score_mods import Alibi, RelativeBias
 
 HEADS, LENGTH = 4, 40
 SIZES: dict[str, Any] = {"hidden_size": 32, "num_attention_heads": HEADS}
@@ -28,8 +28,8 @@ KINDS: dict[str, Callable[[], Any]] = {
     "plain": lambda: Attention(**SIZES),
     "gqa, window, sinks": lambda: Attention(**SIZES, num_key_value_heads=2, sliding_window=9, sinks=True),
     "soft-cap": lambda: Attention(**SIZES, num_key_value_heads=2, softcap=5.0),
-    "alibi": lambda: Attention(**SIZES, rope_theta=None, score_mod=alibi(HEADS)),
-    "alibi and soft-cap": lambda: Attention(**SIZES, rope_theta=None, score_mod=alibi(HEADS), softcap=5.0),
+    "alibi": lambda: Attention(**SIZES, rope_theta=None, score_mod=Alibi(HEADS)),
+    "alibi and soft-cap": lambda: Attention(**SIZES, rope_theta=None, score_mod=Alibi(HEADS), softcap=5.0),
     "learnt bias": lambda: Attention(**SIZES, score_mod=learnt_bias()),
     "yarn": lambda: Attention(
         **SIZES, rope_scaling={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}

@@ -16,7 +16,7 @@ from torch._dynamo.utils import counters
 
 from lightning_muonclip import Attention, AttentionMask, MultiheadLatentAttention, QKClip
 from lightning_muonclip.attention.core import attention
-from lightning_muonclip.attention.score_mods import ScoreMod, alibi
+from lightning_muonclip.attention.score_mods import Alibi, ScoreMod
 
 KEEP = torch.arange(70) < torch.tensor([[70], [50]])
 
@@ -82,7 +82,7 @@ def test_one_graph_compiled_once_with_the_maxima_of_eager(name: str) -> None:
     check_one_graph(MODELS[name](), torch.randn(5, 2, 70, 16), "aot_eager")
 
 
-@pytest.mark.parametrize("score_mod", [None, alibi(4)], ids=["", "alibi"])
+@pytest.mark.parametrize("score_mod", [None, Alibi(4)], ids=["", "alibi"])
 def test_flex_is_part_of_the_graph_of_its_model(score_mod: ScoreMod | None) -> None:
     query, key, value = (torch.randn(2, heads, 200, 16) for heads in (4, 2, 2))
     documents = torch.arange(200).expand(2, -1) // 70
@@ -145,3 +145,13 @@ def test_lengths_that_vary_do_not_compile_anew(name: str) -> None:
             forward(torch.randn(2, length, 16))
         assert qk_clip.max_logits.isfinite().all()
     assert counter.frame_count <= 2  # once for the first length, once for all others
+
+
+def test_layers_that_are_compiled_one_by_one_have_their_own_caps_and_slopes() -> None:
+    """The numbers of a score_mod stay constants, however many of them there are."""
+    x = torch.randn(1, 20, 32)
+    for options in ({"softcap": 2.0}, {"softcap": 3.5}, {"score_mod": Alibi(2)}, {"score_mod": Alibi(4)}):
+        module = Attention(32, 2, backend="flex", **options).requires_grad_(False)
+        expected = module(x)
+        module.compile(fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(module(x), expected)

@@ -6,10 +6,14 @@ import pickle
 from functools import partial
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
+from helpers import trainer
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from oracles import causal, module_max_logits
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lightning_muonclip import Attention, AttentionMask, QKClip
 from lightning_muonclip.attention.masks import BLOCK
@@ -241,3 +245,98 @@ def test_padding_of_one_part_counts_through_the_other() -> None:
     assert visible is not None and counted is not None
     assert visible[0, 0, 3].tolist() == [True] * 4 and counted[0, 0, 3].tolist() == [False] * 3 + [True]
     assert torch.equal(visible[0, 0, :3], counted[0, 0, :3])
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("window", [None, 1, 100, 128, 129, 300])
+@pytest.mark.parametrize("length", [1, 127, 128, 129, 500, 512])
+def test_blocks_by_distance_are_those_of_all_pairs(causal: bool, window: int | None, length: int) -> None:
+    mask = AttentionMask(causal, window=window)
+    found, visible = mask.block_mask(length), mask.dense(length)
+    if found is None:
+        assert not causal and window is None and length % BLOCK == 0
+        return
+    if visible is None:
+        visible = torch.ones(length, length, dtype=torch.bool)[None, None]
+        visible = visible.tril() if causal else visible
+    size = found.shape[-1]
+    whole = torch.zeros(size, size, dtype=torch.bool)
+    whole[:length, :length] = visible
+    blocks = whole.view(size // BLOCK, BLOCK, -1, BLOCK).transpose(1, 2).flatten(2)
+    listed = {"kv": found.kv_num_blocks, "full_kv": found.full_kv_num_blocks}
+    indices = {"kv": found.kv_indices, "full_kv": found.full_kv_indices}
+    named = {
+        name: {(i, int(j)) for i in range(len(blocks)) for j in indices[name][0, 0, i, : listed[name][0, 0, i]]}
+        for name in listed
+    }
+    assert named["kv"] | named["full_kv"] == {(int(i), int(j)) for i, j in blocks.any(-1).nonzero()}
+    rows = blocks[: length // BLOCK]  # of queries that fill up nobody knows what they see
+    assert {pair for pair in named["full_kv"] if pair[0] < len(rows)} == {
+        (int(i), int(j)) for i, j in rows.all(-1).nonzero()
+    }
+    q, k = torch.arange(length)[:, None], torch.arange(length)
+    zero = torch.tensor(0)
+    assert torch.equal(found.mask_mod(zero, zero, q, k) & torch.ones_like(visible), visible)
+
+
+def test_parts_of_parts_are_looked_at_too() -> None:
+    some = AttentionMask(causal=False, padding=torch.ones(2, 7, dtype=torch.bool))
+    nested = (some | AttentionMask(window=1)) | AttentionMask(window=2)
+    with pytest.raises(ValueError, match="padding is for 7 tokens, the sequence has 5"):
+        nested.dense(5)
+    with pytest.raises(ValueError, match="padding is for 2 sequences, the batch has 3"):
+        nested.dense(7, batch=3)
+    visible = nested.dense(7)
+    assert visible is not None and visible.shape[0] == 2
+
+
+def test_paddings_that_do_not_fit_each_other_are_named() -> None:
+    both = AttentionMask(padding=torch.ones(2, 7, dtype=torch.bool)) & AttentionMask(padding=KEEP)
+    with pytest.raises(ValueError, match="padding is for 7 tokens, the sequence has 3"):
+        both.dense(3)
+    one_for_all = AttentionMask(padding=KEEP) & AttentionMask(padding=KEEP[:1])
+    visible, expected = one_for_all.dense(3), AttentionMask(padding=KEEP & KEEP[:1]).dense(3)
+    assert visible is not None and expected is not None and torch.equal(visible, expected)
+
+
+def test_a_model_without_values_leaves_nothing_behind() -> None:
+    module = Attention(8, 2, sliding_window=2)
+    x = torch.randn(1, 33, 8)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        module(mode.from_tensor(x))
+    assert type(module(x)) is torch.Tensor
+
+
+class LitMasked(pl.LightningModule):
+    """A batch with a mask in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = Attention(8, 2)
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
+        assert batch["mask"].padding is not None
+        return self.attention(batch["x"], mask=batch["mask"]).square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true", "64-true"])
+def test_a_mask_in_a_batch_of_lightning(precision: Any) -> None:
+    data = [{"x": torch.randn(2, 3, 8), "mask": AttentionMask(padding=KEEP)}]
+    trainer([], precision=precision, max_steps=1).fit(LitMasked(), torch.utils.data.DataLoader(data, batch_size=None))
+
+
+def test_a_block_mask_that_is_made_before_is_the_one_of_a_compiled_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = Attention(32, 2, backend="flex").requires_grad_(False)
+    masks = [AttentionMask(documents=torch.randint(3, (2, 20)).sort(1).values) for _ in range(4)]
+    for mask in masks:
+        mask.block_mask(20, batch=2, heads=2)
+    monkeypatch.setattr("torch.nn.attention.flex_attention.create_block_mask", None)
+    counter = CompileCounterWithBackend("eager")
+    forward = torch.compile(module, fullgraph=True, backend=counter)
+    for mask in masks:
+        x = torch.randn(2, 20, 32)
+        torch.testing.assert_close(forward(x, mask=mask), module(x, mask=mask))
+    assert counter.frame_count == 1

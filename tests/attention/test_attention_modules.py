@@ -16,7 +16,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 
 from lightning_muonclip import Attention, AttentionMask, MultiheadLatentAttention
 from lightning_muonclip.attention.rotary import RotaryEmbedding
-from lightning_muonclip.attention.score_mods import alibi
+from lightning_muonclip.attention.score_mods import Alibi
 from lightning_muonclip.experiment.gpt import GPT
 
 LENGTH = 70  # more than one block of queries
@@ -359,7 +359,7 @@ def test_maxima_are_of_the_visible_dot_products_before_soft_cap_and_sinks(kind: 
 
 
 def test_a_score_mod_takes_the_place_of_rotation() -> None:
-    module = make("gqa", rope_theta=None, score_mod=alibi(4))
+    module = make("gqa", rope_theta=None, score_mod=Alibi(4))
     x = torch.randn(1, 30, 32)
     with torch.no_grad():
         layers = (module.q_proj, module.k_proj, module.v_proj)
@@ -410,8 +410,8 @@ def test_a_model_asks_nothing_of_attention_that_it_is_not_told() -> None:
     ("options", "message"),
     [
         ({"sliding_window": 0}, "sliding_window of 0 lets no query see even itself; give at least 1, or None"),
-        ({"softcap": 0.0}, "softcap of 0.0 leaves no logit; give a positive number, or None"),
-        ({"softcap": -1.0}, "softcap of -1.0"),
+        ({"softcap": 0.0}, "soft-cap of 0.0 leaves no logit; give a positive number, or None"),
+        ({"softcap": -1.0}, "soft-cap of -1.0"),
         ({"backend": "flash"}, "unknown attention backend 'flash'; known: auto, eager, sdpa, flex"),
         ({"rope_scaling": {"rope_type": "linear"}}, "rope_type 'linear' needs 'factor'"),
     ],

@@ -19,16 +19,17 @@ from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from lightning_muonclip import Attention, AttentionMask, QKClip
+from lightning_muonclip.attention.compiled import compiled
 from lightning_muonclip.attention.core import BACKENDS, attention
 from lightning_muonclip.attention.masks import BLOCK
-from lightning_muonclip.attention.score_mods import RelativeBias, ScoreMod, alibi, chain, from_head, soft_cap
+from lightning_muonclip.attention.score_mods import Alibi, RelativeBias, ScoreMod, SoftCap, chain, from_head
 
 NAMES = list(atoms(1, 2, 0))
 TWO = 2  # sequences
 
 SCORE_MODS: dict[str, tuple[ScoreMod, Any]] = {
-    "soft-cap": (soft_cap(2.0), lambda s, h, i, j: 2 * torch.tanh(s / 2)),
-    "alibi": (alibi(HEADS), lambda s, h, i, j: s - 2 ** (-8 * (h + 1) / HEADS) * abs(i - j)),
+    "soft-cap": (SoftCap(2.0), lambda s, h, i, j: 2 * torch.tanh(s / 2)),
+    "alibi": (Alibi(HEADS), lambda s, h, i, j: s - 2 ** (-8 * (h + 1) / HEADS) * abs(i - j)),
     "of positions": (
         lambda s, b, h, q, k: s * (1 + q % 2) - 0.125 * k * h,
         lambda s, h, i, j: s * (1 + i % 2) - 0.125 * j * h,
@@ -172,6 +173,25 @@ def test_half_precision_is_near(backend: str, dtype: torch.dtype) -> None:
     torch.testing.assert_close(largest, maxima, rtol=1e-5, atol=1e-5)  # products of half precision are exact in float32
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_gives_nothing(backend: str) -> None:
+    for batch, length in ((0, 5), (2, 0)):
+        query = torch.randn(batch, 4, length, 16, requires_grad=True)
+        output, maxima = attention(query, query, query[..., :8], scale=1.0, track="exact", backend=backend)
+        assert output.shape == (batch, 4, length, 8) and maxima is not None
+        assert maxima.tolist() == [-INF] * 4
+        output.sum().backward()
+
+
+@pytest.mark.parametrize("backend", ["eager", "flex"])
+def test_sinks_of_no_weight_change_nothing(backend: str) -> None:
+    inputs = [x.float() for x in tensors(6, 2, 16, 16, seed=0)]
+    mask = AttentionMask(mask_mod=lambda b, h, q, k: q != 2)
+    options: dict[str, Any] = {"scale": 1.0, "mask": mask, "backend": backend}
+    found = attention(*inputs, sinks=torch.full((HEADS,), -INF), **options)[0]
+    torch.testing.assert_close(found, attention(*inputs, **options)[0])
+
+
 def test_under_autocast_flex_works_in_half_precision_as_sdpa_does() -> None:
     inputs = [x.float() for x in tensors(70, 2, 16, 16, seed=0)]
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
@@ -216,11 +236,11 @@ def test_maxima_are_taken_before_soft_cap_and_score_mod(score: str) -> None:
 
 def test_soft_cap_comes_before_the_score_mod() -> None:
     inputs = [x.float() for x in tensors(9, 4, 16, 16, seed=3)]
-    bias = alibi(HEADS)
+    bias = Alibi(HEADS)
     found = attention(*inputs, scale=3.0, softcap=1.5, score_mod=bias)[0]
-    expected = attention(*inputs, scale=3.0, score_mod=chain(soft_cap(1.5), bias))[0]
+    expected = attention(*inputs, scale=3.0, score_mod=chain(SoftCap(1.5), bias))[0]
     assert torch.equal(found, expected)
-    other = attention(*inputs, scale=3.0, score_mod=chain(bias, soft_cap(1.5)))[0]
+    other = attention(*inputs, scale=3.0, score_mod=chain(bias, SoftCap(1.5)))[0]
     assert not torch.allclose(found, other, atol=1e-3)
 
 
@@ -229,13 +249,13 @@ def test_alibi_has_the_slopes_of_hugging_faces_bloom(heads: int) -> None:
     # Bloom adds slope * j, which in a row differs from -slope * (i - j) by a constant.
     theirs = build_alibi_tensor(torch.ones(1, 9), heads, torch.float32).view(heads, 1, 9)
     h, q, k = torch.arange(heads).view(-1, 1, 1), torch.tensor(8), torch.arange(9).view(1, 1, -1)
-    ours = alibi(heads)(torch.zeros(heads, 1, 9), torch.tensor(0), h, q, k)
+    ours = Alibi(heads)(torch.zeros(heads, 1, 9), torch.tensor(0), h, q, k)
     torch.testing.assert_close(ours - ours[..., :1], theirs - theirs[..., :1])
 
 
 def test_modules_that_keep_score_mods_travel() -> None:
     x = torch.randn(1, 5, 16)
-    for score_mod in (alibi(2), soft_cap(1.0), RelativeBias(2)):
+    for score_mod in (Alibi(2), SoftCap(1.0), RelativeBias(2)):
         module = Attention(16, 2, score_mod=score_mod)
         assert torch.equal(pickle.loads(pickle.dumps(module))(x), module(x))
 
@@ -278,12 +298,12 @@ def test_heads_that_start_later_are_those_of_the_whole() -> None:
     mask = (AttentionMask() | AttentionMask(causal=False, mask_mod=lambda b, h, q, k: table[h, q])) & AttentionMask(
         mask_mod=lambda b, h, q, k: table[h, k] | (q == k)
     )
-    whole, maxima = attention(query, key, value, scale=1.0, mask=mask, score_mod=alibi(HEADS), track="exact")
+    whole, maxima = attention(query, key, value, scale=1.0, mask=mask, score_mod=Alibi(HEADS), track="exact")
     part, own = attention(
         *(x[:, 2:] for x in (query, key, value)),
         scale=1.0,
         mask=mask.from_head(2),
-        score_mod=from_head(alibi(HEADS), 2),
+        score_mod=from_head(Alibi(HEADS), 2),
         track="exact",
     )
     assert torch.equal(part, whole[:, 2:]) and maxima is not None and torch.equal(own, maxima[2:])
@@ -296,10 +316,32 @@ def test_flex_is_asked_for_whole_blocks(monkeypatch: pytest.MonkeyPatch) -> None
         lengths.append(query.shape[2])
         return flex_attention(query, *args, **kwargs)
 
-    monkeypatch.setattr("lightning_muonclip.attention.flex._flex_attention", lambda on_cpu: listen)
+    monkeypatch.setattr("torch.nn.attention.flex_attention.flex_attention", listen)
     for length in (1, BLOCK, BLOCK + 1):
         attention(*(x.float() for x in tensors(length, 4, 16, 16, 0)), scale=1.0, backend="flex")
     assert lengths == [BLOCK, BLOCK, 2 * BLOCK]
+
+
+def test_compiled_once_it_takes_any_number_of_masks_lengths_and_score_mods(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: more graphs than torch would make of one function, all whole, none wrong."""
+    plain = torch.nn.attention.flex_attention.flex_attention
+    torch._dynamo.reset()
+    monkeypatch.setattr("torch.nn.attention.flex_attention.flex_attention", compiled(plain, "aot_eager"))
+    count = torch._dynamo.utils.counters["stats"]
+    before = count["unique_graphs"]
+    cases: list[tuple[int, dict[str, Any], dict[str, Any]]] = [
+        *((100, {}, {"score_mod": score}) for score in (None, SoftCap(2.0), SoftCap(3.0), Alibi(4), Alibi(8))),
+        *((128, {}, {"softcap": softcap}) for softcap in (2.0, 3.0, 4.0)),
+        *((length, {"window": 9}, {}) for length in (100, 128, 256)),
+        (100, {"window": 30, "documents": (torch.arange(100) // 50).expand(TWO, -1)}, {}),
+    ]
+    for length, hidden, options in cases:
+        inputs = [x.float() for x in tensors(length, 2, 16, 16, seed=0)]
+        options |= {"scale": 0.6, "mask": AttentionMask(**hidden)}
+        with torch.no_grad():
+            found = attention(*inputs, backend="flex", **options)[0]
+        torch.testing.assert_close(found, attention(*inputs, backend="eager", **options)[0])
+    assert count["unique_graphs"] - before > 8
 
 
 def test_a_table_of_positions_is_never_read_behind_its_end() -> None:
@@ -320,7 +362,7 @@ def test_auto_on_a_cpu_takes_what_can_be_trained(monkeypatch: pytest.MonkeyPatch
         spy = lambda *args, name=name, function=function: called.append(name) or function(*args)  # noqa: E731
         monkeypatch.setitem(BACKENDS, name, spy)
     inputs = tensors(5, 4, 16, 16, seed=0)
-    for options in ({}, {"softcap": 1.0}, {"score_mod": alibi(HEADS)}, {"sinks": torch.zeros(HEADS)}):
+    for options in ({}, {"softcap": 1.0}, {"score_mod": Alibi(HEADS)}, {"sinks": torch.zeros(HEADS)}):
         attention(*inputs, scale=1.0, **options)
     assert called == ["sdpa", "eager", "eager", "eager"]
 
@@ -336,7 +378,7 @@ def test_what_cannot_be_is_refused() -> None:
             {"backend": "sdpa", "softcap": 1.0},
         ),
         "sinks are one logit for each of 4 query heads": ((query, key, value), {"sinks": torch.zeros(2)}),
-        "FlexAttention has no backward on CPUs": ((query.requires_grad_(), key, value), {"backend": "flex"}),
+        "FlexAttention has no backward on this device": ((query.requires_grad_(), key, value), {"backend": "flex"}),
         "a soft-cap of 0 leaves no logit": ((query, key, value), {"softcap": 0}),
         "padding is for 7 tokens, the sequence has 5": (
             (query, key, value),
@@ -345,6 +387,15 @@ def test_what_cannot_be_is_refused() -> None:
         "documents are for 3 sequences, the batch has 2": (
             (query, key, value),
             {"mask": AttentionMask(documents=torch.ones(3, 5, dtype=torch.long))},
+        ),
+        "queries, keys and values have four dimensions each": ((query[0], key[0], value[0]), {}),
+        "a mask_mod must give a boolean tensor, True where a key is visible; got torch.int64": (
+            (query, key, value),
+            {"mask": AttentionMask(mask_mod=lambda b, h, q, k: q * k)},
+        ),
+        "a mask_mod must give a boolean tensor, True where a key is visible; got bool": (
+            (query, key, value),
+            {"mask": AttentionMask(mask_mod=lambda b, h, q, k: True)},
         ),
         "prefix is on meta, the sequence on cpu; move the mask with mask.to": (
             (query, key, value),
@@ -372,16 +423,17 @@ def test_a_log_sum_exp_bounds_what_general_masks_show() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("score", [None, *SCORE_MODS])
-@pytest.mark.parametrize("with_sinks", [False, True], ids=["", "sinks"])
 @pytest.mark.parametrize(
-    ("drawn", "length", "key_heads", "dims"),
+    ("drawn", "length", "key_heads", "dims", "score", "with_sinks"),
     [
-        (("causal",), 1000, 4, (64, 64)),
-        (("&", "causal", "documents"), 1024, 2, (128, 128)),
-        (("|", "window", "a table a head"), 333, 1, (96, 64)),
-        (("&", "prefix", "padding"), 129, 4, (192, 128)),
-        (("documents",), 64, 2, (16, 16)),
+        (("causal",), 1000, 4, (64, 64), None, False),
+        (("causal",), 1000, 4, (64, 64), "soft-cap", True),
+        (("&", "causal", "documents"), 1024, 2, (128, 128), None, True),
+        (("&", "causal", "documents"), 1023, 2, (128, 128), "alibi", False),
+        (("|", "window", "a table a head"), 333, 1, (96, 64), "of positions", False),
+        (("|", "padding", "window"), 333, 1, (96, 64), None, False),
+        (("&", "prefix", "padding"), 129, 4, (192, 128), None, False),
+        (("documents",), 64, 2, (16, 16), None, True),
     ],
     ids=str,
 )

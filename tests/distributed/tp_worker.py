@@ -39,7 +39,7 @@ from lightning_muonclip import (
     Projection,
     QKClip,
 )
-from lightning_muonclip.attention.score_mods import RelativeBias, alibi
+from lightning_muonclip.attention.score_mods import Alibi, RelativeBias
 from lightning_muonclip.boxes import to_local
 from lightning_muonclip.experiment.gpt import GPT
 from lightning_muonclip.experiment.lit import LitGPT, _tensor_parallel_plan
@@ -132,7 +132,7 @@ CASES: dict[str, Case] = {
     "gqa in muP": Case(partial(gpt, GQA, base=8), {"shared_keys": "query"}),
     "gains": Case(partial(gpt, partial(GQA, qk_norm=True)), {"qk_norm": "gain"}),
     "mla, low-rank queries": Case(partial(gpt, partial(MLA, q_lora_rank=8)), {}),
-    "mla, soft-cap, sinks, ALiBi": Case(partial(gpt, partial(MLA, softcap=9.0, sinks=True, score_mod=alibi(2))), {}),
+    "mla, soft-cap, sinks, ALiBi": Case(partial(gpt, partial(MLA, softcap=9.0, sinks=True, score_mod=Alibi(2))), {}),
     "window, sinks, learnt bias": Case(partial(gpt, biased), {}),
     "llama": Case(llama, {"shared_keys": "group"}),
 }
