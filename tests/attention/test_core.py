@@ -129,7 +129,7 @@ def test_sdpa_is_eager(drawn: tuple[str, ...], length: int, key_heads: int, dims
     torch.testing.assert_close(found[2], maxima, rtol=1e-5, atol=1e-5)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     drawn=masks,
     score=st.sampled_from([None, *SCORE_MODS]),
