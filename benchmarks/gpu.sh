@@ -15,11 +15,11 @@ part() { # seconds, name, command...
     [ "$status" -eq 0 ] || failed+=("$name ($status)")
 }
 
-part 150 tests python -m pytest -m gpu -q -p no:cacheprovider
-part 90 orthogonalize python benchmarks/orthogonalize.py
-part 100 muon_step python benchmarks/muon_step.py
-part 60 max_logits python benchmarks/max_logits.py
-part 75 train_step python benchmarks/train_step.py
+part 200 tests python -m pytest -m gpu -q -p no:cacheprovider
+part 80 orthogonalize python benchmarks/orthogonalize.py
+part 80 muon_step python benchmarks/muon_step.py
+part 50 max_logits python benchmarks/max_logits.py
+part 70 train_step python benchmarks/train_step.py
 
 if [ -n "${OUT:-}" ]; then
     # One file: whoever fetches results may limit how many there are.

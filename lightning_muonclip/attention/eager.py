@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_muonclip.attention.masks import AttentionMask, indices
+from lightning_muonclip.attention.mask_mods import indices
+from lightning_muonclip.attention.masks import AttentionMask
 from lightning_muonclip.attention.score_mods import ScoreMod
 
 

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_muonclip.attention.blocks import clamped, filled
 from lightning_muonclip.attention.compiled import fast
-from lightning_muonclip.attention.masks import AttentionMask, clamped, filled
+from lightning_muonclip.attention.masks import AttentionMask
 from lightning_muonclip.attention.score_mods import ScoreMod
 from lightning_muonclip.kernels.max_logits import max_logits
 

@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
-import math
-import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from lightning_muonclip.attention.blocks import BLOCK, band, clamped, filled
 from lightning_muonclip.attention.compiled import fast
+from lightning_muonclip.attention.mask_mods import (
+    MaskMod,
+    boolean,
+    causal_after,
+    indices,
+    near,
+    real,
+    same_document,
+    visible_in_all,
+    visible_in_any,
+)
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
-#: ``mask_mod(b, h, q_idx, kv_idx) -> visible``, FlexAttention's: indices of batch, query head, query and key. It is called
-#: with tensors that broadcast, and by FlexAttention with scalars.
-MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-
 T = TypeVar("T")
-
-#: Queries and keys of a block of a BlockMask. Sequences are filled up to whole ones.
-BLOCK = 128
 
 
 class AttentionMask:
@@ -124,7 +126,7 @@ class AttentionMask:
         return AttentionMask(
             self.causal or other.causal,
             window=other.window if self.window is None else min(self.window, other.window or self.window),
-            mask_mod=_all(mods) if mods else None,
+            mask_mod=visible_in_all(mods) if mods else None,
             either=either,
             **own,
         )
@@ -222,11 +224,11 @@ class AttentionMask:
 
         if not self._tensors() and self.mask_mod is None and not self.either:
             if torch.compiler.is_compiling():
-                return _band(self.causal, self.window, length, device, chosen)
-            return self._once("band", (length, device), lambda: _band(self.causal, self.window, length, device, chosen))
+                return band(self.causal, self.window, length, device, chosen)
+            return self._once("band", (length, device), lambda: band(self.causal, self.window, length, device, chosen))
 
         def build() -> BlockMask:
-            alike = _boolean(chosen(*indices(batch, heads, 1, device))).shape  # 1 where sequences or heads are
+            alike = boolean(chosen(*indices(batch, heads, 1, device))).shape  # 1 where sequences or heads are
             rows, columns = (None if size == 1 else size for size in ((1,) * 4 + alike)[-4:-2])
             # On a GPU without writing whole masks on the way.
             create = fast(create_block_mask) if device.type == "cuda" else create_block_mask
@@ -270,29 +272,29 @@ class AttentionMask:
     def _visible(self, counted: bool, batch: int, heads: int, length: int, device: torch.device | None) -> Tensor:
         mod = self._mod(counted)
         assert mod is not None
-        return _boolean(mod(*indices(batch, heads, length, device)))
+        return boolean(mod(*indices(batch, heads, length, device)))
 
     def _mod(self, counted: bool = False) -> MaskMod | None:
         """All of it as one function; ``None`` if it hides nothing."""
         mods = list(self._mods(counted))
-        return _all(mods) if mods else None
+        return visible_in_all(mods) if mods else None
 
     def _mods(self, counted: bool) -> Iterator[MaskMod]:
         if self.prefix is not None:
-            yield _before(self.prefix)
+            yield causal_after(self.prefix)
         elif self.causal:
             yield lambda b, h, q, k: k <= q
         if self.window is not None:
-            yield _near(self.window)
+            yield near(self.window)
         if self.padding is not None:
-            yield _real(self.padding, counted)
+            yield real(self.padding, counted)
         if self.documents is not None:
-            yield _same(self.documents)
+            yield same_document(self.documents)
         if self.mask_mod is not None:
             yield self.mask_mod
         for alternatives in self.either:
             mods = [mask._mod(counted) for mask in alternatives]
-            yield _any([mod for mod in mods if mod is not None])
+            yield visible_in_any([mod for mod in mods if mod is not None])
 
     def _each(self, change: Callable[[AttentionMask], AttentionMask]) -> tuple[tuple[AttentionMask, ...], ...]:
         return tuple(tuple(map(change, alternatives)) for alternatives in self.either)
@@ -358,91 +360,5 @@ _FIELDS = tuple(inspect.signature(AttentionMask).parameters)
 CAUSAL = AttentionMask()
 
 
-def _band(causal: bool, window: int | None, length: int, device: torch.device, mask_mod: MaskMod) -> BlockMask:
-    """The BlockMask of causality and a window, from the distances in a block instead of all of its pairs."""
-    from torch.nn.attention.flex_attention import BlockMask
-
-    block = torch.arange(filled(length) // BLOCK, device=device)
-    near, far = (BLOCK * (block[:, None] - block) + extent for extent in (1 - BLOCK, BLOCK - 1))
-    least = 0 if causal else -math.inf if window is None else 1 - window
-    most = math.inf if window is None else window - 1
-    whole = (near >= least) & (far <= most) & (BLOCK * (block + 1) <= length)
-    part = (far >= least) & (near <= most) & ~whole
-    size = filled(length), filled(length)
-    return BlockMask.from_kv_blocks(
-        *_listed(part), *_listed(whole), BLOCK_SIZE=BLOCK, mask_mod=mask_mod, seq_lengths=size
-    )
-
-
-def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """How many blocks of each row are chosen, and a list that begins with those; int32, shape (1, 1, rows[, columns])."""
-    chosen = blocks[None, None].to(torch.int32)
-    return chosen.sum(-1, dtype=torch.int32), chosen.argsort(stable=True, dim=-1, descending=True).to(torch.int32)
-
-
-def _boolean(visible: Any) -> Tensor:
-    if not isinstance(visible, Tensor) or visible.dtype is not torch.bool:
-        kind = visible.dtype if isinstance(visible, Tensor) else type(visible).__name__
-        raise ValueError(f"a mask_mod must give a boolean tensor, True where a key is visible; got {kind}")
-    return visible
-
-
-def filled(length: int) -> int:
-    """Tokens of a sequence that is filled up to whole blocks."""
-    return -(-length // BLOCK) * BLOCK
-
-
-def clamped(q: Tensor, k: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Indices of tokens that are there, for those that have been filled up."""
-    return q.clamp(max=length - 1), k.clamp(max=length - 1)
-
-
-def indices(batch: int, heads: int, length: int, device: torch.device | None) -> tuple[Tensor, ...]:
-    """Of batch, head, query and key: four tensors that broadcast to ``(batch, heads, length, length)``."""
-    sizes = batch, heads, length, length
-    return tuple(
-        torch.arange(size, device=device).view([-1 if i == dim else 1 for i in range(4)])
-        for dim, size in enumerate(sizes)
-    )
-
-
 def _is_integers(x: Tensor, ndim: int) -> bool:
     return not x.dtype.is_floating_point and x.dtype is not torch.bool and x.ndim == ndim
-
-
-def _near(window: int) -> MaskMod:
-    return lambda b, h, q, k: (q - k).abs() < window
-
-
-# What is one for the whole batch has one row.
-
-
-def _real(padding: Tensor, counted: bool) -> MaskMod:
-    def real(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        row = b if len(padding) > 1 else 0
-        return padding[row, q] & padding[row, k] if counted else padding[row, k]
-
-    return real
-
-
-def _same(documents: Tensor) -> MaskMod:
-    def same(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        row = b if len(documents) > 1 else 0
-        own = documents[row, q]
-        return (own == documents[row, k]) & (own >= 0)
-
-    return same
-
-
-def _before(prefix: Tensor) -> MaskMod:
-    return lambda b, h, q, k: (k <= q) | (k < prefix[b if len(prefix) > 1 else 0])
-
-
-def _all(mods: Sequence[MaskMod]) -> MaskMod:
-    if len(mods) == 1:
-        return mods[0]
-    return lambda b, h, q, k: functools.reduce(operator.and_, [_boolean(mod(b, h, q, k)) for mod in mods])
-
-
-def _any(mods: Sequence[MaskMod]) -> MaskMod:
-    return lambda b, h, q, k: functools.reduce(operator.or_, [_boolean(mod(b, h, q, k)) for mod in mods])

@@ -16,7 +16,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lightning_muonclip import Attention, AttentionMask, QKClip
-from lightning_muonclip.attention.masks import BLOCK
+from lightning_muonclip.attention.blocks import BLOCK
 from lightning_muonclip.experiment.gpt import GPT
 
 KEEP = torch.tensor([[True, True, False], [True, True, True]])

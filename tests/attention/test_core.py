@@ -19,9 +19,9 @@ from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from lightning_muonclip import Attention, AttentionMask, QKClip
+from lightning_muonclip.attention.blocks import BLOCK
 from lightning_muonclip.attention.compiled import compiled
 from lightning_muonclip.attention.core import BACKENDS, attention
-from lightning_muonclip.attention.masks import BLOCK
 from lightning_muonclip.attention.score_mods import Alibi, RelativeBias, ScoreMod, SoftCap, chain, from_head
 
 NAMES = list(atoms(1, 2, 0))
