@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lightning_muonclip.attention.core import BACKEND_CHOICES, attention
-from lightning_muonclip.attention.masks import CAUSAL, AttentionMask
+from lightning_muonclip.attention.masks import AttentionMask, checked
 from lightning_muonclip.attention.score_mods import ScoreMod, SoftCap, chain, from_head
 from lightning_muonclip.attention.tracking import Tracked
 from lightning_muonclip.heads import first_head, for_own_heads
@@ -47,12 +47,19 @@ class AttentionModule(Tracked):
         backend: str,
     ) -> None:
         super().__init__()
-        if sliding_window is not None and sliding_window < 1:
+        if sliding_window is not None and (not isinstance(sliding_window, int) or sliding_window < 1):
             raise ValueError(
-                f"a sliding_window of {sliding_window} lets no query see even itself; give at least 1, or None for none"
+                f"a sliding_window of {sliding_window} lets no query see even itself; give a whole number of at least 1, or"
+                " None for none"
             )
         if backend not in BACKEND_CHOICES:
             raise ValueError(f"unknown attention backend {backend!r}; known: {', '.join(BACKEND_CHOICES)}")
+        known = getattr(score_mod, "num_heads", num_attention_heads)
+        if known != num_attention_heads:
+            raise ValueError(
+                f"the score_mod is for {known} heads, the attention has {num_attention_heads}; give it num_heads="
+                f"{num_attention_heads}"
+            )
         self.num_attention_heads = num_attention_heads
         self.scaling = scaling
         self.sliding_window = sliding_window
@@ -79,7 +86,7 @@ class AttentionModule(Tracked):
         Returns:
             Shape ``(batch, length, hidden_size)``.
         """
-        mask = CAUSAL if mask is None else mask
+        mask = checked(mask)
         if self.sliding_window is not None:
             mask = mask.within(self.sliding_window)
         mask, score_mod, sinks = self._for_own_heads(mask, query.shape[1])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_muonclip.attention import eager, flex, sdpa
-from lightning_muonclip.attention.masks import CAUSAL, AttentionMask
+from lightning_muonclip.attention.masks import AttentionMask, checked
 from lightning_muonclip.attention.score_mods import ScoreMod, capped, chain
 
 BACKENDS = {"eager": eager.attend, "sdpa": sdpa.attend, "flex": flex.attend}
@@ -58,7 +58,7 @@ def attention(
             batch, length or device.
     """
     _check(query, key, value, softcap, sinks, backend)
-    mask = CAUSAL if mask is None else mask
+    mask = checked(mask)
     if softcap is not None:
         score_mod = chain(functools.partial(capped, softcap), score_mod)
     if not query.numel():

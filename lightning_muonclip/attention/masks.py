@@ -77,23 +77,22 @@ class AttentionMask:
         mask_mod: MaskMod | None = None,
         either: tuple[tuple[AttentionMask, ...], ...] = (),
     ) -> None:
-        if padding is not None and (padding.dtype is not torch.bool or padding.ndim != 2):
+        if not isinstance(causal, bool):
+            raise ValueError(f"causal is True or False; got {_told(causal)}: name the arguments, such as padding=...")
+        if padding is not None and not (_is_tensor(padding, 2) and padding.dtype is torch.bool):
             raise ValueError(
-                "padding must be boolean of shape (batch, length), True for real tokens; got"
-                f" {padding.dtype} of shape {tuple(padding.shape)}"
+                f"padding must be boolean of shape (batch, length), True for real tokens; got {_told(padding)}"
             )
-        if window is not None and window < 1:
-            raise ValueError(f"a window of {window} lets no query see even itself; give at least 1, or None")
+        if window is not None and (not isinstance(window, int | torch.SymInt) or window < 1):
+            raise ValueError(
+                f"a window of {window} lets no query see even itself; give a whole number of at least 1, or None"
+            )
         if documents is not None and not _is_integers(documents, 2):
             raise ValueError(
-                "documents must be integers of shape (batch, length), one id a token; got"
-                f" {documents.dtype} of shape {tuple(documents.shape)}"
+                f"documents must be integers of shape (batch, length), one id a token; got {_told(documents)}"
             )
         if prefix is not None and not _is_integers(prefix, 1):
-            raise ValueError(
-                "prefix must be integers of shape (batch,), one length a sequence; got"
-                f" {prefix.dtype} of shape {tuple(prefix.shape)}"
-            )
+            raise ValueError(f"prefix must be integers of shape (batch,), one length a sequence; got {_told(prefix)}")
         if prefix is not None and not causal:
             raise ValueError("a prefix is what is seen in spite of causality, but causal=False hides nothing from it")
         # No dataclass: Lightning and torch take those apart, to cast what is in them.
@@ -360,5 +359,29 @@ _FIELDS = tuple(inspect.signature(AttentionMask).parameters)
 CAUSAL = AttentionMask()
 
 
+def checked(mask: AttentionMask | None) -> AttentionMask:
+    """The mask, or causality where there is none.
+
+    Raises:
+        ValueError: If it is no AttentionMask.
+    """
+    if mask is None:
+        return CAUSAL
+    if not isinstance(mask, AttentionMask):
+        raise ValueError(
+            f"a mask must be an AttentionMask, not a {type(mask).__name__}: AttentionMask(padding=keep) with True for real"
+            " tokens, or AttentionMask(causal=False, mask_mod=lambda b, h, q, k: visible[b, h, q, k]) for any pairs"
+        )
+    return mask
+
+
+def _is_tensor(x: object, ndim: int) -> bool:
+    return isinstance(x, Tensor) and x.ndim == ndim
+
+
 def _is_integers(x: Tensor, ndim: int) -> bool:
-    return not x.dtype.is_floating_point and x.dtype is not torch.bool and x.ndim == ndim
+    return _is_tensor(x, ndim) and not x.dtype.is_floating_point and x.dtype is not torch.bool
+
+
+def _told(x: object) -> str:
+    return f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else repr(x)

@@ -142,8 +142,10 @@ class Parametrization:
         groups: list[dict[str, Any]] = []
         taken: set[str] = set()
         for group in optimizer.param_groups:
-            if optimizer.state or "initial_lr" in group:
-                raise ValueError("muP scales a fresh optimizer: call apply() before its first step and any scheduler")
+            if optimizer.state or "initial_lr" in group or "mup" in group:
+                raise ValueError(
+                    "muP scales a fresh optimizer: call apply() once, before its first step and any scheduler"
+                )
             members: dict[Scale, list[int]] = defaultdict(list)
             for i, param in enumerate(group["params"]):
                 if param not in names:
@@ -261,6 +263,10 @@ def parametrize(model: nn.Module, base: nn.Module, residual: Sequence[str] = ())
         [('input', 0.001), ('hidden', 0.00025)]
     """
     hooks = [hook for m in model.modules() for hook in (*m._forward_pre_hooks.values(), *m._forward_hooks.values())]
+    if base in _in_mup:
+        raise ValueError(
+            "the base is in muP itself; make it anew, at the width whose hyperparameters are to carry over"
+        )
     if model in _in_mup or any(isinstance(hook, Multiplier) for hook in hooks):  # which copies keep
         raise ValueError("this model is in muP already; parametrize a fresh one")
     depth, blocks = _depth(model, base, residual)
@@ -301,7 +307,7 @@ def _scaled(group: dict[str, Any], scale: Scale, optimizer: str) -> dict[str, An
     rates = scale.rates
     rate = rates[(group["adjust_lr_fn"] or "original") if is_muon else "adamw"]
     own = {"lr": group["lr"] * rate, "weight_decay": group["weight_decay"] / rate, "mup": rates}
-    return own if is_muon else own | {"eps": group["eps"] * scale.eps}
+    return own | {"eps": group["eps"] * scale.eps} if not is_muon and "eps" in group else own
 
 
 def _classify(name: str, shape: torch.Size, base: torch.Size, owner: nn.Module, leaf: str) -> tuple[ParamClass, float]:

@@ -175,7 +175,7 @@ def _read(scaling: Mapping[str, Any], theta: float) -> tuple[str, dict[str, Any]
                 f"rope_type {rope_type!r} needs {key!r} in rope_scaling; given: {', '.join(given) or 'none'}"
             )
         least = int(key in ("factor", "original_max_position_embeddings"))
-        if value is not None and (not isinstance(value, (int, float)) or value < least):
+        if value is not None and (not isinstance(value, (int, float)) or not value >= least):
             raise ValueError(f"{key} of rope_scaling must be a number of at least {least}; got {value!r}")
     for low, high in _ORDERED:
         if low in options and options[low] >= options[high]:

@@ -48,6 +48,9 @@ class Alibi(nn.Module):
     Args:
         num_heads: Query heads of the attention, on all ranks.
 
+    Raises:
+        ValueError: If there is no head.
+
     Source: Press et al., arXiv 2108.12409, section 3.
 
     Example:
@@ -59,6 +62,9 @@ class Alibi(nn.Module):
 
     def __init__(self, num_heads: int) -> None:
         super().__init__()
+        if num_heads < 1:
+            raise ValueError(f"num_heads must be at least 1; got {num_heads}")
+        self.num_heads = num_heads
         # No buffer of slopes, which would lose its precision in ``module.bfloat16()``.
         self.main = 2 ** math.floor(math.log2(num_heads))
 
@@ -77,6 +83,9 @@ class RelativeBias(nn.Module):
         max_distance: All that is farther shares a bucket.
         bidirectional: Whether later keys have buckets of their own; else they share that of distance 0.
 
+    Raises:
+        ValueError: If there are too few buckets, or more for near distances than there are distances.
+
     Source: Raffel et al., arXiv 1910.10683, section 2.1.
     """
 
@@ -84,6 +93,15 @@ class RelativeBias(nn.Module):
         self, num_heads: int, num_buckets: int = 32, max_distance: int = 128, bidirectional: bool = False
     ) -> None:
         super().__init__()
+        near = num_buckets // (4 if bidirectional else 2)
+        if near < 1:
+            raise ValueError(f"num_buckets must be at least {4 if bidirectional else 2}; got {num_buckets}")
+        if max_distance <= near:
+            raise ValueError(
+                f"of {num_buckets} buckets {near} are for near distances, which must be less than max_distance; got"
+                f" {max_distance}"
+            )
+        self.num_heads = num_heads
         # An embedding, named as in Hugging Face: Muon and muP know that it is no matrix that multiplies.
         self.relative_attention_bias = nn.Embedding(num_buckets, num_heads)
         nn.init.zeros_(self.relative_attention_bias.weight)

@@ -23,13 +23,14 @@ class StopOnInterrupt(Callback):
 
     def __init__(self, dirpath: str) -> None:
         self.path = Path(dirpath) / "interrupted.ckpt"
-        self._interrupted = False
+        #: Whether a Ctrl-C came.
+        self.interrupted = False
         self._last_step = 0
         self._previous: Any = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Takes over SIGINT."""
-        self._interrupted = False
+        self.interrupted = False
         self._last_step = trainer.global_step
         self._previous = signal.signal(signal.SIGINT, self._on_interrupt)
 
@@ -40,7 +41,8 @@ class StopOnInterrupt(Callback):
         if trainer.global_step == self._last_step:
             return
         self._last_step = trainer.global_step
-        if trainer.strategy.reduce_boolean_decision(self._interrupted, all=False):
+        self.interrupted = trainer.strategy.reduce_boolean_decision(self.interrupted, all=False)
+        if self.interrupted:
             trainer.save_checkpoint(self.path)
             rank_zero_info(f"Interrupted. To go on from here: ckpt_path={self.path}")
             trainer.should_stop = True
@@ -54,7 +56,7 @@ class StopOnInterrupt(Callback):
         self._restore()
 
     def _on_interrupt(self, signum: int, frame: FrameType | None) -> None:
-        self._interrupted = True
+        self.interrupted = True
         self._restore()
 
     def _restore(self) -> None:

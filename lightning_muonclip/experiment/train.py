@@ -13,6 +13,7 @@ import hydra
 import lightning.pytorch as pl
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from omegaconf import DictConfig, OmegaConf
@@ -20,6 +21,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from lightning_muonclip.experiment.config import ConfigError, check_config, unknown_key
 from lightning_muonclip.experiment.gpt import GPT
+from lightning_muonclip.experiment.interrupt import StopOnInterrupt
 from lightning_muonclip.experiment.lit import LitGPT
 
 
@@ -50,6 +52,8 @@ def train(config: DictConfig) -> float:
         logger.log_hyperparams(OmegaConf.to_container(config, resolve=True))  # type: ignore[arg-type]
     trainer.fit(lit, datamodule=data, ckpt_path=config.ckpt_path)
     rank_zero_info(f"Everything is in {output_dir()}")
+    if _is_interrupted(trainer) and HydraConfig.get().mode == RunMode.MULTIRUN:
+        raise KeyboardInterrupt  # of the sweep
     if config.optimized_metric not in trainer.callback_metrics:
         logged = ", ".join(sorted(trainer.callback_metrics))
         rank_zero_warn(f"optimized_metric={config.optimized_metric} was not logged in this run; logged: {logged}")
@@ -66,6 +70,10 @@ def _check_checkpoint(path: str | None) -> None:
     by_name = path in (None, "best", "last", "hpc") or "://" in str(path)
     if not by_name and not Path(str(path)).exists():
         raise ConfigError(f"ckpt_path={path} does not exist; give the path of a .ckpt file, from {Path.cwd()}")
+
+
+def _is_interrupted(trainer: pl.Trainer) -> bool:
+    return any(isinstance(callback, StopOnInterrupt) and callback.interrupted for callback in trainer.callbacks)  # type: ignore[attr-defined]
 
 
 def _validated_once(trainer: DictConfig) -> DictConfig:
@@ -126,6 +134,8 @@ def run_command(name: str, command: Callable[[], Any]) -> None:
         warnings.filterwarnings("ignore", message)
     try:
         command()
+    except KeyboardInterrupt:
+        sys.exit(f"{name}: interrupted")
     except (ConfigError, HydraException, OmegaConfBaseException) as error:
         sys.exit(f"{name}: {_explain(error)}")
 

@@ -132,7 +132,9 @@ def test_documents_that_are_no_matrix_of_integers_are_refused(documents: torch.T
 def test_documents_of_another_length_and_an_empty_window_are_refused() -> None:
     with pytest.raises(ValueError, match="documents are for 5 tokens, the sequence has 3"):
         Attention(8, 2)(torch.randn(2, 3, 8), mask=AttentionMask(documents=IDS))
-    with pytest.raises(ValueError, match="a window of 0 lets no query see even itself; give at least 1, or None"):
+    with pytest.raises(
+        ValueError, match="a window of 0 lets no query see even itself; give a whole number of at least 1, or None"
+    ):
         AttentionMask(window=0)
 
 
@@ -160,6 +162,23 @@ def test_a_prefix_is_seen_by_all() -> None:
         AttentionMask(causal=False, prefix=torch.tensor([2]))
     with pytest.raises(ValueError, match=r"prefix must be integers of shape \(batch,\)"):
         AttentionMask(prefix=torch.tensor([[2.0]]))
+
+
+def test_what_is_no_mask_is_refused() -> None:
+    x = torch.randn(2, 3, 8)
+    for mask in (KEEP, torch.zeros(2, 1, 3, 3)):
+        with pytest.raises(ValueError, match=r"must be an AttentionMask, not a Tensor: AttentionMask\(padding=keep\)"):
+            Attention(8, 2)(x, mask=mask)  # type: ignore[arg-type]
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"causal": KEEP}, r"causal is True or False; got torch.bool of shape \(2, 3\): name the arguments"),
+        ({"padding": [[True]]}, r"padding must be boolean .*; got \[\[True\]\]"),
+        ({"documents": [[1]]}, r"documents must be integers .*; got \[\[1\]\]"),
+        ({"prefix": 3}, "prefix must be integers .*; got 3"),
+        ({"window": 2.5}, "a window of 2.5 .* give a whole number"),
+    ]
+    for options, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            AttentionMask(**options)
 
 
 def test_layers_share_what_is_built() -> None:

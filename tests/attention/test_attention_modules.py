@@ -409,7 +409,10 @@ def test_a_model_asks_nothing_of_attention_that_it_is_not_told() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sliding_window": 0}, "sliding_window of 0 lets no query see even itself; give at least 1, or None"),
+        (
+            {"sliding_window": 0},
+            "sliding_window of 0 lets no query see even itself; give a whole number of at least 1, or None",
+        ),
         ({"softcap": 0.0}, "soft-cap of 0.0 leaves no logit; give a positive number, or None"),
         ({"softcap": -1.0}, "soft-cap of -1.0"),
         ({"backend": "flash"}, "unknown attention backend 'flash'; known: auto, eager, sdpa, flex"),

@@ -275,6 +275,22 @@ def test_relative_bias_has_the_buckets_of_hugging_faces_t5(
     assert torch.equal(ours, bias.relative_attention_bias.weight[theirs].permute(2, 0, 1))
 
 
+def test_score_mods_for_other_heads_or_no_distances_are_refused() -> None:
+    for score_mod in (Alibi(8), RelativeBias(3)):
+        with pytest.raises(
+            ValueError, match=r"the score_mod is for \d heads, the attention has 4; give it num_heads=4"
+        ):
+            Attention(16, 4, score_mod=score_mod)
+    with pytest.raises(ValueError, match="num_heads must be at least 1"):
+        Alibi(0)
+    with pytest.raises(
+        ValueError, match="of 400 buckets 200 are for near distances, which must be less than max_distance"
+    ):
+        RelativeBias(4, num_buckets=400)
+    with pytest.raises(ValueError, match="num_buckets must be at least 4"):
+        RelativeBias(4, num_buckets=2, bidirectional=True)
+
+
 def test_a_learnt_bias_is_learnt() -> None:
     bias = RelativeBias(HEADS, 8, 20)
     inputs = tensors(12, 4, 4, 4, seed=0)

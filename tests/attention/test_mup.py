@@ -143,11 +143,16 @@ def test_a_learnt_bias_of_positions_is_no_matrix() -> None:
     assert name in [own for own, _ in adamw["params"]]
 
 
-def test_a_model_without_a_head_is_put_into_mup_once() -> None:
+def test_everything_is_scaled_once() -> None:
     model, base = Attention(64, 2), Attention(16, 2)
-    mup.parametrize(model, base)
+    scaled = mup.parametrize(model, base)
     with pytest.raises(ValueError, match="in muP already"):
         mup.parametrize(model, base)
+    with pytest.raises(ValueError, match="the base is in muP itself"):
+        mup.parametrize(Attention(128, 2), model)
+    optimizer = scaled.apply(torch.optim.AdamW(model.parameters()))
+    with pytest.raises(ValueError, match=r"call apply\(\) once"):
+        scaled.apply(optimizer)
 
 
 def test_classes_of_latent_attention_and_of_bare_parameters() -> None:

@@ -265,6 +265,19 @@ def test_ctrl_c_leaves_a_checkpoint_that_resumes(train: Any, tmp_path: Path) -> 
     assert len(history) == 150
 
 
+def test_ctrl_c_ends_a_sweep(tmp_path: Path) -> None:
+    sweep = ["seed=0,1", "hydra.sweep.dir=sweep", "--multirun"]
+    process = subprocess.Popen(
+        command(*LONG, *SAVE_OFTEN, *sweep, out="run"), cwd=tmp_path, stdout=-3, stderr=-1, text=True
+    )
+    wait_for(tmp_path / "sweep" / "0" / "checkpoints" / "last.ckpt", process)
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 1 and told.endswith("muonclip-train: interrupted\n")
+    assert (tmp_path / "sweep" / "0" / "checkpoints" / "interrupted.ckpt").exists()
+    assert not (tmp_path / "sweep" / "1").exists()
+
+
 def test_a_run_that_ends_while_it_is_profiled_ends_well(tmp_path: Path) -> None:
     short = ["trainer.max_steps=3", "callbacks.summary.profile_from=1", "callbacks.summary.profile_batches=10"]
     subprocess.run(command(*short, out="short"), cwd=tmp_path, check=True, timeout=120, stdout=-3, stderr=-3)
