@@ -351,13 +351,16 @@ def test_compiled_once_it_takes_any_number_of_masks_lengths_and_score_mods(monke
         *((length, {"window": 9}, {}) for length in (100, 128, 256)),
         (100, {"window": 30, "documents": (torch.arange(100) // 50).expand(TWO, -1)}, {}),
     ]
-    for length, hidden, options in cases:
-        inputs = [x.float() for x in tensors(length, 2, 16, 16, seed=0)]
-        options |= {"scale": 0.6, "mask": AttentionMask(**hidden)}
-        with torch.no_grad():
-            found = attention(*inputs, backend="flex", **options)[0]
-        torch.testing.assert_close(found, attention(*inputs, backend="eager", **options)[0])
-    assert count["unique_graphs"] - before > 8
+    graphs = []
+    for _ in range(2):
+        for length, hidden, options in cases:
+            inputs = [x.float() for x in tensors(length, 2, 16, 16, seed=0)]
+            own: dict[str, Any] = {"scale": 0.6, "mask": AttentionMask(**hidden), **options}
+            with torch.no_grad():
+                found = attention(*inputs, backend="flex", **own)[0]
+            torch.testing.assert_close(found, attention(*inputs, backend="eager", **own)[0])
+        graphs.append(count["unique_graphs"] - before)
+    assert 8 < graphs[0] == graphs[1]  # the limit of torch, and again none is made
 
 
 def test_a_table_of_positions_is_never_read_behind_its_end() -> None:
