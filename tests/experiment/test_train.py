@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from hydra import compose, initialize_config_module
+from lightning.pytorch.callbacks import Callback
 from omegaconf import OmegaConf
 
 from lightning_muonclip import Attention, MultiheadLatentAttention, MuonClipCallback
@@ -265,16 +266,20 @@ def test_ctrl_c_leaves_a_checkpoint_that_resumes(train: Any, tmp_path: Path) -> 
     assert len(history) == 150
 
 
-def test_ctrl_c_ends_a_sweep(tmp_path: Path) -> None:
-    sweep = ["seed=0,1", "hydra.sweep.dir=sweep", "--multirun"]
-    process = subprocess.Popen(
-        command(*LONG, *SAVE_OFTEN, *sweep, out="run"), cwd=tmp_path, stdout=-3, stderr=-1, text=True
-    )
-    wait_for(tmp_path / "sweep" / "0" / "checkpoints" / "last.ckpt", process)
-    process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=60)
-    assert process.returncode == 1 and told.endswith("muonclip-train: interrupted\n")
-    assert (tmp_path / "sweep" / "0" / "checkpoints" / "interrupted.ckpt").exists()
+class CtrlC(Callback):
+    """Somebody presses it in the third batch."""
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_ctrl_c_ends_a_sweep(train: Any, tmp_path: Path) -> None:
+    ctrl_c = f"+callbacks.ctrl_c._target_={__name__}.CtrlC"
+    with pytest.raises(SystemExit, match="muonclip-train: interrupted"):
+        train(*LONG, ctrl_c, "seed=0,1", "hydra.sweep.dir=sweep", "--multirun")
+    saved = torch.load(tmp_path / "sweep" / "0" / "checkpoints" / "interrupted.ckpt", weights_only=True)
+    assert saved["global_step"] == 3
     assert not (tmp_path / "sweep" / "1").exists()
 
 
