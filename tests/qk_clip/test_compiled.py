@@ -171,7 +171,7 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a
 
 @pytest.mark.slow
 @needs_compiler
-@pytest.mark.parametrize("name", ["multihead with weights", "bloom"])
+@pytest.mark.parametrize("name", ["bloom"])
 def test_the_same_in_machine_code(name: str) -> None:
     check_one_graph(make(name), "inductor", OBSERVED[name][1])
 

@@ -108,7 +108,7 @@ def try_all(case: Case, others: Iterator[tuple[str, AttentionSpec]], tried: Coun
 def test_of_any_attention_the_right_spec_is_accepted_and_every_wrong_one_refused() -> None:
     tried: Counter[str] = Counter()
 
-    @settings(max_examples=150, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=220, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(cases())
     def run(case: Case) -> None:
         try_all(case, some(case, 5), tried)
