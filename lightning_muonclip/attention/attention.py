@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_muonclip.attention.base import AttentionModule
 from lightning_muonclip.attention.masks import AttentionMask
-from lightning_muonclip.attention.rotary import RotaryEmbedding, rotate
+from lightning_muonclip.attention.rotary import RotaryEmbedding, positions, rotate
 from lightning_muonclip.attention.score_mods import ScoreMod
 from lightning_muonclip.heads import for_own_heads, split_heads
 
@@ -43,6 +42,7 @@ class Attention(AttentionModule):
         ValueError: If the sizes do not divide, or an option is out of range.
 
     Example:
+        >>> import torch
         >>> module = Attention(hidden_size=32, num_attention_heads=4, num_key_value_heads=2)
         >>> module(torch.randn(2, 10, 32)).shape
         torch.Size([2, 10, 32])
@@ -116,9 +116,7 @@ class Attention(AttentionModule):
             query = _normalise(query, self.q_norm, self.q_proj.weight, self.num_attention_heads)
             key = _normalise(key, self.k_norm, self.k_proj.weight, self.num_key_value_heads)
         if self.rotary is not None:
-            if position_ids is None:
-                position_ids = torch.arange(hidden_states.shape[1], device=hidden_states.device)[None]
-            cos, sin = self.rotary(position_ids)
+            cos, sin = self.rotary(positions(hidden_states, position_ids))
             query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         return self.attend(query, key, value, mask)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_muonclip.attention import eager, flex, sdpa
 from lightning_muonclip.attention.masks import AttentionMask, checked
-from lightning_muonclip.attention.score_mods import ScoreMod, capped, chain
+from lightning_muonclip.attention.score_mods import ScoreMod, capped, chain, check_cap
 
 BACKENDS = {"eager": eager.attend, "sdpa": sdpa.attend, "flex": flex.attend}
 BACKEND_CHOICES = ("auto", *BACKENDS)
@@ -57,9 +57,10 @@ def attention(
         ValueError: If shapes do not fit, the backend is unknown or cannot do what is asked, or the mask is for another
             batch, length or device.
     """
-    _check(query, key, value, softcap, sinks, backend)
+    _check(query, key, value, sinks, backend)
     mask = checked(mask)
     if softcap is not None:
+        check_cap(softcap)
         score_mod = chain(functools.partial(capped, softcap), score_mod)
     if not query.numel():
         backend = "eager"  # the kernels are not made for nothing
@@ -69,9 +70,7 @@ def attention(
     return BACKENDS[backend](query, key, value, scale, mask, score_mod, sinks, track)
 
 
-def _check(
-    query: Tensor, key: Tensor, value: Tensor, softcap: float | None, sinks: Tensor | None, backend: str
-) -> None:
+def _check(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, backend: str) -> None:
     if backend not in BACKEND_CHOICES:
         raise ValueError(f"unknown backend {backend!r}; known: {', '.join(BACKEND_CHOICES)}")
     if not query.ndim == key.ndim == value.ndim == 4:
@@ -88,8 +87,6 @@ def _check(
             "queries, keys and values are of one sequence: (batch, heads, length, d), (batch, key_heads, length, d) and"
             f" (batch, key_heads, length, d_v); got {tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}"
         )
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"a soft-cap of {softcap} leaves no logit; give a positive number, or None for no cap")
     if sinks is not None and sinks.shape != (heads,):
         raise ValueError(f"sinks are one logit for each of {heads} query heads; got shape {tuple(sinks.shape)}")
 

@@ -12,7 +12,7 @@ from lightning_muonclip.attention.blocks import clamped, filled
 from lightning_muonclip.attention.compiled import fast
 from lightning_muonclip.attention.masks import AttentionMask
 from lightning_muonclip.attention.score_mods import ScoreMod
-from lightning_muonclip.kernels.max_logits import max_logits
+from lightning_muonclip.attention.tracking import measure
 
 
 def attend(
@@ -42,10 +42,7 @@ def attend(
         query, key, value = _without_gradient(query, key, value)
     # The kernel's maxima are of what score_mod has made of the logits, and of each query over all keys.
     tells_maxima = track is not None and score_mod is None and not mask.pads_in_part and is_complete
-    maxima = None
-    if track is not None and not tells_maxima:
-        tiles = mask.tiles(length, query.device, batch=batch, heads=heads)
-        maxima = max_logits(query, key, scale=scale, **tiles)
+    maxima = None if track is None or tells_maxima else measure(query, key, scale, mask)
     # Whole blocks: with a mask and a score_mod the backward of others is NaN (pytorch#153799, torch 2.7).
     more = filled(length) - length
     if more:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_muonclip.attention.base import AttentionModule
 from lightning_muonclip.attention.masks import AttentionMask
-from lightning_muonclip.attention.rotary import RotaryEmbedding, rotate_interleaved
+from lightning_muonclip.attention.rotary import RotaryEmbedding, positions, rotate_interleaved
 from lightning_muonclip.attention.score_mods import ScoreMod
 from lightning_muonclip.heads import for_own_heads, split_heads
 
@@ -112,9 +112,7 @@ class MultiheadLatentAttention(AttentionModule):
         Returns:
             Tensor of the shape of ``hidden_states``.
         """
-        if position_ids is None:
-            position_ids = torch.arange(hidden_states.shape[1], device=hidden_states.device)[None]
-        cos, sin = self.rotary(position_ids)
+        cos, sin = self.rotary(positions(hidden_states, position_ids))
         query = split_heads(self._queries(hidden_states), self.qk_nope_head_dim + self.qk_rope_head_dim)
         query_nope, query_rope = query.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
         query = torch.cat([query_nope, rotate_interleaved(query_rope, cos, sin)], dim=-1)

@@ -222,8 +222,6 @@ class AttentionMask:
         chosen = mod if mod is not None and whole == length else inside
 
         if not self._tensors() and self.mask_mod is None and not self.either:
-            if torch.compiler.is_compiling():
-                return band(self.causal, self.window, length, device, chosen)
             return self._once("band", (length, device), lambda: band(self.causal, self.window, length, device, chosen))
 
         def build() -> BlockMask:

@@ -50,6 +50,13 @@ class RotaryEmbedding(nn.Module):
         return (cos, sin) if factor == 1 else (cos * factor, sin * factor)
 
 
+def positions(hidden_states: Tensor, position_ids: Tensor | None) -> Tensor:
+    """Those given, or 0, 1, 2, ... for all sequences, shape ``(1, length)``."""
+    if position_ids is not None:
+        return position_ids
+    return torch.arange(hidden_states.shape[1], device=hidden_states.device)[None]
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turns channel i together with channel ``i + dim/2``, shape ``(batch, heads, length, dim)`` (Llama's pairing)."""
     first, second = x.chunk(2, dim=-1)

@@ -26,13 +26,22 @@ class SoftCap(nn.Module):
 
     def __init__(self, cap: float) -> None:
         super().__init__()
-        if not cap > 0:
-            raise ValueError(f"a soft-cap of {cap} leaves no logit; give a positive number, or None for no cap")
+        check_cap(cap)
         self.numerator, self.denominator = float(cap).as_integer_ratio()
 
     def forward(self, score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         """A :data:`ScoreMod`."""
         return capped(self.numerator / self.denominator, score)
+
+
+def check_cap(cap: float) -> None:
+    """Refuses a cap.
+
+    Raises:
+        ValueError: If it is not positive.
+    """
+    if not cap > 0:
+        raise ValueError(f"a soft-cap of {cap} leaves no logit; give a positive number, or None for no cap")
 
 
 def capped(cap: float, score: Tensor, *_: Tensor) -> Tensor:

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from lightning_muonclip.attention.masks import AttentionMask
 from lightning_muonclip.attention.score_mods import ScoreMod
+from lightning_muonclip.attention.tracking import measure
 from lightning_muonclip.kernels.log_sum_exp import attention_log_sum_exp, tells_log_sum_exp
-from lightning_muonclip.kernels.max_logits import max_logits
 
 
 def attend(
@@ -41,10 +41,7 @@ def attend(
         counted = mask.dense(length, query.device, batch=batch, heads=heads, counted=True)
         output, bounds = attention_log_sum_exp(query, key, value, dense, is_causal, scale, counted=counted)
         return output[..., :width], bounds
-    maxima = None
-    if track is not None:
-        tiles = mask.tiles(length, query.device, batch=batch, heads=heads)
-        maxima = max_logits(query, key, scale=scale, **tiles)
+    maxima = None if track is None else measure(query, key, scale, mask)
     output = F.scaled_dot_product_attention(
         query,
         key,

@@ -6,6 +6,9 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from lightning_muonclip.attention.masks import AttentionMask
+from lightning_muonclip.kernels.max_logits import max_logits
+
 
 class MaxLogitsRecorder(Protocol):
     """Whoever wants to know a module's maxima: ``logits`` says how well, ``"exact"`` or ``"lse"``."""
@@ -14,6 +17,12 @@ class MaxLogitsRecorder(Protocol):
 
     def record(self, maxima: Tensor, *, pair: tuple[Tensor, Tensor]) -> None:
         """Takes the maxima of one forward pass, shape ``(heads,)``, and the queries and keys that they are of."""
+
+
+def measure(query: Tensor, key: Tensor, scale: float, mask: AttentionMask) -> Tensor:
+    """The largest logits of every head, shape ``(heads,)``, where the attention's kernel does not tell them."""
+    batch, heads, length, _ = query.shape
+    return max_logits(query, key, scale=scale, **mask.tiles(length, query.device, batch=batch, heads=heads))
 
 
 class Tracked(nn.Module):
