@@ -34,8 +34,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_muonclip import Muon, orthogonalize
 from lightning_muonclip.optim.coefficients import resolve_schedule
 from lightning_muonclip.optim.orthogonalize import working_dtype
-from lightning_muonclip.optim.owners import assign_owners
 from lightning_muonclip.optim.restarts import cheapest_flops
+from lightning_muonclip.parallel.owners import assign_owners
 
 DOCS = Path(__file__).parents[1] / "docs"
 RANKS = tuple(2**i for i in range(1, 13))

@@ -1,20 +1,20 @@
 """MuonClip for PyTorch Lightning: transformers that do not blow up."""
 
-from lightning_muonclip.attention import mup
+from lightning_muonclip import mup
 from lightning_muonclip.attention.attention import Attention
 from lightning_muonclip.attention.latent import MultiheadLatentAttention
 from lightning_muonclip.attention.masks import AttentionMask
-from lightning_muonclip.callback import MuonClipCallback
 from lightning_muonclip.metrics import MaxLogits
-from lightning_muonclip.mixin import MaxLogitsMixin
 from lightning_muonclip.muonclip import MuonClip
 from lightning_muonclip.optim.muon import Muon
 from lightning_muonclip.optim.orthogonalize import orthogonalize
 from lightning_muonclip.optim.routing import split_params
 from lightning_muonclip.qk_clip.clip import QKClip
-from lightning_muonclip.qk_clip.registry import register_attention
+from lightning_muonclip.qk_clip.describe.registry import register_attention
+from lightning_muonclip.qk_clip.describe.spec import AttentionSpec, Projection
 from lightning_muonclip.qk_clip.rule import muonclip_qk_clip, qk_clip_gamma
-from lightning_muonclip.qk_clip.spec import AttentionSpec, Projection
+from lightning_muonclip.trainer.callback import MuonClipCallback
+from lightning_muonclip.trainer.mixin import MaxLogitsMixin
 
 __version__ = "0.1.0"
 

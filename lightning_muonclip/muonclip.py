@@ -13,9 +13,9 @@ from lightning_muonclip.optim.coefficients import Coefficients
 from lightning_muonclip.optim.muon import Muon
 from lightning_muonclip.optim.routing import split_params
 from lightning_muonclip.qk_clip.clip import ClipResult, QKClip
-from lightning_muonclip.qk_clip.registry import recognise
-from lightning_muonclip.qk_clip.spec import AttentionSpec
-from lightning_muonclip.qk_clip.split import matrix_parts
+from lightning_muonclip.qk_clip.describe.registry import recognise
+from lightning_muonclip.qk_clip.describe.spec import AttentionSpec
+from lightning_muonclip.qk_clip.describe.split import matrix_parts
 
 
 class MuonClip(Muon):

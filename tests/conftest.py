@@ -10,6 +10,11 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import pytest
 import torch
 import vision.torchvision_schemas  # noqa: F401  (before anything imports torchvision)
+from hypothesis import settings
+
+# The same examples on every machine, however slow it is.
+settings.register_profile("suite", deadline=None, derandomize=True)
+settings.load_profile("suite")
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ from lightning_muonclip.attention.core import BACKEND_CHOICES, attention
 from lightning_muonclip.attention.masks import AttentionMask, checked
 from lightning_muonclip.attention.score_mods import ScoreMod, SoftCap, chain, from_head
 from lightning_muonclip.attention.tracking import Tracked
-from lightning_muonclip.heads import first_head, for_own_heads
+from lightning_muonclip.parallel.heads import first_head, for_own_heads
 
 
 class AttentionModule(Tracked):

@@ -12,7 +12,7 @@ from lightning_muonclip.attention.base import AttentionModule
 from lightning_muonclip.attention.masks import AttentionMask
 from lightning_muonclip.attention.rotary import RotaryEmbedding, positions, rotate_interleaved
 from lightning_muonclip.attention.score_mods import ScoreMod
-from lightning_muonclip.heads import for_own_heads, split_heads
+from lightning_muonclip.parallel.heads import for_own_heads, split_heads
 
 
 class MultiheadLatentAttention(AttentionModule):

@@ -26,18 +26,18 @@ def measure(query: Tensor, key: Tensor, scale: float, mask: AttentionMask) -> Te
 
 
 class Tracked(nn.Module):
-    """A module that reports its maxima to ``recorder`` while it is trained; evaluation reports nothing."""
+    """A module that reports its maxima to ``max_logits_recorder`` while it is trained; evaluation reports nothing."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.recorder: MaxLogitsRecorder | None = None
+        self.max_logits_recorder: MaxLogitsRecorder | None = None
 
     @property
     def track(self) -> str | None:
         """How the next forward has to measure its logits, if it has to."""
-        return self.recorder.logits if self.training and self.recorder is not None else None
+        return self.max_logits_recorder.logits if self.training and self.max_logits_recorder is not None else None
 
     def report(self, maxima: Tensor | None, query: Tensor, key: Tensor) -> None:
         """Passes on what a forward has measured, if it has."""
-        if maxima is not None and self.recorder is not None:
-            self.recorder.record(maxima, pair=(query, key))
+        if maxima is not None and self.max_logits_recorder is not None:
+            self.max_logits_recorder.record(maxima, pair=(query, key))

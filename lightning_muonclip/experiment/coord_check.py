@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_muonclip.attention import mup
+from lightning_muonclip import mup
 from lightning_muonclip.experiment.config import CoordCheckConfig, check_config
 from lightning_muonclip.experiment.train import build_model, output_dir, run_command
 from lightning_muonclip.optim.muon import Muon

@@ -14,9 +14,9 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from lightning_muonclip.attention.mup import parametrize
 from lightning_muonclip.experiment.gpt import GPT
-from lightning_muonclip.mixin import MaxLogitsMixin
+from lightning_muonclip.mup import parametrize
+from lightning_muonclip.trainer.mixin import MaxLogitsMixin
 
 #: Under tensor parallelism a rank has some heads and some neurons: outputs of the first weights, inputs of the second.
 _COLUMNS = ("q_proj", "k_proj", "v_proj", "q_b_proj", "kv_b_proj", "gate_proj", "up_proj")

@@ -13,9 +13,9 @@ from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig
 from torch import Tensor
 
-from lightning_muonclip.callback import MuonClipCallback
 from lightning_muonclip.metrics import MaxLogits
-from lightning_muonclip.mixin import MaxLogitsMixin
+from lightning_muonclip.trainer.callback import MuonClipCallback
+from lightning_muonclip.trainer.mixin import MaxLogitsMixin
 
 
 class LogitPictures(Callback):

@@ -12,8 +12,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
-from lightning_muonclip.callback import MuonClipCallback
 from lightning_muonclip.experiment.pictures import LogitPictures
+from lightning_muonclip.trainer.callback import MuonClipCallback
 
 #: What the library marks for torch.profiler, and what the table calls it.
 _SPANS = {"muonclip::muon": "Muon", "muonclip::qk_clip": "QK-Clip", "muonclip::max_logits": "tracking"}

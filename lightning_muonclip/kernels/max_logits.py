@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_muonclip.kernels.hidden import HIDDEN
+
 
 class Tiles(NamedTuple):
     """Queries and keys of a tile, the second a multiple of the first; and how many logits are made at once."""
@@ -26,11 +28,6 @@ class Tiles(NamedTuple):
 #: A CPU's products are fastest on tiles that stay in cache (measured: 64 x 512); a GPU wants few and large ones.
 TILES = {"cpu": Tiles(64, 512, 2**20)}
 _LARGE_TILES = Tiles(256, 2**14, 2**26)
-
-#: An additive mask at or below this hides a pair. Libraries hide by -inf, by the lowest number of a dtype, or by -1e4,
-#: perhaps with a position bias on top; a bias alone is no mask, and a pair that has been given so much of it has no weight
-#: either.
-HIDDEN = -9e3
 
 
 @torch.no_grad()
@@ -57,7 +54,8 @@ def max_logits(
         documents: Integers of shape ``(batch, L)``, for self-attention: a pair is visible only within one document. What has
             a negative one is padding, sees nothing and is seen by nothing.
         mask: Shape broadcastable to ``(..., heads, L, S)``. Boolean: ``True`` is visible. Floating: an additive mask; a
-            pair is hidden where it is at most :data:`HIDDEN`, and its value is not part of the maximum elsewhere.
+            pair is hidden where it is at most :data:`~lightning_muonclip.kernels.hidden.HIDDEN`, and its value is not part
+            of the maximum elsewhere.
 
     Returns:
         float32 tensor of shape ``(heads,)``; ``-inf`` for a head that sees nothing, NaN where a logit is NaN.

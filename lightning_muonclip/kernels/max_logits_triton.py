@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightning_muonclip.kernels.max_logits import HIDDEN
+from lightning_muonclip.kernels.hidden import HIDDEN
 
 
 class Tile(NamedTuple):

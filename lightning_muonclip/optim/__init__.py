@@ -1,1 +1,1 @@
-"""Muon and what it stands on: orthogonalisation, schedules, routing, sharding. Plain PyTorch."""
+"""Muon and what it is made of: orthogonalisation, schedules, parameter routing. Plain PyTorch."""

@@ -14,11 +14,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from lightning_muonclip.boxes import local_box, sharded_dims, to_local
 from lightning_muonclip.optim.adamw import adamw_step
 from lightning_muonclip.optim.coefficients import Coefficients, resolve_schedule
 from lightning_muonclip.optim.gradients import gradient
-from lightning_muonclip.optim.holders import share_key
 from lightning_muonclip.optim.options import (
     ADAMW_DEFAULTS,
     LR_ADJUSTMENTS,
@@ -30,9 +28,11 @@ from lightning_muonclip.optim.options import (
 from lightning_muonclip.optim.orthogonalize import orthogonalize, working_dtype
 from lightning_muonclip.optim.parts import intern_parts
 from lightning_muonclip.optim.restarts import cheapest_flops
-from lightning_muonclip.optim.sharding import Exchange, wires
-from lightning_muonclip.optim.shared import SharedWeights
 from lightning_muonclip.optim.stacking import KINDS, STACK_NUMEL, directions, directions_of_parts, matrix_shape, stacks
+from lightning_muonclip.parallel.exchange import Exchange, wires
+from lightning_muonclip.parallel.holders import share_key
+from lightning_muonclip.parallel.shards import local_box, sharded_dims, to_local
+from lightning_muonclip.parallel.shared import SharedWeights
 
 
 class _Matrix(NamedTuple):

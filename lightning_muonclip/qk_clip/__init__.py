@@ -1,1 +1,1 @@
-"""QK-Clip: layouts, recognition of attention modules, observation of logits, and the clip. Plain PyTorch."""
+"""QK-Clip: which weights make which logits, how large the logits are, and the clip. Plain PyTorch."""

@@ -13,16 +13,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_muonclip.qk_clip.capture import Capture
-from lightning_muonclip.qk_clip.ledger import reduce_max
-from lightning_muonclip.qk_clip.observe import LOGITS_CHOICES, Observer
+from lightning_muonclip.qk_clip.describe.registry import find_attention
+from lightning_muonclip.qk_clip.describe.spec import AttentionSpec
+from lightning_muonclip.qk_clip.describe.weights import LORA_CHOICES
+from lightning_muonclip.qk_clip.observe.capture import Capture
+from lightning_muonclip.qk_clip.observe.ledger import reduce_max
+from lightning_muonclip.qk_clip.observe.observer import LOGITS_CHOICES, Observer
 from lightning_muonclip.qk_clip.plan import QK_NORM_CHOICES, ClipPlan
-from lightning_muonclip.qk_clip.registry import find_attention
 from lightning_muonclip.qk_clip.rule import SHARED_KEYS, check_alpha, check_threshold, qk_clip_gamma
-from lightning_muonclip.qk_clip.spec import AttentionSpec
 from lightning_muonclip.qk_clip.summary import summary_table
 from lightning_muonclip.qk_clip.verify import Verification, verify_attention
-from lightning_muonclip.qk_clip.weights import LORA_CHOICES
 
 
 @dataclass(frozen=True)

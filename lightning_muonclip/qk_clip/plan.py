@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lightning_muonclip.boxes import local_box, to_local
-from lightning_muonclip.qk_clip.layout import KEY_KINDS, KINDS, NO_HEAD, QUERY_KINDS, layout_kinds
-from lightning_muonclip.qk_clip.registry import AttentionModules
+from lightning_muonclip.parallel.shards import local_box, to_local
+from lightning_muonclip.qk_clip.describe.layout import KEY_KINDS, KINDS, NO_HEAD, QUERY_KINDS, layout_kinds
+from lightning_muonclip.qk_clip.describe.registry import AttentionModules
+from lightning_muonclip.qk_clip.describe.spec import AttentionSpec
+from lightning_muonclip.qk_clip.describe.weights import UnscalableError, Weight, is_adapted, weights_of
 from lightning_muonclip.qk_clip.rule import key_factors
-from lightning_muonclip.qk_clip.spec import AttentionSpec
-from lightning_muonclip.qk_clip.weights import UnscalableError, Weight, is_adapted, weights_of
 
 QK_NORM_CHOICES = ("error", "monitor", "gain")
 

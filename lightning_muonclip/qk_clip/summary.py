@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lightning_muonclip.qk_clip.observe import Observer
-from lightning_muonclip.qk_clip.spec import AttentionSpec
+from lightning_muonclip.qk_clip.describe.spec import AttentionSpec
+from lightning_muonclip.qk_clip.observe.observer import Observer
 from lightning_muonclip.tables import table
 
 

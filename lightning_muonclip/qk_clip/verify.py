@@ -12,13 +12,13 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_iter
 
-from lightning_muonclip.qk_clip.capture import DetachedCopies, Inputs, apart, device_of
-from lightning_muonclip.qk_clip.layout import KEY_KINDS, NO_HEAD, QUERY_KINDS
-from lightning_muonclip.qk_clip.observe import Observer
+from lightning_muonclip.qk_clip.describe.layout import KEY_KINDS, NO_HEAD, QUERY_KINDS
+from lightning_muonclip.qk_clip.describe.registry import AttentionModules
+from lightning_muonclip.qk_clip.describe.spec import AttentionSpec
+from lightning_muonclip.qk_clip.describe.weights import UnscalableError, Weight
+from lightning_muonclip.qk_clip.observe.capture import DetachedCopies, Inputs, apart, device_of
+from lightning_muonclip.qk_clip.observe.observer import Observer
 from lightning_muonclip.qk_clip.plan import clipped_weights
-from lightning_muonclip.qk_clip.registry import AttentionModules
-from lightning_muonclip.qk_clip.spec import AttentionSpec
-from lightning_muonclip.qk_clip.weights import UnscalableError, Weight
 from lightning_muonclip.tables import table
 
 #: A factor of two is exact in floating point, so a right spec is off by rounding alone.

@@ -220,12 +220,12 @@ CASES = ["causal", "padded", "padded both ways", "positions"]
 @pytest.mark.parametrize("case", CASES)
 def test_maxima_are_those_of_brute_force(kind: str, case: str) -> None:
     module = make(kind)
-    module.recorder = Listener()
+    module.max_logits_recorder = Listener()
     x = torch.randn(3, LENGTH, 32)
     visible, options = masked(case)
     visible = visible & near(module, LENGTH)
     module(x, **options)
-    (maxima,) = module.recorder.heard
+    (maxima,) = module.max_logits_recorder.heard
     expected = module_max_logits(module, x, visible, options.get("position_ids"))
     torch.testing.assert_close(maxima.double(), expected, rtol=1e-5, atol=0)
 
@@ -235,7 +235,7 @@ def test_maxima_are_those_of_brute_force(kind: str, case: str) -> None:
 def test_the_log_sum_exp_bounds_them_and_attends_alike(kind: str, case: str) -> None:
     module = make(kind)
     twin = copy.deepcopy(module)
-    module.recorder, twin.recorder = Listener("lse"), Listener("exact")
+    module.max_logits_recorder, twin.max_logits_recorder = Listener("lse"), Listener("exact")
     x = torch.randn(3, LENGTH, 32)
     visible, options = masked(case)
     visible = visible & near(module, LENGTH)
@@ -249,9 +249,12 @@ def test_the_log_sum_exp_bounds_them_and_attends_alike(kind: str, case: str) -> 
     expected_output.square().mean().backward()
     for param, expected in zip(module.parameters(), twin.parameters()):
         torch.testing.assert_close(param.grad, expected.grad, rtol=1e-6, atol=1e-6)
-    (bounds,), largest = module.recorder.heard, module_max_logits(module, x, visible, options.get("position_ids"))
+    (bounds,), largest = (
+        module.max_logits_recorder.heard,
+        module_max_logits(module, x, visible, options.get("position_ids")),
+    )
     if kind == "mla_wide_values":
-        assert torch.equal(bounds, twin.recorder.heard[0])
+        assert torch.equal(bounds, twin.max_logits_recorder.heard[0])
     else:
         assert (bounds > largest).any()
     assert (bounds >= largest - 1e-5 * largest.abs()).all()
@@ -261,9 +264,9 @@ def test_the_log_sum_exp_bounds_them_and_attends_alike(kind: str, case: str) -> 
 @pytest.mark.parametrize("logits", ["exact", "lse"])
 def test_a_batch_of_padding_alone_has_no_maximum(logits: str) -> None:
     module = make("gqa")
-    module.recorder = Listener(logits)
+    module.max_logits_recorder = Listener(logits)
     output = module(torch.randn(1, 5, 32), mask=AttentionMask(padding=torch.zeros(1, 5, dtype=torch.bool)))
-    assert module.recorder.heard[0].tolist() == [-INF] * 4
+    assert module.max_logits_recorder.heard[0].tolist() == [-INF] * 4
     assert output.isfinite().all()
 
 
@@ -271,7 +274,7 @@ def test_a_batch_of_padding_alone_has_no_maximum(logits: str) -> None:
 def test_reporting_changes_neither_output_nor_gradients(kind: str) -> None:
     module = make(kind)
     listened = copy.deepcopy(module)
-    listened.recorder = Listener()
+    listened.max_logits_recorder = Listener()
     x = torch.randn(2, 9, 32)
     outputs = [m(x) for m in (module, listened)]
     assert torch.equal(*outputs)
@@ -279,16 +282,16 @@ def test_reporting_changes_neither_output_nor_gradients(kind: str) -> None:
         output.square().sum().backward()
     for plain, watched in zip(module.parameters(), listened.parameters()):
         assert torch.equal(plain.grad, watched.grad)
-    assert not listened.recorder.heard[0].requires_grad
+    assert not listened.max_logits_recorder.heard[0].requires_grad
 
 
 @pytest.mark.parametrize("kind", ["mha", "mla"])
 def test_nothing_is_reported_in_evaluation(kind: str) -> None:
     module = make(kind).eval()
-    module.recorder = Listener()
+    module.max_logits_recorder = Listener()
     assert module.track is None
     module(torch.randn(2, 9, 32))
-    assert module.recorder.heard == []
+    assert module.max_logits_recorder.heard == []
 
 
 @pytest.mark.parametrize("kind", ["mha", "mla"])
@@ -334,7 +337,7 @@ def naive(
 @pytest.mark.parametrize("options", [{}, {"sliding_window": 7, "sinks": True}, {"softcap": 3.0, "sinks": True}])
 def test_latent_attention_with_all_options_is_that_of_a_loop(options: dict[str, Any]) -> None:
     module = make("mla_lora", **options)
-    module.recorder = Listener()
+    module.max_logits_recorder = Listener()
     x = torch.randn(1, 30, 32)
     query, key = latent_queries_and_keys(module, x)
     latent = module.kv_a_layernorm(module.kv_a_proj_with_mqa(x)[..., :16])
@@ -343,19 +346,19 @@ def test_latent_attention_with_all_options_is_that_of_a_loop(options: dict[str, 
     expected, logits = naive(module, query, key, value, visible)
     torch.testing.assert_close(module(x).double(), expected, rtol=1e-5, atol=1e-5)
     largest = logits.masked_fill(~visible, -INF).amax((1, 2))
-    torch.testing.assert_close(module.recorder.heard[0].double(), largest, rtol=1e-5, atol=0)
+    torch.testing.assert_close(module.max_logits_recorder.heard[0].double(), largest, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("logits", ["exact", "lse"])
 @pytest.mark.parametrize("kind", ["gemma2", "gpt_oss"])
 def test_maxima_are_of_the_visible_dot_products_before_soft_cap_and_sinks(kind: str, logits: str) -> None:
     module = make(kind, rope_scaling=None)
-    module.recorder = Listener(logits)
+    module.max_logits_recorder = Listener(logits)
     x = torch.randn(2, LENGTH, 32)
     module(x)
     query, key = queries_and_keys(module, x, module.head_dim)
     expected = brute_max_logits(query, key, module.scaling, causal(LENGTH) & near(module, LENGTH))
-    torch.testing.assert_close(module.recorder.heard[0].double(), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(module.max_logits_recorder.heard[0].double(), expected, rtol=1e-5, atol=0)
 
 
 def test_a_score_mod_takes_the_place_of_rotation() -> None:

@@ -71,7 +71,7 @@ def run(backend: str, inputs: list[Tensor], dtype: torch.dtype, **options: Any) 
     return output, list(torch.autograd.grad(output, leaves, slope)), maxima
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     drawn=masks,
     score=st.sampled_from([None, *SCORE_MODS]),
@@ -110,7 +110,7 @@ def test_eager_is_the_loop_over_pairs(
     torch.testing.assert_close(maxima.double(), largest, rtol=1e-6, atol=1e-7)
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(
     drawn=masks,
     length=st.sampled_from([1, 2, 5, 63, 64, 65, 127, 128, 129, 200]),
@@ -129,7 +129,7 @@ def test_sdpa_is_eager(drawn: tuple[str, ...], length: int, key_heads: int, dims
     torch.testing.assert_close(found[2], maxima, rtol=1e-5, atol=1e-5)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     drawn=masks,
     score=st.sampled_from([None, *SCORE_MODS]),

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from tp_worker import ATTENTION, GQA, Overflow, gpt, train, whole
 
 from lightning_muonclip import MuonClipCallback
-from lightning_muonclip.optim.sharding import ROUNDS
+from lightning_muonclip.parallel.exchange import ROUNDS
 
 RANKS = 2
 

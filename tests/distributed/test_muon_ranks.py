@@ -18,8 +18,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_muonclip import Muon
-from lightning_muonclip.boxes import local_box
-from lightning_muonclip.optim.sharding import ROUNDS
+from lightning_muonclip.parallel.exchange import ROUNDS
+from lightning_muonclip.parallel.shards import local_box
 
 STEPS = 3
 

@@ -40,9 +40,9 @@ from lightning_muonclip import (
     QKClip,
 )
 from lightning_muonclip.attention.score_mods import Alibi, RelativeBias
-from lightning_muonclip.boxes import to_local
 from lightning_muonclip.experiment.gpt import GPT
 from lightning_muonclip.experiment.lit import LitGPT, _tensor_parallel_plan
+from lightning_muonclip.parallel.shards import to_local
 
 BATCHES, BATCH = 10, 4
 ATTENTION = "model.layers.0.self_attn"

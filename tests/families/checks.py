@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from families.brute_force import brute_force
 from families.zoo import LENGTH, Case
 from lightning_muonclip import QKClip
-from lightning_muonclip.qk_clip import taps
+from lightning_muonclip.qk_clip import intercept
 
 TOLERANCE = 1e-4
 CHECKS = ("brute force", "verify", "replay")
@@ -136,7 +136,7 @@ def check_undone(case: Case, implementation: str) -> None:
     for place, original in zip(places, before):
         assert not _differences(dict(place), original)
     assert _hooks(model) == hooks
-    assert not taps.inside
+    assert not intercept.running
     assert not hasattr(F.scaled_dot_product_attention, "__wrapped__")
 
 

@@ -13,7 +13,7 @@ from families.checks import check_brute_force, check_cache, check_replay, check_
 from families.table import expected_rows, read, short
 from families.zoo import BATCH, CASES, CLAMPED, LENGTH, OF_OTHER_VERSIONS, WIDTH, Case, draw, parameters
 from lightning_muonclip import Attention, MultiheadLatentAttention, QKClip
-from lightning_muonclip.qk_clip.families import FAMILIES
+from lightning_muonclip.qk_clip.describe.families import FAMILIES
 
 every_family = parameters(CASES)
 

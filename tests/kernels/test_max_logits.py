@@ -12,7 +12,8 @@ from oracles import INF, brute_max_logits, causal
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_muonclip.kernels.max_logits import HIDDEN, max_logits
+from lightning_muonclip.kernels.hidden import HIDDEN
+from lightning_muonclip.kernels.max_logits import max_logits
 
 LENGTHS = st.one_of(st.sampled_from([1, 63, 64, 65, 127, 128, 129]), st.integers(1, 150))
 
@@ -78,13 +79,13 @@ def check(query: Tensor, key: Tensor, scale: float, is_causal: bool, mask: Tenso
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(inputs())
 def test_without_a_mask(drawn: tuple[Tensor, Tensor, float, bool]) -> None:
     check(*drawn, mask=None, visible=None)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(inputs(), st.data())
 def test_with_a_boolean_mask_broadcast_in_any_way(drawn: tuple[Tensor, Tensor, float, bool], data: Any) -> None:
     query, key, _, _ = drawn
@@ -93,7 +94,7 @@ def test_with_a_boolean_mask_broadcast_in_any_way(drawn: tuple[Tensor, Tensor, f
     check(*drawn, mask=visible, visible=visible)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(inputs(), st.data())
 def test_an_additive_mask_hides_but_does_not_count(drawn: tuple[Tensor, Tensor, float, bool], data: Any) -> None:
     query, key, _, _ = drawn
@@ -249,7 +250,7 @@ def test_heads_that_cannot_share_keys_are_refused() -> None:
         max_logits(normal((1, 3, 5, 4)), normal((1, 2, 5, 4)), scale=1.0)
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(inputs(), st.data())
 def test_windows_documents_and_masks_together(drawn: tuple[Tensor, Tensor, float, bool], data: Any) -> None:
     query, key, scale, is_causal = drawn

@@ -65,7 +65,7 @@ def cases(draw: Any) -> tuple[Tensor, Tensor, dict[str, Any]]:
     return query, key, options
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(cases(), st.sampled_from([SMALL, WIDE]))
 def test_any_shape_dtype_stride_and_combination_of_masks(
     device: torch.device, case: tuple[Tensor, Tensor, dict[str, Any]], tile: tuple[int, ...]

@@ -150,7 +150,7 @@ def check(product: Product, a: Tensor, b: Tensor | None, options: dict[str, Any]
         assert torch.equal(found, found.mT)
 
 
-HYPOTHESIS = settings(deadline=None, max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+HYPOTHESIS = settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

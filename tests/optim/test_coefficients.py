@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_muonclip.optim.coefficients import DEFAULT_SCHEDULE, SCHEDULES, resolve_schedule
@@ -84,7 +84,6 @@ def test_a_constant_schedule_is_kept_as_torch_keeps_it() -> None:
 
 
 @given(st.lists(st.lists(st.floats(0.1, 3), min_size=2, max_size=5), min_size=1, max_size=2), st.floats(0, 1.1))
-@settings(derandomize=True)
 def test_calling_a_schedule_applies_its_polynomials(polynomials: list[list[float]], value: float) -> None:
     schedule = resolve_schedule(polynomials, None)
     values = torch.tensor([value, 1.0], dtype=torch.float64)

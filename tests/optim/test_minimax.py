@@ -57,7 +57,7 @@ def test_in_the_limit_it_is_newton_schulz() -> None:
     assert_same(Schedule((best_odd_polynomial(3, 1 - 1e-7, 1.0)[0],)), [(1.5, -0.5)])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.sampled_from([3, 5, 7, 9, 11]), st.floats(1e-3, 0.9), st.floats(0.5, 3))
 def test_the_error_takes_its_largest_size_in_turns(degree: int, ratio: float, high: float) -> None:
     """Chebyshev: a polynomial with k coefficients is best if and only if its error does so k + 1 times."""

@@ -55,7 +55,7 @@ shapes = st.one_of(
     st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 8), st.integers(1, 8)),
 )
 seeds = st.integers(0, 2**31 - 1)
-quick = settings(max_examples=40, deadline=None, derandomize=True)
+quick = settings(max_examples=40)
 
 
 @quick
@@ -352,6 +352,7 @@ def test_errors(x: Tensor, options: dict[str, Any], message: str) -> None:
 def test_bfloat16_is_chosen_by_the_flags_of_the_cpu(
     flags: str, has_bfloat16: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     monkeypatch.setattr("builtins.open", lambda *_: io.StringIO(flags))
     _cpu_has_bfloat16.cache_clear()
     found = _cpu_has_bfloat16()
@@ -360,10 +361,21 @@ def test_bfloat16_is_chosen_by_the_flags_of_the_cpu(
     assert found is has_bfloat16
 
 
+def test_bfloat16_is_not_chosen_where_torch_may_use_avx2_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    monkeypatch.setattr("builtins.open", lambda *_: io.StringIO("flags\t: fpu avx512f avx512_bf16"))
+    _cpu_has_bfloat16.cache_clear()
+    found = _cpu_has_bfloat16()
+    _cpu_has_bfloat16.cache_clear()
+    monkeypatch.undo()
+    assert not found
+
+
 def test_a_cpu_that_does_not_tell_works_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
         raise FileNotFoundError
 
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     monkeypatch.setattr("builtins.open", refuse)
     _cpu_has_bfloat16.cache_clear()
     found = _cpu_has_bfloat16()

@@ -32,7 +32,7 @@ def permitted(schedule: Schedule, restarts: tuple[int, ...], unit: float) -> boo
     return few and sum(units) * unit <= direct * max(unit, 2.0**-8) * (1 + 1e-6)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.sampled_from(FIVE), st.sampled_from([*UNITS.values()]), st.floats(1, 9), st.sampled_from([0.5, 0.7, 1.0]))
 def test_no_permitted_way_is_cheaper(name: str, unit: float, ratio: float, symmetric: float) -> None:
     schedule = resolve_schedule(name, None)

@@ -526,7 +526,7 @@ def test_the_first_of_every_n_steps_is_measured_and_clips(n: int) -> None:
             assert is_clipped == (step % n == 0) == bool((result.gamma < 1).all())
             model.load_state_dict(before)
         assert (qk_clip.clips == 3).all()
-    assert model.layers[0].recorder is None
+    assert model.layers[0].max_logits_recorder is None
 
 
 def test_a_step_is_not_due_for_the_callers_maxima_either() -> None:
@@ -537,7 +537,7 @@ def test_a_step_is_not_due_for_the_callers_maxima_either() -> None:
         assert qk_clip.step([[4.0] * 4]).gamma.tolist() == [[1.0] * 4]
         assert same(before, module.state_dict())
         assert qk_clip.step([[4.0] * 4]).gamma.tolist() == [[0.25] * 4]
-        assert module.recorder is None
+        assert module.max_logits_recorder is None
     assert qk_clip.clips.tolist() == [[2] * 4]
 
 
@@ -590,7 +590,7 @@ def test_a_closed_one_that_is_loaded_does_not_watch_again() -> None:
     with QKClip(module, every_n_steps=2) as qk_clip:
         state = qk_clip.state_dict()
     qk_clip.load_state_dict(state)
-    assert module.recorder is None
+    assert module.max_logits_recorder is None
     with QKClip(module) as other:
         module(torch.randn(3, 9, 16))
         assert other.max_logits.isfinite().all()
@@ -696,7 +696,7 @@ def test_arguments_out_of_range_are_refused(options: dict[str, Any], message: st
     module = make("mha")
     with pytest.raises(ValueError, match=message):
         QKClip(module, **options)
-    assert module.recorder is None
+    assert module.max_logits_recorder is None
 
 
 def test_a_shared_observer_outlives_its_users() -> None:

@@ -53,7 +53,7 @@ def test_a_threshold_that_is_not_positive_is_refused(threshold: float) -> None:
         qk_clip_gamma(torch.ones(1), threshold)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(
     st.sampled_from(SHARED_KEYS),
     st.sampled_from([0.0, 0.25, 0.5, 1.0]),

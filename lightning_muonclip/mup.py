@@ -1,0 +1,372 @@
+"""Maximal update parametrization (muP): hyperparameters that are tuned on a narrow model carry over to a wide one.
+
+A model is compared with the same model at its base width. What has grown tells the class of every parameter, and the class
+tells how its init, its learning rate and its output scale with the growth; at the base width nothing changes.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, TypeVar
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_muonclip.qk_clip.describe.layout import QUERY_KINDS
+from lightning_muonclip.qk_clip.describe.names import TRANSPOSED_LINEARS, qualified_name
+from lightning_muonclip.qk_clip.describe.registry import recognise
+from lightning_muonclip.qk_clip.describe.weights import weights_of
+from lightning_muonclip.tables import table
+
+OptimizerT = TypeVar("OptimizerT", bound=Optimizer)
+
+#: Layers whose weight is (in, out).
+_TRANSPOSED = (nn.Embedding, nn.EmbeddingBag, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+@dataclass(frozen=True, eq=False)
+class ParamClass:
+    """How parameters of one class scale with the growth m of the width: exponents of m.
+
+    Args:
+        name: Of the class.
+        init: Of the initial spread.
+        multiplier: Of the factor on what the module makes of its input.
+        adamw: Of AdamW's learning rate.
+        muon: Of Muon's learning rate, by its ``adjust_lr_fn``. They make the spectral norm of an update that of the
+            spectral condition, sqrt(fan_out / fan_in).
+        eps: Of AdamW's epsilon, which is to gradients as it was at the base width.
+
+    Source: AdamW: Yang et al., Tensor Programs V, arXiv 2203.03466, table 8, and for epsilon CompleteP, arXiv 2505.01618.
+        Muon: the spectral condition, Yang, Simon and Bernstein, arXiv 2310.17813. Weight decay is no column of the table: it
+        is divided by what the learning rate is multiplied with, so that their product stays, as torch couples them.
+    """
+
+    name: str
+    init: float = 0.0
+    multiplier: float = 0.0
+    adamw: float = 0.0
+    muon: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    eps: float = -1.0
+
+    def rates(self, growth: float) -> dict[str, float]:
+        """Factors on the learning rate: of AdamW, and of Muon by its ``adjust_lr_fn``."""
+        exponents = (self.adamw, *self.muon)
+        return dict(zip(("adamw", *_ADJUSTMENTS), (growth**exponent for exponent in exponents)))
+
+
+_ADJUSTMENTS = ("original", "match_rms_adamw", "spectral_unclamped")
+
+#: Nothing of it grows.
+FINITE = ParamClass("finite", eps=0.0)
+#: Biases and gains.
+VECTOR = ParamClass("vector")
+#: Only fan-out grows: embeddings.
+INPUT = ParamClass("input")
+#: Both grow.
+HIDDEN = ParamClass("hidden", init=-0.5, adamw=-1.0, muon=(0.0, -0.5, 0.0))
+#: Only fan-in grows, at the end of the model: heads. The multiplier stands for a smaller init and learning rate.
+OUTPUT = ParamClass("output", multiplier=-1.0, muon=(0.5, 0.0, 1.0))
+#: Only fan-in grows, within the model: latents, routers, the one key of MQA. As a head, without a multiplier.
+BOTTLENECK = ParamClass("bottleneck", init=-1.0, adamw=-1.0, muon=(-0.5, -1.0, 0.0))
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How one parameter scales: its class, the growth of its width, and for CompleteP that of its depth."""
+
+    kind: ParamClass
+    growth: float
+    depth: float = 1.0
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """Factors on the learning rate: of AdamW, and of Muon by its ``adjust_lr_fn``."""
+        return self.kind.rates(self.growth)
+
+    @property
+    def eps(self) -> float:
+        """Factor on AdamW's epsilon."""
+        return self.growth**self.kind.eps / self.depth
+
+
+class Multiplier:
+    """A hook that multiplies what goes into a module, or as a forward hook what comes out of it."""
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    def __call__(self, module: nn.Module, args: Any, output: Tensor | None = None) -> Any:
+        """Called by torch."""
+        return (args[0] * self.factor, *args[1:]) if output is None else output * self.factor
+
+
+class Parametrization:
+    """A model in muP; made by :func:`parametrize`.
+
+    Attributes:
+        model: The model.
+        scales: How every parameter scales, by name.
+    """
+
+    def __init__(self, model: nn.Module, scales: dict[str, Scale]) -> None:
+        self.model = model
+        self.scales = scales
+        self._heads: dict[str, float] = {}
+        self._residual: dict[str, float] = {}
+        self._scaling: dict[str, tuple[float, float]] = {}
+
+    def apply(self, optimizer: OptimizerT) -> OptimizerT:
+        """Splits an optimizer's groups by class and scales learning rate, weight decay and epsilon of each, in place.
+
+        It takes AdamW and its like, Muon, and both in one optimizer. A group says under ``"mup"`` by what its learning rate
+        was multiplied, and by what Muon's would be: :class:`~lightning_muonclip.MuonClipCallback` reads it there.
+
+        Args:
+            optimizer: Fresh: before its first step, and before any scheduler.
+
+        Returns:
+            The optimizer.
+
+        Raises:
+            ValueError: If it is not fresh, owns parameters of another model, or is neither Muon nor of AdamW's kind.
+        """
+        names = {param: name for name, param in self.model.named_parameters()}
+        groups: list[dict[str, Any]] = []
+        taken: set[str] = set()
+        for group in optimizer.param_groups:
+            if optimizer.state or "initial_lr" in group or "mup" in group:
+                raise ValueError(
+                    "muP scales a fresh optimizer: call apply() once, before its first step and any scheduler"
+                )
+            members: dict[Scale, list[int]] = defaultdict(list)
+            for i, param in enumerate(group["params"]):
+                if param not in names:
+                    raise ValueError(
+                        f"{type(optimizer).__name__} owns a parameter of shape {tuple(param.shape)} that is not of the model"
+                        " in muP; call parametrize with the module that holds all of them"
+                    )
+                members[self.scales[names[param]]].append(i)
+            for scale, indices in members.items():
+                own = {**group, **_scaled(group, scale, type(optimizer).__name__)}
+                for key in ("params", "param_names"):
+                    if key in group:
+                        own[key] = [group[key][i] for i in indices]
+                name = "-".join(filter(None, (group.get("name"), scale.kind.name)))
+                own["name"] = name if name not in taken else f"{name}-{len(groups)}"
+                taken.add(own["name"])
+                groups.append(own)
+        optimizer.param_groups[:] = groups
+        return optimizer
+
+    @torch.no_grad()
+    def export(self) -> dict[str, Tensor]:
+        """Weights with which the plain model, without muP, gives the same outputs; those of the model stay.
+
+        A head that is tied to an embedding has weights of its own there: load them into a model that does not tie them.
+
+        Raises:
+            ValueError: If the queries of an attention whose heads have grown cannot be found or scaled.
+        """
+        state = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
+        for name, factor in (self._heads | self._residual).items():
+            state[f"{name}.weight"] *= factor
+            if name in self._residual and f"{name}.bias" in state:
+                state[f"{name}.bias"] *= factor
+        specs = recognise(self.model)[0] if self._scaling else {}
+        for name, (scaling, plain) in self._scaling.items():
+            if name not in specs or (specs[name][1].qk_norm and not specs[name][1].gains):
+                raise ValueError(
+                    f"muP multiplies the logits of {name!r} by {scaling:.4g}, not {plain:.4g}, but no"
+                    " weight can be found that would take this up: describe it with register_attention"
+                )
+            module, spec = specs[name]
+            factor = scaling / plain
+            for weight in weights_of(module, name, spec.gains or spec.projections, spec, shared=bool(spec.gains)):
+                param = state[f"{name}.{weight.path}".lstrip(".")]
+                shape = [-1 if dim == weight.dim else 1 for dim in range(param.ndim)]
+                queries = weight.channels.of_kind(QUERY_KINDS).view(shape).to(param.device)
+                param.copy_(torch.where(queries, (param + weight.offset) * factor - weight.offset, param))
+        return state
+
+    def _scale_attention(self, name: str, module: nn.Module, base: nn.Module) -> None:
+        if isinstance(module, nn.MultiheadAttention) and module.head_dim != base.head_dim:
+            raise ValueError(
+                f"{name} is an nn.MultiheadAttention, whose scale cannot be set: let the number of its heads grow, not them"
+            )
+        plain, at_base = getattr(module, "scaling", None), getattr(base, "scaling", None)
+        if not isinstance(plain, float) or not isinstance(at_base, float):
+            return
+        head_dim, base_head_dim = getattr(module, "head_dim", None), getattr(base, "head_dim", None)
+        growth = (at_base / plain) ** 2
+        if isinstance(head_dim, int) and isinstance(base_head_dim, int):  # whose scale may be one of its own (Gemma 2)
+            growth = head_dim / base_head_dim
+        if plain != at_base / growth:
+            module.scaling = at_base / growth  # type: ignore[assignment]
+            self._scaling[name] = at_base / growth, plain
+
+    def _scale_head(self, name: str, module: nn.Linear, base: nn.Module, scale: Scale) -> None:
+        is_tied = scale.kind is INPUT and module.weight.shape[0] == base.weight.shape[0]  # type: ignore[index]
+        if scale.kind is OUTPUT or is_tied:
+            self._heads[name] = scale.growth**OUTPUT.multiplier
+            module.register_forward_pre_hook(Multiplier(self._heads[name]))
+
+    def __str__(self) -> str:
+        rows: dict[tuple[str, ...], int] = defaultdict(int)
+        for name, scale in self.scales.items():
+            factors = [f"{factor:.4g}" for factor in (scale.growth, *scale.rates.values())]
+            rows[tuple([_pattern(name), scale.kind.name, *factors])] += 1
+        head = ("parameter", "class", "growth", "lr AdamW", *(f"lr {name}" for name in _ADJUSTMENTS), "count")
+        cells = [head] + [(*row, str(count)) for row, count in rows.items()]
+        return table(cells, right=range(2, len(head)))
+
+
+_in_mup: WeakSet[nn.Module] = WeakSet()
+
+
+@torch.no_grad()
+def parametrize(model: nn.Module, base: nn.Module, residual: Sequence[str] = ()) -> Parametrization:
+    """Puts a freshly initialised model into muP, in place.
+
+    Weights get the spread that the base's have, times the factor of their class; the logits of attention whose heads have
+    grown are multiplied by sqrt(d_base) / d instead of 1 / sqrt(d), by the attribute ``scaling`` of our modules and of
+    Hugging Face's; what goes into an output head is divided by the growth of the width. Then give the optimizer to
+    :meth:`Parametrization.apply`. To go on from a checkpoint, do the same and load the weights.
+
+    Args:
+        model: The model.
+        base: The same model, freshly initialised, at the width whose hyperparameters are to carry over.
+        residual: Patterns of modules that write into the residual stream, such as ``("*.o_proj", "*.down_proj")``: what they
+            write is divided by the growth of the depth (CompleteP). Then the base may also have fewer layers.
+
+    Raises:
+        ValueError: If the two do not correspond, or it is in muP already.
+
+    Source: Yang et al., Tensor Programs V, arXiv 2203.03466; CompleteP, arXiv 2505.01618, with its alpha = 1.
+
+    Example:
+        >>> def make(width: int) -> nn.Module:
+        ...     return nn.Sequential(nn.Embedding(10, width), nn.Linear(width, width), nn.Linear(width, 10))
+        >>> model = make(256)
+        >>> mup = parametrize(model, make(64))
+        >>> [scale.kind.name for scale in mup.scales.values()]
+        ['input', 'hidden', 'vector', 'output', 'finite']
+        >>> optimizer = mup.apply(torch.optim.AdamW(model.parameters(), lr=1e-3))
+        >>> [(group["name"], group["lr"]) for group in optimizer.param_groups[:2]]
+        [('input', 0.001), ('hidden', 0.00025)]
+    """
+    hooks = [hook for m in model.modules() for hook in (*m._forward_pre_hooks.values(), *m._forward_hooks.values())]
+    if base in _in_mup:
+        raise ValueError(
+            "the base is in muP itself; make it anew, at the width whose hyperparameters are to carry over"
+        )
+    if model in _in_mup or any(isinstance(hook, Multiplier) for hook in hooks):  # which copies keep
+        raise ValueError("this model is in muP already; parametrize a fresh one")
+    depth, blocks = _depth(model, base, residual)
+    owners = dict(model.named_modules())
+    base_modules, base_params = _Counterparts(dict(base.named_modules())), _Counterparts(dict(base.named_parameters()))
+    scales = {}
+    for name, param in model.named_parameters():
+        counterpart = base_params.find(name, residual)
+        if counterpart.ndim != param.ndim or counterpart.is_meta:
+            raise ValueError(
+                f"{name} has shape {tuple(param.shape)}, but {tuple(counterpart.shape)} in the base, on"
+                f" {counterpart.device}: the base is the same model, initialised, only narrower"
+            )
+        owner, _, leaf = name.rpartition(".")
+        kind, growth = _classify(name, param.shape, counterpart.shape, owners[owner], leaf)
+        scales[name] = Scale(kind, growth, depth if name.startswith(blocks) else 1.0)
+        spread = _rms(param)
+        if spread > 0 and kind is not FINITE:
+            param.mul_(_rms(counterpart) / spread * growth**kind.init)
+    _in_mup.add(model)
+    mup = Parametrization(model, scales)
+    by_weight: dict[Tensor, Scale] = {param: scales[name] for name, param in model.named_parameters()}
+    for name, module in model.named_modules():
+        counterpart = base_modules.find(name, residual)
+        mup._scale_attention(name, module, counterpart)
+        if isinstance(module, nn.Linear) and module.weight in by_weight:
+            mup._scale_head(name, module, counterpart, by_weight[module.weight])
+        if _matches(name, residual) and depth != 1:
+            module.register_forward_hook(Multiplier(1 / depth))
+            mup._residual[name] = 1 / depth
+    return mup
+
+
+def _scaled(group: dict[str, Any], scale: Scale, optimizer: str) -> dict[str, Any]:
+    is_muon = group.get("algorithm", "muon" if "adjust_lr_fn" in group else "adamw") == "muon"
+    if not is_muon and "betas" not in group:
+        raise ValueError(f"muP knows the learning rates of Muon and of AdamW's kind, not of {optimizer}")
+    rates = scale.rates
+    rate = rates[(group["adjust_lr_fn"] or "original") if is_muon else "adamw"]
+    own = {"lr": group["lr"] * rate, "weight_decay": group["weight_decay"] / rate, "mup": rates}
+    return own | {"eps": group["eps"] * scale.eps} if not is_muon and "eps" in group else own
+
+
+def _classify(name: str, shape: torch.Size, base: torch.Size, owner: nn.Module, leaf: str) -> tuple[ParamClass, float]:
+    growths = [new / old for new, old in zip(shape, base)]
+    if len(shape) < 2:
+        growth = math.prod(growths)
+        return (FINITE if growth == 1 else VECTOR), growth
+    if isinstance(owner, _TRANSPOSED) or qualified_name(type(owner)) in TRANSPOSED_LINEARS:
+        fan_in, fan_out = growths[0], math.prod(growths[1:])
+    elif isinstance(owner, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        fan_in, fan_out = math.prod(growths[1:]), growths[0]
+    else:  # (out, in), or a stack of such matrices
+        fan_in, fan_out = growths[-1], math.prod(growths[:-1])
+    if fan_in == fan_out == 1:
+        return FINITE, 1.0
+    if fan_in == 1 or (fan_out == 1 and leaf != "weight"):  # position embeddings, class tokens
+        return INPUT, fan_in * fan_out
+    if fan_out == 1:
+        in_block = any(part.isdigit() for part in name.split(".")[:-2])
+        return (OUTPUT if isinstance(owner, nn.Linear) and not in_block else BOTTLENECK), fan_in
+    return HIDDEN, fan_in
+
+
+class _Counterparts:
+    """What corresponds to a name in the base: the same name, or with fewer layers that of another layer."""
+
+    def __init__(self, own: Mapping[str, Any]) -> None:
+        self._own = own
+        self._by_pattern = {_pattern(name): value for name, value in reversed(list(own.items()))}
+
+    def find(self, name: str, residual: Sequence[str]) -> Any:
+        if name in self._own:
+            return self._own[name]
+        if residual and _pattern(name) in self._by_pattern:
+            return self._by_pattern[_pattern(name)]
+        raise ValueError(
+            f"the base has no {name!r}: it is the same model, only narrower; to let the depth grow too, name the modules"
+            " that write into the residual stream, such as residual=('*.o_proj', '*.down_proj')"
+        )
+
+
+def _depth(model: nn.Module, base: nn.Module, residual: Sequence[str]) -> tuple[float, tuple[str, ...]]:
+    """The growth of the depth, and what names of parameters of residual blocks start with."""
+    writers = [name for name, _ in model.named_modules() if _matches(name, residual)]
+    for pattern in residual:
+        if not any(fnmatchcase(name, pattern) for name in writers):
+            raise ValueError(f"the pattern {pattern!r} matches no module of {type(model).__name__}; check its spelling")
+    at_base = sum(_matches(name, residual) for name, _ in base.named_modules())
+    blocks = {match[0] for name in writers if (match := re.match(r"(.*\.)?\d+\.", name))}
+    return (len(writers) / at_base if at_base else 1.0), tuple(blocks)
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _pattern(name: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
+
+
+def _rms(x: Tensor) -> float:
+    return float(x.float().square().mean().sqrt())

@@ -1,0 +1,334 @@
+"""Newton-Schulz needs whole matrices, and each only once: brings every matrix to its owner, and the result to everyone.
+
+A matrix may be sharded in any way, or every rank may hold all of it (DDP, or the replicated dimensions of a mesh): each
+leg of the way is one all-to-all in which exactly the elements travel that a rank lacks.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from lightning_muonclip.parallel.holders import boxes_by_rank, replicas_by_rank
+from lightning_muonclip.parallel.owners import assign_owners
+from lightning_muonclip.parallel.shards import Box, extent, local_box
+
+#: How many times a step exchanges, whatever the number of layers: while one round is on its way, another is computed.
+ROUNDS = 4
+
+#: How many sets of weights with a gradient are remembered; with layers that are dropped at random there is no end of them.
+MOST_PLANS = 64
+
+
+class _Piece(NamedTuple):
+    """A part of a matrix on its way from or to another rank."""
+
+    peer: int
+    number: int
+    box: Box
+
+
+class _Leg(NamedTuple):
+    """What this rank sends and receives in one all-to-all, both in the order of the peers."""
+
+    sends: list[_Piece]
+    receives: list[_Piece]
+
+
+@dataclass
+class _Round:
+    """Matrices that are exchanged together.
+
+    Attributes:
+        indices: All of them, the same on every rank.
+        owned: Those that this rank orthogonalises.
+        sources: Those of which this rank has to know its part of the update.
+        is_sharded: Whether anything goes to any owner: the same answer on every rank.
+    """
+
+    indices: list[int]
+    owned: list[int]
+    sources: list[int]
+    is_sharded: bool
+    to_owners: _Leg
+    to_holders: _Leg
+
+
+class Exchange:
+    """A set of weights that the same ranks hold, and who of them owns which.
+
+    Args:
+        weights: DTensors on one mesh, or plain tensors that all ranks of the group hold alike; of one dtype and device.
+        costs: What it costs to orthogonalise each, in any unit.
+        loads: What every rank of the group has to do besides.
+        group: The ranks.
+
+    Raises:
+        ValueError: If a weight is sharded in an unknown way.
+        RuntimeError: If the ranks were given different weights.
+    """
+
+    def __init__(
+        self, weights: Sequence[Tensor], costs: Sequence[float], loads: Sequence[float], group: dist.ProcessGroup
+    ) -> None:
+        self.group = group
+        self.rank = dist.get_rank(group)
+        self.shapes = [weight.shape for weight in weights]
+        self.owners = assign_owners(costs, loads)
+        self._costs = costs
+        self._boxes = [boxes_by_rank(weight, group) for weight in weights]
+        self._replicas = [replicas_by_rank(weight, group) for weight in weights]
+        self._rounds: dict[tuple[int, ...], list[_Round]] = {}
+        self._dtype, self._device = weights[0].dtype, weights[0].device
+        self._check_agreement(weights)
+
+    def run(
+        self,
+        indices: Sequence[int],
+        updates: Callable[[Sequence[int]], list[Tensor]],
+        work: Callable[[Mapping[int, Tensor]], dict[int, Tensor]],
+        use: Callable[[Mapping[int, Tensor]], None],
+        out: torch.dtype,
+        back: torch.dtype,
+    ) -> None:
+        """Has every matrix worked on by its owner; while one round is computed, its neighbours are on their way.
+
+        Args:
+            indices: The weights that take part, the same on every rank.
+            updates: Gives this rank's parts of the updates of some weights.
+            work: Makes results of whole updates; it is given those that this rank owns.
+            use: Takes this rank's parts of the results.
+            out: The dtype in which updates travel.
+            back: The dtype in which results do.
+        """
+
+        def send(round: _Round) -> Callable[[], dict[int, Tensor]]:
+            return self._gather(round, dict(zip(round.sources, updates(round.sources))), out)
+
+        rounds = self._rounds_of(tuple(indices))
+        arriving = send(rounds[0])
+        returning: Callable[[], dict[int, Tensor]] | None = None
+        for now, following in zip_longest(rounds, rounds[1:]):
+            whole = arriving()
+            if following is not None:
+                arriving = send(following)
+            results = work(whole)
+            previous, returning = returning, self._scatter(now, results, back)
+            if previous is not None:
+                use(previous())
+        assert returning is not None
+        use(returning())
+
+    def collect(self, tensors: Mapping[int, Tensor], to: int) -> dict[int, Tensor]:
+        """Brings what the owners have of weights that all hold alike to one rank, which returns those of the others.
+
+        Args:
+            tensors: What this rank has.
+            to: The rank within the group.
+        """
+        exist = torch.zeros(len(self.shapes), device=self._device)
+        for i in tensors:
+            exist[i] = 1
+        dist.all_reduce(exist, op=dist.ReduceOp.MAX, group=self.group)
+        collected = {}
+        for i in exist.nonzero().flatten().tolist():
+            owner = self.owners[i]
+            if owner == to:
+                continue
+            if self.rank == owner:
+                dist.send(tensors[i].contiguous(), group=self.group, group_dst=to)
+            elif self.rank == to:
+                collected[i] = torch.empty(self.shapes[i], dtype=self._dtype, device=self._device)
+                dist.recv(collected[i], group=self.group, group_src=owner)
+                collected[i] = collected[i].cpu()  # no rank has memory for all of them, or they would not be sharded
+        return collected
+
+    def _gather(self, round: _Round, parts: Mapping[int, Tensor], wire: torch.dtype) -> Callable[[], dict[int, Tensor]]:
+        """Starts to bring matrices to their owners; the function returned waits for those that this rank owns."""
+        sends = [parts[piece.number] for piece in round.to_owners.sends]
+        finish = self._all_to_all(round.to_owners, sends, wire) if round.is_sharded else None
+
+        def wait() -> dict[int, Tensor]:
+            if finish is None:
+                return {i: parts[i] for i in round.owned}
+            whole = {i: parts[i].new_empty(self.shapes[i]) for i in round.owned}
+            own = [_Piece(self.rank, i, self._boxes[i][self.rank]) for i in round.owned]
+            targets = [whole[piece.number][piece.box] for piece in (*own, *round.to_owners.receives)]
+            arrived = finish()
+            if targets:
+                torch._foreach_copy_(targets, [*(parts[i] for i in round.owned), *arrived])
+            return whole
+
+        return wait
+
+    def _scatter(
+        self, round: _Round, results: Mapping[int, Tensor], wire: torch.dtype
+    ) -> Callable[[], dict[int, Tensor]]:
+        """Starts to bring results to all who hold a part of the weight; the function returned waits for this rank's."""
+        sends = [results[piece.number][piece.box] for piece in round.to_holders.sends]
+        finish = self._all_to_all(round.to_holders, sends, wire, self._dtype)
+
+        def wait() -> dict[int, Tensor]:
+            parts = {i: result[self._boxes[i][self.rank]] for i, result in results.items()}
+            return parts | {piece.number: part for piece, part in zip(round.to_holders.receives, finish())}
+
+        return wait
+
+    def _rounds_of(self, indices: tuple[int, ...]) -> list[_Round]:
+        """These weights in at most :data:`ROUNDS` parts, each of which is as much work for every owner."""
+        if indices not in self._rounds:
+            if len(self._rounds) == MOST_PLANS:
+                self._rounds.clear()
+            self._check_gradients(indices)
+            self._rounds[indices] = [self._round(members) for members in self._split(indices) if members]
+        return self._rounds[indices]
+
+    def _split(self, indices: tuple[int, ...]) -> list[list[int]]:
+        """Every owner's matrices, those of one shape side by side, cut where a share of its work is done."""
+        rounds: list[list[int]] = [[] for _ in range(ROUNDS)]
+        for owner in set(self.owners):
+            own = sorted(
+                (i for i in indices if self.owners[i] == owner), key=lambda i: (-self._costs[i], self.shapes[i], i)
+            )
+            total, done = sum(self._costs[i] for i in own), 0.0
+            for i in own:
+                rounds[min(int(ROUNDS * done / total), ROUNDS - 1) if total else 0].append(i)
+                done += self._costs[i]
+        return [sorted(members) for members in rounds]
+
+    def _round(self, indices: list[int]) -> _Round:
+        to_owners, to_holders = _Leg([], []), _Leg([], [])
+        for i in indices:
+            owner, boxes = self.owners[i], self._boxes[i]
+            for rank, box in enumerate(boxes):
+                if rank == owner or 0 in extent(box):
+                    continue
+                # Of several ranks that hold the same part, the one sends it that is a replica's beside the owner.
+                if self._replicas[i][rank] == self._replicas[i][owner]:
+                    if rank == self.rank:
+                        to_owners.sends.append(_Piece(owner, i, box))
+                    elif owner == self.rank:
+                        to_owners.receives.append(_Piece(rank, i, box))
+                if rank == self.rank:
+                    to_holders.receives.append(_Piece(owner, i, box))
+                elif owner == self.rank:
+                    to_holders.sends.append(_Piece(rank, i, box))
+        for pieces in (*to_owners, *to_holders):
+            pieces.sort(key=lambda piece: (piece.peer, piece.number))
+        owned = [i for i in indices if self.owners[i] == self.rank]
+        sources = sorted({*owned, *(piece.number for piece in to_owners.sends)})
+        is_sharded = any(box != self._boxes[i][0] for i in indices for box in self._boxes[i])
+        return _Round(indices, owned, sources, is_sharded, to_owners, to_holders)
+
+    def _all_to_all(
+        self, leg: _Leg, parts: Sequence[Tensor], wire: torch.dtype, dtype: torch.dtype | None = None
+    ) -> Callable[[], list[Tensor]]:
+        """Starts one collective; the function returned waits for what ``leg`` receives."""
+        ranks, device = dist.get_world_size(self.group), self._device
+        lengths = [[part.numel() for part in parts], [_numel(piece.box) for piece in leg.receives]]
+        outgoing, incoming = (torch.empty(sum(own), dtype=wire, device=device) for own in lengths)
+        if parts:
+            slots = [slot.view(part.shape) for slot, part in zip(outgoing.split(lengths[0]), parts)]
+            torch._foreach_copy_(slots, list(parts))
+        work = dist.all_to_all_single(
+            incoming,
+            outgoing,
+            _by_peer(leg.receives, ranks),
+            _by_peer(leg.sends, ranks),
+            group=self.group,
+            async_op=True,
+        )
+
+        def finish() -> list[Tensor]:
+            work.wait()
+            arrived = incoming.to(dtype or wire).split(lengths[1])
+            return [part.view(extent(piece.box)) for part, piece in zip(arrived, leg.receives)]
+
+        return finish
+
+    def _check_gradients(self, indices: tuple[int, ...]) -> None:
+        # For a new set only, so that a layer which one rank always leaves out is reported and not waited for.
+        [(least, largest)] = self._ranges(zlib.crc32(str(indices).encode()))
+        if least != largest:
+            absent = [str(tuple(shape)) for i, shape in enumerate(self.shapes) if i not in indices]
+            raise RuntimeError(
+                f"rank {dist.get_rank()} has gradients for {len(indices)} of {len(self.shapes)} matrices, but not for the"
+                f" same as the ranks beside it; here none is for matrices of shapes {', '.join(absent[:8]) or '(all are)'}."
+                " Give unused weights a zero gradient, as by adding 0 * weight.sum() to the loss"
+            )
+
+    def _check_agreement(self, weights: Sequence[Tensor]) -> None:
+        """Once, before any rank could wait for ever for what another does not send. It also makes the connections."""
+        problem = next(filter(None, map(_problem, weights)), "")
+        digest = zlib.crc32(f"{self.shapes}{self.owners}{self._costs}{self._boxes}".encode())
+        # Of plain weights nothing but their values tells whether these ranks do train them together.
+        plain = [weight.detach() for weight in weights if not isinstance(weight, DTensor) and weight.numel()]
+        size = float(torch.stack(torch._foreach_norm(plain)).double().sum()) if plain else 0.0
+        (_, has_problem), (least, largest), (smallest, biggest) = self._ranges(bool(problem), digest, size)
+        if has_problem:
+            raise ValueError(problem or "another rank holds a weight that is sharded in an unknown way; see its error")
+        if least != largest:
+            shapes = ", ".join(str(tuple(shape)) for shape in self.shapes[:8]) + (", ..." if len(weights) > 8 else "")
+            raise RuntimeError(
+                f"rank {dist.get_rank()} has other matrices for Muon than the ranks beside it: {len(weights)} of shapes"
+                f" {shapes}. All ranks of a group must be given the same parameters in the same order, and be the same kind"
+                " of device"
+            )
+        if abs(biggest - smallest) > 1e-6 * abs(biggest):
+            raise RuntimeError(
+                f"rank {dist.get_rank()} has other values in its weights than the ranks beside it, so they do not train the"
+                " same model: give Muon the process_group of those that do, or broadcast the weights first, as DDP does"
+            )
+
+    def _ranges(self, *values: float) -> list[tuple[float, float]]:
+        """The least and the largest that any rank has of every value; read on the host."""
+        told = torch.tensor([[-value for value in values], values], dtype=torch.float64, device=self._device)
+        dist.all_reduce(told, op=dist.ReduceOp.MAX, group=self.group)
+        least, largest = told.tolist()
+        return [(-low, high) for low, high in zip(least, largest)]
+
+
+def wires(working: torch.dtype, dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
+    """The dtypes that travel to owners and back.
+
+    A direction comes back in the dtype that it was computed in, which loses nothing. An update goes in bfloat16 if that is
+    what it would be rounded to next. float16 is finer, but has no range for what is not normalised yet: it goes as it is.
+
+    Args:
+        working: Of Newton-Schulz.
+        dtype: Of the weights.
+
+    Returns:
+        The dtype of updates, and that of directions.
+    """
+    if working.itemsize >= dtype.itemsize:
+        return dtype, dtype
+    return dtype if working == torch.float16 else working, working
+
+
+def _problem(weight: Tensor) -> str:
+    try:
+        local_box(weight)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def _by_peer(pieces: Sequence[_Piece], ranks: int) -> list[int]:
+    """How many elements go to or come from every rank."""
+    sizes = [0] * ranks
+    for piece in pieces:
+        sizes[piece.peer] += _numel(piece.box)
+    return sizes
+
+
+def _numel(box: Box) -> int:
+    return torch.Size(extent(box)).numel()

@@ -1,0 +1,74 @@
+"""Which ranks hold a weight, or parts of it."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from lightning_muonclip.parallel.shards import Box, boxes_of
+
+_T = TypeVar("_T")
+
+
+def share_key(weight: Tensor, group: dist.ProcessGroup | None) -> Hashable | None:
+    """Tells apart sets of weights that can be exchanged together; ``None`` if this rank alone has a weight to work on.
+
+    Args:
+        weight: A parameter.
+        group: The ranks that hold plain tensors alike.
+    """
+    if isinstance(weight, DTensor):
+        return None if weight.device_mesh.size() == 1 else (weight.device_mesh, weight.dtype, weight.device)
+    is_alone = not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1
+    return None if is_alone else (group, weight.dtype, weight.device)
+
+
+def group_of(weight: Tensor, group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    """The process group of all ranks that hold a weight."""
+    if isinstance(weight, DTensor):
+        return _group_of_mesh(weight.device_mesh)
+    return group or _default_group()
+
+
+def _group_of_mesh(mesh: DeviceMesh) -> dist.ProcessGroup:
+    if mesh.ndim == 1:
+        return mesh.get_group()
+    if mesh.size() == dist.get_world_size():
+        return _default_group()
+    ranks = mesh.mesh.flatten().tolist()
+    return dist.new_group(ranks, use_local_synchronization=True)
+
+
+def _default_group() -> dist.ProcessGroup:
+    group = dist.group.WORLD
+    assert group is not None
+    return group
+
+
+def boxes_by_rank(weight: Tensor, group: dist.ProcessGroup) -> list[Box]:
+    """What every rank of the group holds."""
+    boxes = boxes_of(weight)
+    if not isinstance(weight, DTensor):
+        return boxes * dist.get_world_size(group)
+    return _in_group_order(weight.device_mesh, boxes, group)
+
+
+def replicas_by_rank(weight: Tensor, group: dist.ProcessGroup) -> list[Hashable]:
+    """For every rank of the group, which of the replicas its part belongs to."""
+    if not isinstance(weight, DTensor):
+        return list(range(dist.get_world_size(group)))
+    mesh = weight.device_mesh
+    kept = [i for i, placement in enumerate(weight.placements) if placement.is_replicate()]
+    coordinates = torch.cartesian_prod(*(torch.arange(size) for size in mesh.shape)).view(-1, mesh.ndim)
+    return _in_group_order(mesh, [tuple(own) for own in coordinates[:, kept].tolist()], group)
+
+
+def _in_group_order(mesh: DeviceMesh, values: Sequence[_T], group: dist.ProcessGroup) -> list[_T]:
+    ranks = [dist.get_group_rank(group, rank) for rank in mesh.mesh.flatten().tolist()]
+    return [value for _, value in sorted(zip(ranks, values), key=lambda pair: pair[0])]

@@ -1,0 +1,1 @@
+"""Which channels of which weights belong to which head."""

@@ -1,0 +1,51 @@
+"""Classes by name, so that no library has to be imported to be recognised."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from typing import Any
+
+#: Linear layers whose weight is (in, out): output channels lie on dimension 1.
+TRANSPOSED_LINEARS = ("transformers.pytorch_utils.Conv1D",)
+
+
+def qualified_name(cls: Any) -> str:
+    """The name of a class with its module."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def qualified_names(cls: type) -> list[str]:
+    """Those of a class and its bases, in the order in which Python looks things up."""
+    return [qualified_name(base) for base in cls.__mro__]
+
+
+def library(cls: type) -> str:
+    """The top package of a class and its version, such as ``"transformers 5.24.0"``."""
+    package = cls.__module__.partition(".")[0]
+    try:
+        return f"{package} {metadata.version(package)}"
+    except metadata.PackageNotFoundError:  # a script, or a package under another name
+        return f"{package} {getattr(sys.modules.get(package), '__version__', '')}".strip()
+
+
+@contextmanager
+def reading(cls: type, what: str) -> Iterator[None]:
+    """Explains an error that comes of reading a class of another library that has changed.
+
+    Args:
+        cls: The class.
+        what: What is looked for in it.
+
+    Raises:
+        ValueError: With the class, its library and version, what was looked for, and the original error.
+    """
+    try:
+        yield
+    except (AttributeError, LookupError, TypeError, RuntimeError) as error:
+        raise ValueError(
+            f"{cls.__name__} of {library(cls)} is not built as QK-Clip expects: looked for {what}, got"
+            f" {type(error).__name__}: {error}"
+        ) from error

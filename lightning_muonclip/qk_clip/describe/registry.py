@@ -1,0 +1,175 @@
+"""Recognises attention modules: by the user's spec, then by class, then by names and shapes; or refuses and says why."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lightning_muonclip.qk_clip.describe.families import FAMILIES, SpecFn, is_active, separate
+from lightning_muonclip.qk_clip.describe.names import qualified_name, qualified_names
+from lightning_muonclip.qk_clip.describe.spec import AttentionSpec
+
+#: The attention modules of a model by display name, in ``named_modules`` order, each with its spec.
+AttentionModules = dict[str, tuple[nn.Module, AttentionSpec]]
+
+_BY_CLASS: dict[str, SpecFn] = dict(FAMILIES)
+
+#: Names that query, key and value projections go by where they are separate modules.
+SEPARATE_PROJECTIONS = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("to_q", "to_k", "to_v"),
+    ("wq", "wk", "wv"),
+    ("Wq", "Wk", "Wv"),
+    ("q", "k", "v"),
+)
+#: A second set of them, as where two streams attend together, is more than the names tell.
+_MAKES_QUERIES_OR_KEYS = re.compile(r"(^|_)(q|k|qk|kv|qkv|query|key)(_|$)")
+_HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "heads", "num_q_heads", "nhead")
+_KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head", "num_query_groups", "kv_heads")
+_HEAD_DIM = ("head_dim", "head_size", "attention_head_size", "d_head", "dim_head", "d_kv")
+_NORMS = ("qk_norm", "q_norm", "k_norm", "q_layernorm", "k_layernorm", "query_norm", "key_norm", "norm_q", "norm_k")
+
+
+def register_attention(cls: type[nn.Module] | str, spec_fn: SpecFn) -> None:
+    """Teaches the library a class of attention modules, its subclasses included.
+
+    Args:
+        cls: The class, or its qualified name (``"package.module.Class"``).
+        spec_fn: Takes a module of that class and returns its :class:`AttentionSpec`.
+    """
+    _BY_CLASS[cls if isinstance(cls, str) else qualified_name(cls)] = spec_fn
+
+
+def find_attention(model: nn.Module, specs: Mapping[str, AttentionSpec | None] | None = None) -> AttentionModules:
+    """All attention modules of a model by display name, in ``named_modules`` order; a shared module once.
+
+    Args:
+        model: The model.
+        specs: The user's word, by module name; ``None`` as a value leaves that module, and what is in it, alone.
+
+    Raises:
+        ValueError: If a name in ``specs`` is no module, a module looks like attention but cannot be read, or there is
+            no attention at all.
+    """
+    found, refused = recognise(model, specs)
+    if refused:  # the innermost first: what is outside may only be a wrapper
+        innermost = max(refused, key=lambda name: name.count("."))
+        others = f"\nAnd {len(refused) - 1} more: {', '.join(name for name in refused if name != innermost)}"
+        raise ValueError(refused[innermost] + others * (len(refused) > 1))
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has no attention that QK-Clip knows; describe it by specs={{name: AttentionSpec(...)}}"
+            " or register_attention(cls, spec_fn), or leave QK-Clip out: MuonClipCallback(logits='off'), or in plain PyTorch"
+            " Muon(split_params(model))"
+        )
+    return found
+
+
+def recognise(
+    model: nn.Module, specs: Mapping[str, AttentionSpec | None] | None = None
+) -> tuple[AttentionModules, dict[str, str]]:
+    """The attention modules that can be read, and for those that cannot the reason and the way out.
+
+    Raises:
+        ValueError: If a name in ``specs`` is no module.
+    """
+    if isinstance(model, DistributedDataParallel):
+        model = model.module
+    specs = {display_name(name): spec for name, spec in (specs or {}).items()}
+    modules = {display_name(name): module for name, module in model.named_modules()}
+    for name in specs:
+        if name not in modules:
+            raise ValueError(f"specs names {name!r}, but the model has no such module; named_modules() lists them")
+    found: AttentionModules = {}
+    refused: dict[str, str] = {}
+    alone = tuple(f"{name}." for name, spec in specs.items() if spec is None and name)
+    for name, module in modules.items():
+        if name.startswith(alone) and name not in specs:
+            continue
+        try:
+            spec = specs[name] if name in specs else _spec_of(module)
+        except ValueError as error:
+            refused[name] = _refusal(name, module, str(error))
+            continue
+        if spec is not None:
+            found[name] = (module, spec)
+    # A wrapper named "...Attention" around a module that was understood, or left alone, is no mystery of its own.
+    known = [*found, *specs]
+    wrappers = [name for name in refused if any(other.startswith(f"{name}." if name else "") for other in known)]
+    for name in wrappers:
+        del refused[name]
+    return found, refused
+
+
+def display_name(name: str) -> str:
+    """A module's name without what torch.compile puts into it."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def _spec_of(module: nn.Module) -> AttentionSpec | None:
+    for name in qualified_names(type(module)):
+        if spec_fn := _BY_CLASS.get(name):
+            return spec_fn(module)
+    for names in SEPARATE_PROJECTIONS:
+        if _weight_rows(module, names[0]) and _weight_rows(module, names[1]):
+            return _separate_spec(module, *names)
+    if "attention" in type(module).__name__.lower() and any(p.ndim == 2 for p in module.parameters()):
+        raise ValueError("its query and key projections are not separate modules with a known name")
+    return None
+
+
+def _separate_spec(module: nn.Module, query: str, key: str, value: str) -> AttentionSpec:
+    query_rows, key_rows = _weight_rows(module, query), _weight_rows(module, key)
+    heads, key_heads, dim = (_first_int(module, names) for names in (_HEADS, _KEY_HEADS, _HEAD_DIM))
+    if heads is None and dim is not None:
+        heads = query_rows // dim
+    if heads is None or query_rows % heads:
+        raise ValueError(f"{query} has {query_rows} rows, and no attribute ({', '.join(_HEADS)}) says how many heads")
+    dim = query_rows // heads
+    if key_rows % dim or (key_heads is not None and key_heads * dim != key_rows):
+        raise ValueError(f"{key} has {key_rows} rows, which are not whole heads of {dim} channels")
+    chosen = (query, key, value)
+    others = [name for name, child in module.named_children() if name not in chosen and _weight_rows(module, name)]
+    if more := [name for name in others if _MAKES_QUERIES_OR_KEYS.search(name)]:
+        raise ValueError(f"beside {query} and {key} it has {' and '.join(more)}, which may make queries or keys too")
+    projections = separate(*chosen)
+    return AttentionSpec(
+        projections if _weight_rows(module, value) == key_rows else projections[:2],
+        heads,
+        key_rows // dim,
+        {"d": dim},
+        qk_norm=any(is_active(getattr(module, name, None)) for name in _NORMS),
+    )
+
+
+def _weight_rows(module: nn.Module, name: str) -> int:
+    """Output channels of a plain linear submodule of that name, an adapter around it aside; 0 if there is none."""
+    # Not getattr: a compiled module passes on its original's attributes. Not named_children: it leaves out a second name.
+    child = module._modules.get(name)
+    child = getattr(child, "base_layer", child)
+    return child.out_features if isinstance(child, nn.Linear) else 0
+
+
+def _first_int(module: nn.Module, names: tuple[str, ...]) -> int | None:
+    for holder in (module, getattr(module, "config", None)):
+        for name in names:
+            value = getattr(holder, name, None)
+            if isinstance(value, int) and not isinstance(value, bool):
+                return value
+    return None
+
+
+def _refusal(name: str, module: nn.Module, reason: str) -> str:
+    weights = ", ".join(f"{n} {tuple(p.shape)}" for n, p in module.named_parameters() if p.ndim == 2)
+    return (
+        f"cannot read the attention {name!r} ({type(module).__name__}): {reason}. It has {weights or 'no matrices'}.\n"
+        "Describe it by its weights, separate as here or fused as Projection('wqkv', '[q(H d) | k(G d) | *]'):\n"
+        f"    specs={{{name!r}: AttentionSpec((Projection('wq', 'q(H d)'), Projection('wk', 'k(G d)')), num_heads, "
+        "num_key_value_heads, {'d': head_dim})}\n"
+        f"or for the class by register_attention, or leave it alone with specs={{{name!r}: None}}."
+    )

@@ -1,0 +1,63 @@
+"""Which matrices a fused projection is made of, from the same layouts that QK-Clip reads: for Muon to take each alone."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lightning_muonclip.qk_clip.describe.layout import SPLITS, split_channels
+from lightning_muonclip.qk_clip.describe.names import TRANSPOSED_LINEARS, qualified_name
+from lightning_muonclip.qk_clip.describe.registry import AttentionModules
+from lightning_muonclip.qk_clip.describe.spec import Projection
+from lightning_muonclip.qk_clip.describe.weights import channel_map
+
+#: For a weight, the dimension of its output channels, and the channels of every matrix in it.
+MatrixParts = dict[Tensor, tuple[int, list[Tensor]]]
+
+
+def check_split(split: str) -> None:
+    """Raises ValueError unless ``split`` is known."""
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
+
+
+def matrix_parts(model: nn.Module, attention: AttentionModules, split: str) -> MatrixParts:
+    """The parts of every weight that is not just one matrix of shape (out, in).
+
+    Args:
+        model: The model.
+        attention: Its attention modules and their specs.
+        split: ``"qkv"`` separates queries, keys and values; ``"heads"`` every head of each (Muon Split of GLM-5, arXiv
+            2602.15763; the per-head Muon of Kimi K3, arXiv 2607.24653, section 2.5); ``"none"`` leaves them together.
+
+    Raises:
+        ValueError: If ``split`` is unknown, or a layout does not fit its weight.
+    """
+    check_split(split)
+    parts: MatrixParts = {}
+    for module in model.modules():
+        if qualified_name(type(module)) in TRANSPOSED_LINEARS:
+            transposed = module.get_parameter("weight")
+            parts[transposed] = (1, [torch.arange(transposed.shape[1])])
+    for name, (module, spec) in attention.items():
+        for projection in spec.projections:
+            weight = _matrix(module, projection)
+            if weight is None:
+                continue
+            dim = projection.dim % 2
+            channels = channel_map(name, projection.name, projection.layout, weight.shape[dim], spec)
+            own = split_channels(channels, split)
+            if dim or len(own) > 1:
+                parts[weight] = (dim, own)
+    return parts
+
+
+def _matrix(module: nn.Module, projection: Projection) -> Tensor | None:
+    """The weight of a projection, unless it is a vector, or something else makes it."""
+    for path in (f"{projection.name}.weight", projection.name):
+        try:
+            param = module.get_parameter(path)
+        except AttributeError:
+            continue
+        return param if param.ndim == 2 else None
+    return None

@@ -1,0 +1,411 @@
+"""Intercepts the attention calls of other libraries: the functions that they call are patched while somebody observes.
+
+A function is patched where its caller looks it up: in ``torch.nn.functional``, in the globals of the file that defines an
+attention class, or as a method of the class. The patched function measures the logits if an observed module is running its
+forward, then calls the original. (A ``TorchFunctionMode`` does not see the calls inside ``nn.MultiheadAttention``.)
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._guards import detect_fake_mode
+
+from lightning_muonclip.kernels.hidden import HIDDEN
+from lightning_muonclip.kernels.log_sum_exp import attention_log_sum_exp, tells_log_sum_exp
+
+
+@dataclass(frozen=True)
+class Logits:
+    """What :func:`~lightning_muonclip.kernels.max_logits.max_logits` takes; a scale of ``None`` is ``d ** -0.5``."""
+
+    query: Tensor
+    key: Tensor
+    scale: float | None = None
+    mask: Tensor | None = None
+    is_causal: bool = False
+
+
+class Listener(Protocol):
+    """Receives what an attention module computes: ``logits`` says how exactly, ``"exact"`` or ``"lse"``."""
+
+    logits: str
+
+    def measure(self, source: str, logits: Logits) -> None:
+        """Receives the queries and keys of one call."""
+
+    def record(self, maxima: Tensor, source: str) -> None:
+        """Receives the maxima of one call, shape ``(heads,)``."""
+
+
+#: The attention modules whose forward is running, innermost last; ``None`` is one that is not recorded.
+running: list[Listener | None] = []
+
+#: Takes the original function and returns the patched one.
+Patch = Callable[[Any], Any]
+
+#: Where a function is patched: the holder, its name there, and the patch.
+Place = tuple[Any, str, Patch]
+
+_MULTI_HEAD_ARGUMENTS = tuple(inspect.signature(F.multi_head_attention_forward).parameters)
+
+
+class Patches:
+    """The functions that one observer has patched. A function that several observers need is patched once."""
+
+    def __init__(self) -> None:
+        self._keys: list[tuple[int, str]] = []
+
+    def add(self, places: Iterable[Place]) -> None:
+        """Patches these functions."""
+        for holder, name, patch in places:
+            key = (id(holder), name)
+            if key not in self._keys:
+                self._keys.append(key)
+                _acquire(key, holder, name, patch)
+
+    def remove(self) -> None:
+        """Restores the originals, unless another observer still needs the patch."""
+        for key in self._keys:
+            _release(key)
+        self._keys = []
+
+
+class _Patched:
+    def __init__(self, holder: Any, name: str, patch: Patch) -> None:
+        self.holder, self.name = holder, name
+        self.original = _get(holder, name)
+        self.patched = patch(self.original)
+        self.users = 0
+        _set(holder, name, self.patched)
+
+    def restore(self) -> None:
+        if _get(self.holder, self.name) is self.patched:  # else another library has patched it since
+            _set(self.holder, self.name, self.original)
+
+
+_patched: dict[tuple[int, str], _Patched] = {}
+
+
+def _acquire(key: tuple[int, str], holder: Any, name: str, patch: Patch) -> None:
+    if key not in _patched:
+        _patched[key] = _Patched(holder, name, patch)
+    _patched[key].users += 1
+
+
+def _release(key: tuple[int, str]) -> None:
+    _patched[key].users -= 1
+    if not _patched[key].users:
+        _patched.pop(key).restore()
+    if not _patched:
+        running.clear()
+
+
+def _get(holder: Any, name: str) -> Any:
+    return holder[name] if isinstance(holder, dict) else inspect.getattr_static(holder, name)
+
+
+def _set(holder: Any, name: str, value: Any) -> None:
+    if isinstance(holder, dict):
+        holder[name] = value
+    else:
+        setattr(holder, name, value)
+
+
+def _original(holder: Any, name: str) -> Any:
+    """The function that is there when nothing is patched."""
+    patched = _patched.get((id(holder), name))
+    return _get(holder, name) if patched is None else patched.original
+
+
+def attention_calls(cls: type[nn.Module]) -> Iterator[Place]:
+    """Every place where a function is looked up that modules of this class may call to attend."""
+    yield F, "scaled_dot_product_attention", _patch_sdpa
+    yield F, "multi_head_attention_forward", _patch_multi_head
+    for scope in _scopes(cls):
+        yield from _hugging_face_places(scope)
+        yield from _imported_places(scope)
+
+
+def _scopes(cls: type) -> Iterable[dict[str, Any]]:
+    """The globals of every file in which a method of the class or its bases is written, each once."""
+    methods = (inspect.unwrap(x) for base in cls.__mro__ for x in vars(base).values() if inspect.isfunction(x))
+    return {id(x.__globals__): x.__globals__ for x in methods if inspect.isfunction(x)}.values()
+
+
+def _hugging_face_places(scope: dict[str, Any]) -> Iterator[Place]:
+    """A model's file has its own eager function, and dispatches all others by the attention interface."""
+    if "eager_attention_forward" in scope:
+        eager = _original(scope, "eager_attention_forward")
+        if "scaling" in inspect.signature(eager).parameters:  # else it knows a scale that it does not tell
+            yield scope, "eager_attention_forward", _patch_eager
+    if "ALL_ATTENTION_FUNCTIONS" in scope:
+        yield scope, "ALL_ATTENTION_FUNCTIONS", _Interface
+
+
+def _imported_places(scope: dict[str, Any]) -> Iterator[Place]:
+    """Names under which a file has imported torch's functions for itself, and perhaps compiled them."""
+    patches: list[tuple[Any, Patch]] = [(_original(F, "scaled_dot_product_attention"), _patch_sdpa)]
+    flex = sys.modules.get("torch.nn.attention.flex_attention")
+    if flex is not None:
+        yield flex, "flex_attention", _patch_flex
+        patches.append((_original(flex, "flex_attention"), _patch_flex))
+    for name in list(scope):
+        value = _original(scope, name)
+        wrapped = getattr(value, "__wrapped__", value) if inspect.isfunction(value) else value
+        for function, patch in patches:
+            if wrapped is function:
+                yield scope, name, patch
+
+
+def _listener() -> Listener | None:
+    if not running or (not torch.compiler.is_dynamo_compiling() and detect_fake_mode() is not None):
+        return None  # tensors without values: torch.compile looks at a function that it does not trace
+    return running[-1]
+
+
+def _unrecorded(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Calls a function whose logits are measured already, so that the functions in it do not measure them again."""
+    running.append(None)
+    try:
+        return function(*args, **kwargs)
+    finally:
+        running.pop()
+
+
+def _patch_sdpa(original: Callable[..., Any]) -> Callable[..., Any]:
+    is_torchs = inspect.isbuiltin(original)  # else another library's, which is not to be replaced by a kernel of torch
+
+    def listen(
+        listener: Listener,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor | None:
+        bounded = listener.logits == "lse" and is_torchs and not (is_causal and attn_mask is not None)
+        if bounded and tells_log_sum_exp(query, key, value, attn_mask, dropout_p):
+            factor = query.shape[-1] ** -0.5 if scale is None else scale
+            output, bound = attention_log_sum_exp(query, key, value, attn_mask, is_causal, factor)
+            listener.record(bound, "log-sum-exp of scaled_dot_product_attention")
+            return output
+        listener.measure("scaled_dot_product_attention", Logits(query, key, scale, attn_mask, is_causal))
+        return None
+
+    @functools.wraps(original)
+    def scaled_dot_product_attention(*args: Any, **kwargs: Any) -> Tensor:
+        listener = _listener()
+        output = None if listener is None else listen(listener, *args, **kwargs)
+        return original(*args, **kwargs) if output is None else output
+
+    return scaled_dot_product_attention
+
+
+def _patch_multi_head(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def multi_head_attention_forward(*args: Any, **kwargs: Any) -> Any:
+        listener = _listener()
+        asked = {**dict(zip(_MULTI_HEAD_ARGUMENTS, args)), **kwargs}
+        # Asked for its weights it multiplies by itself, and to torch.compile it is opaque; else it calls the function above.
+        if listener is None or not (asked.get("need_weights", True) or torch.compiler.is_compiling()):
+            return original(*args, **kwargs)
+        with torch.no_grad():
+            listener.measure("multi_head_attention_forward", _multi_head_logits(asked))
+        return _unrecorded(original, *args, **kwargs)
+
+    return multi_head_attention_forward
+
+
+def _multi_head_logits(asked: Mapping[str, Any]) -> Logits:
+    """The logits of torch's ``multi_head_attention_forward``, from its arguments by name."""
+    query, key, heads = asked["query"], asked["key"], asked["num_heads"]
+    padding, mask = asked.get("key_padding_mask"), asked.get("attn_mask")
+    if query.ndim == 2:
+        query, key, padding = query[:, None], key[:, None], None if padding is None else padding[None]
+    if asked.get("use_separate_proj_weight"):
+        query_weight, key_weight = asked["q_proj_weight"], asked["k_proj_weight"]
+    else:
+        query_weight, key_weight, _ = asked["in_proj_weight"].chunk(3)
+    bias = asked["in_proj_bias"]
+    query_bias, key_bias, _ = (None, None, None) if bias is None else bias.chunk(3)
+    query, key = F.linear(query, query_weight, query_bias), F.linear(key, key_weight, key_bias)
+    if asked["bias_k"] is not None:
+        key = torch.cat([key, asked["bias_k"].expand(1, key.shape[1], -1)])
+    query, key = (x.unflatten(-1, (heads, -1)).permute(1, 2, 0, 3) for x in (query, key))
+    if asked.get("static_k") is not None:
+        key = asked["static_k"].unflatten(0, (-1, heads))
+    if asked["add_zero_attn"]:
+        key = F.pad(key, (0, 0, 0, 1))
+    masks = [] if padding is None else [padding[:, None, None, :]]
+    if mask is not None:
+        masks.append(mask.unflatten(0, (-1, heads)) if mask.ndim == 3 else mask)
+    visible: Tensor | None = None
+    for mask in masks:
+        shown = ~mask if mask.dtype is torch.bool else mask > HIDDEN
+        visible = shown if visible is None else visible & shown
+    if visible is not None:  # what was added behind the keys is always seen
+        visible = F.pad(visible, (0, key.shape[-2] - visible.shape[-1]), value=True)
+    return Logits(query, key, query.shape[-1] ** -0.5, visible)
+
+
+def _patch_flex(original: Callable[..., Any]) -> Callable[..., Any]:
+    def listen(
+        listener: Listener,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        score_mod: Any = None,
+        block_mask: Any = None,
+        scale: float | None = None,
+        *_: Any,
+        **__: Any,
+    ) -> None:
+        if score_mod is not None and not torch.compiler.is_compiling():
+            warnings.warn(
+                "QK-Clip cannot see what a score_mod hides: hide pairs by block_mask, or their logits count as visible",
+                stacklevel=3,
+            )
+        listener.measure("flex_attention", Logits(query, key, scale, _dense(block_mask, query, key)))
+
+    @functools.wraps(original)
+    def flex_attention(*args: Any, **kwargs: Any) -> Any:
+        listener = _listener()
+        if listener is not None:
+            listen(listener, *args, **kwargs)
+        return original(*args, **kwargs)
+
+    return flex_attention
+
+
+def patch_method(read: Callable[..., Logits | None], original: Callable[..., Any]) -> Callable[..., Any]:
+    """Patches a method that attends; ``read`` takes its arguments and returns the logits, or ``None`` if it does not."""
+
+    @functools.wraps(original)
+    def method(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        listener = _listener()
+        logits = None if listener is None else read(module, *args, **kwargs)
+        if listener is None or logits is None:
+            return original(module, *args, **kwargs)
+        listener.measure(f"{type(module).__name__}.{original.__name__}", logits)
+        return _unrecorded(original, module, *args, **kwargs)
+
+    return method
+
+
+def _patch_eager(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def eager_attention_forward(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    ) -> Any:
+        listener = _listener()
+        if listener is not None:  # of itself it is never causal: the mask says everything
+            mask = None if attention_mask is None else attention_mask[..., : key.shape[-2]]
+            listener.measure("eager_attention_forward", Logits(query, key, kwargs.get("scaling"), mask))
+        return original(module, query, key, value, attention_mask, **kwargs)
+
+    return eager_attention_forward
+
+
+def _through_interface(
+    original: Callable[..., Any],
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    **kwargs: Any,
+) -> Any:
+    listener = _listener()
+    if listener is None:
+        return original(module, query, key, value, attention_mask, **kwargs)
+    visible = _visible(module, query, key, attention_mask, kwargs)
+    listener.measure("the attention interface", Logits(query, key, kwargs.get("scaling"), **visible))
+    return _unrecorded(original, module, query, key, value, attention_mask, **kwargs)
+
+
+def _through_torch(original: Callable[..., Any], module: nn.Module, query: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Torch's function knows its mask better, but a single query it may be given as several of fewer heads."""
+    if query.shape[-2] > 1:
+        return original(module, query, *args, **kwargs)
+    return _through_interface(original, module, query, *args, **kwargs)
+
+
+class _Interface(MutableMapping[str, Callable[..., Any]]):
+    """Stands before Hugging Face's table of attention functions and intercepts the calls of those that it returns."""
+
+    def __init__(self, original: Any) -> None:
+        self._original = original
+
+    def get_interface(self, name: str, default: Callable[..., Any]) -> Callable[..., Any]:
+        function = self._original.get_interface(name, default)
+        return function if function is default else self._observed(name, function)
+
+    def __getitem__(self, name: str) -> Callable[..., Any]:
+        return self._observed(name, self._original[name])
+
+    def __setitem__(self, name: str, function: Callable[..., Any]) -> None:
+        self._original[name] = function
+
+    def __delitem__(self, name: str) -> None:
+        del self._original[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._original)
+
+    def __len__(self) -> int:
+        return len(self._original)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._original
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._original, name)
+
+    def _observed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        return functools.partial(_through_torch if name == "sdpa" else _through_interface, function)
+
+
+def _visible(module: nn.Module, query: Tensor, key: Tensor, mask: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What a function of the interface lets see: its mask, or if that only tells padding, also what it adds itself."""
+    if mask is not None and (not isinstance(mask, Tensor) or mask.ndim == 4):
+        return {"mask": mask[..., : key.shape[-2]] if isinstance(mask, Tensor) else _dense(mask, query, key)}
+    queries, keys = query.shape[-2], key.shape[-2]
+    is_causal = kwargs.get("is_causal")
+    is_causal = queries > 1 and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    window = kwargs.get("sliding_window")
+    visible = None if mask is None else mask[:, None, None, :].bool()
+    if window is None and queries == keys:
+        return {"mask": visible, "is_causal": is_causal}
+    # The last query stands at the last key: those before it may come from a cache.
+    ahead = torch.arange(keys, device=query.device) - torch.arange(keys - queries, keys, device=query.device)[:, None]
+    pairs = ahead <= 0 if is_causal else torch.ones_like(ahead, dtype=torch.bool)
+    if window is not None:
+        pairs = pairs & (ahead.abs() < window)
+    return {"mask": pairs if visible is None else visible & pairs}
+
+
+def _dense(block_mask: Any, query: Tensor, key: Tensor) -> Tensor | None:
+    """A BlockMask as booleans, or a tensor as it is."""
+    if block_mask is None or isinstance(block_mask, Tensor):
+        return block_mask
+    from torch.nn.attention.flex_attention import create_mask
+
+    (batch, heads), (queries, keys) = block_mask.shape[:2], (query.shape[-2], key.shape[-2])
+    rows, columns = block_mask.BLOCK_SIZE
+    # Hidden is what the function hides, and every block that is not listed.
+    listed = block_mask.to_dense().bool().repeat_interleave(rows, -2).repeat_interleave(columns, -1)
+    visible = create_mask(block_mask.mask_mod, batch, heads, queries, keys, str(query.device))
+    return visible & listed[..., :queries, :keys]

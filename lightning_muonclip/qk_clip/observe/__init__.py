@@ -1,0 +1,1 @@
+"""Where the logits of a forward pass are seen and kept."""

@@ -1,0 +1,183 @@
+"""Attention that calls no function that can be intercepted: where its queries and keys come from, one row per class.
+
+:data:`METHODS` are methods of a class whose arguments are queries and keys. :data:`PROJECTIONS` are the rest: their queries
+and keys are recomputed from the output of their fused projection. Nothing here has a gradient.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_muonclip.qk_clip.describe.names import library, qualified_names, reading
+from lightning_muonclip.qk_clip.intercept import Logits, Place, patch_method
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method that attends, and what its arguments mean: ``logits(module, *args, **kwargs)``; ``None`` if not now."""
+
+    method: str
+    logits: Callable[..., Logits | None]
+
+
+@dataclass(frozen=True)
+class Recomputation:
+    """A fused projection, and how its output becomes logits: ``logits(module, projected, *args, **kwargs)``."""
+
+    projection: str
+    logits: Callable[..., Logits]
+
+
+def find_recomputation(cls: type[nn.Module]) -> Recomputation | None:
+    """The row of a class, if there is one."""
+    return next((PROJECTIONS[name] for name in qualified_names(cls) if name in PROJECTIONS), None)
+
+
+def recomputed(row: Recomputation, module: nn.Module, projected: Tensor, *args: Any, **kwargs: Any) -> Logits:
+    """The logits of a forward, from what its fused projection gave and the arguments of the forward.
+
+    Raises:
+        ValueError: If the module's class is not built as the row says.
+    """
+    with reading(type(module), f"the queries and keys in the output of its {row.projection}"):
+        return row.logits(module, projected, *args, **kwargs)
+
+
+def methods_of(cls: type[nn.Module]) -> Iterator[Place]:
+    """The methods of a class that attend: where to patch them, and how. A method that is gone is left out."""
+    for name in qualified_names(cls):
+        row = METHODS.get(name)
+        owner = row and next((base for base in cls.__mro__ if row.method in vars(base)), None)
+        if row is not None and owner is not None:
+            yield owner, row.method, partial(patch_method, partial(_read, row))
+
+
+def needs_hooks(cls: type[nn.Module]) -> bool:
+    """Whether modules of this class are observed by hooks or methods alone, which torch.compile does not guard."""
+    return find_recomputation(cls) is not None or any(methods_of(cls))
+
+
+def missing_methods(cls: type[nn.Module]) -> str:
+    """Which method of the class was looked for and is gone, as a sentence for an error; empty if none is."""
+    gone = [row.method for name in qualified_names(cls) if (row := METHODS.get(name)) and not hasattr(cls, row.method)]
+    return "".join(f" {cls.__name__} of {library(cls)} has no method {method} any more." for method in gone)
+
+
+def _read(row: Method, module: nn.Module, *args: Any, **kwargs: Any) -> Logits | None:
+    with reading(type(module), f"the queries and keys that its method {row.method} is called with"):
+        return row.logits(module, *args, **kwargs)
+
+
+def _gptj(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None) -> Logits:
+    return Logits(query, key, 1 / float(module.scale_attn), attention_mask)
+
+
+def _gpt_neo(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None) -> Logits:
+    queries, keys = query.shape[-2], key.shape[-2]
+    window = module.bias[:, :, keys - queries : keys, :keys]
+    if attention_mask is not None:
+        window = torch.where(window, attention_mask, torch.finfo(attention_mask.dtype).min)
+    return Logits(query, key, 1.0, window)
+
+
+def _gpt2(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None) -> Logits:
+    return Logits(query, key, module.scaling, attention_mask)
+
+
+def _litgpt(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Logits | None:
+    config = module.config
+    if config.attention_logit_softcapping is None:
+        return None  # it calls torch's function
+    scale = (config.attention_scores_scalar or q.shape[-1]) ** -0.5 * module.mscale**2
+    return Logits(q, k, scale, mask, is_causal=mask is None)
+
+
+def _with_past(module: Any, key: Tensor, cache: Any) -> Tensor:
+    """Keys behind those of a cache of Hugging Face, into which the forward has put them already."""
+    return key if cache is None else cache.layers[module.layer_idx].keys
+
+
+def _bloom(
+    module: Any,
+    projected: Tensor,
+    hidden_states: Tensor,
+    residual: Tensor,
+    alibi: Tensor,
+    attention_mask: Tensor | None = None,
+    layer_past: Any = None,
+    *_: Any,
+    cache: Any = None,
+    **__: Any,
+) -> Logits:
+    query, key, _value = projected.unflatten(-1, (module.num_heads, 3, module.head_dim)).transpose(1, 2).unbind(3)
+    return Logits(query, _with_past(module, key, cache or layer_past), module.inv_norm_factor, attention_mask)
+
+
+def _mpt(
+    module: Any,
+    projected: Tensor,
+    hidden_states: Tensor,
+    position_bias: Tensor | None = None,
+    past_key_values: Any = None,
+    attention_mask: Tensor | None = None,
+    *,
+    cache: Any = None,
+    **_: Any,
+) -> Logits:
+    if module.clip_qkv:
+        projected = projected.clamp(-module.clip_qkv, module.clip_qkv)
+    query, key, _value = projected.unflatten(-1, (3, module.n_heads, module.head_dim)).transpose(1, 3).unbind(2)
+    key = _with_past(module, key, cache or past_key_values)
+    return Logits(query, key, module.softmax_scale, None if attention_mask is None else ~attention_mask)
+
+
+def _falcon(
+    module: Any,
+    projected: Tensor,
+    hidden_states: Tensor,
+    alibi: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    layer_past: Any = None,
+    *_: Any,
+    position_embeddings: tuple[Tensor, Tensor] | None = None,
+    cache: Any = None,
+    **__: Any,
+) -> Logits:
+    query, key, _value = (part.transpose(1, 2) for part in module._split_heads(projected))
+    if alibi is None and position_embeddings is not None:
+        rotate = inspect.unwrap(type(module).forward).__globals__["apply_rotary_pos_emb"]
+        query, key = rotate(query, key, *position_embeddings)
+    return Logits(query, _with_past(module, key, cache or layer_past), module.inv_norm_factor, attention_mask)
+
+
+def _timm(
+    module: Any, projected: Tensor, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+) -> Logits:
+    query, key, _value = projected.unflatten(-1, (3, module.num_heads, module.head_dim)).transpose(1, 3).unbind(2)
+    return Logits(module.q_norm(query), module.k_norm(key), module.scale, attn_mask, is_causal)
+
+
+METHODS: dict[str, Method] = {
+    "transformers.models.gptj.modeling_gptj.GPTJAttention": Method("_attn", _gptj),
+    "transformers.models.codegen.modeling_codegen.CodeGenAttention": Method("_attn", _gptj),
+    "transformers.models.gpt_neo.modeling_gpt_neo.GPTNeoSelfAttention": Method("_attn", _gpt_neo),
+    "transformers.models.gpt2.modeling_gpt2.GPT2Attention": Method("_upcast_and_reordered_attn", _gpt2),
+    "litgpt.model.CausalSelfAttention": Method("scaled_dot_product_attention", _litgpt),
+    "litgpt.model.MultiheadLatentAttention": Method("scaled_dot_product_attention", _litgpt),
+}
+
+PROJECTIONS: dict[str, Recomputation] = {
+    "transformers.models.bloom.modeling_bloom.BloomAttention": Recomputation("query_key_value", _bloom),
+    "transformers.models.mpt.modeling_mpt.MptAttention": Recomputation("Wqkv", _mpt),
+    "transformers.models.falcon.modeling_falcon.FalconAttention": Recomputation("query_key_value", _falcon),
+    "timm.layers.attention.Attention": Recomputation("qkv", _timm),
+    "timm.models.vision_transformer.Attention": Recomputation("qkv", _timm),  # timm < 1.0.20
+}

@@ -1,0 +1,65 @@
+"""Takes what one attention module computes into the ledger."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from lightning_muonclip.kernels.max_logits import max_logits
+from lightning_muonclip.parallel.heads import first_head
+from lightning_muonclip.qk_clip.describe.spec import AttentionSpec
+from lightning_muonclip.qk_clip.describe.weights import query_weight
+from lightning_muonclip.qk_clip.intercept import Logits
+from lightning_muonclip.qk_clip.observe.ledger import Ledger
+
+
+class Recorder:
+    """Writes the maxima of one attention module into its row of the ledger."""
+
+    def __init__(
+        self, ledger: Ledger, row: int, name: str, module: nn.Module, spec: AttentionSpec, logits: str
+    ) -> None:
+        self.module = module
+        self.spec = spec
+        self.ledger = ledger
+        self.row = row
+        self.name = name
+        self.logits = logits
+        #: Where the maxima came from, once there are any.
+        self.source: str | None = None
+        #: Whether anything was recorded in the forward under way.
+        self.reported = False
+        #: Filled with the queries and keys that are measured, if somebody puts a list here (see ``verify``).
+        self.pairs: list[tuple[Tensor, Tensor]] | None = None
+        #: Output of the fused projection in the forward under way, where the logits have to be recomputed from it.
+        self.projected: Tensor | None = None
+
+    def measure(self, source: str, logits: Logits) -> None:
+        """Takes the queries and keys of one call."""
+        query, key = logits.query, logits.key
+        scale = query.shape[-1] ** -0.5 if logits.scale is None else logits.scale
+        maxima = max_logits(query, key, scale=scale, is_causal=logits.is_causal, mask=logits.mask)
+        self.record(maxima, source, pair=(query, key))
+
+    def record(self, maxima: Tensor, source: str = "the module", *, pair: tuple[Tensor, Tensor] | None = None) -> None:
+        """Takes the maxima of one forward, shape ``(heads,)``, and the queries and keys that they are of, if known.
+
+        A rank of tensor parallelism has only some of the heads.
+        """
+        heads, local = self.spec.num_heads, maxima.shape[0]
+        first: int | None = 0
+        if local != heads:
+            weight, dim = query_weight(self.module, self.spec)
+            first = first_head(weight, dim, heads, local)
+        if first is None:
+            raise ValueError(
+                f"attention {self.name!r} computed {local} heads, but its spec says {heads}; correct the spec"
+            )
+        self.reported = True
+        self.source = source
+        self.ledger.record(self.row, maxima, first)
+        if self.pairs is not None and pair is not None:
+            self.pairs.append(pair)
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        # A copy of an observed module, by deepcopy or pickle, is not observed: its recorder is None.
+        return type(None), ()

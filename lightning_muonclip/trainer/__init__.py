@@ -1,0 +1,1 @@
+"""Lightning: the callback, the mixin, and what they ask of a Trainer."""
