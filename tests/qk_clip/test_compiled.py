@@ -76,8 +76,8 @@ def encoder() -> nn.Module:
 
 
 def method_or_function(cls: type[nn.Module], method: str) -> str:
-    """The source of a class that attends by a method in older releases, and by its file's eager function in newer ones."""
-    return f"{cls.__name__}.{method}" if hasattr(cls, method) else "eager_attention_forward"
+    """The source of a class that attends by a method in older releases, and by the attention interface in newer ones."""
+    return f"{cls.__name__}.{method}" if hasattr(cls, method) else "scaled_dot_product_attention"
 
 
 OBSERVED: dict[str, tuple[Callable[[], nn.Module], str]] = {

@@ -699,9 +699,12 @@ def test_the_log_sum_exp_bounds_the_maxima_and_trains_alike() -> None:
     exact, bound = found["exact"][0], found["lse"][0]
     assert (bound >= exact - 1e-5).all() and (bound <= exact + torch.tensor(float(LENGTH)).log() + 1e-5).all()
     assert (bound > exact + 1e-4).any()
-    # Two kernels of torch: each rounds logits of about 100 to 1e-5, and exp passes that on.
-    for one, other in zip([found["lse"][1], *found["lse"][2]], [found["exact"][1], *found["exact"][2]]):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-4 * float(other.abs().max()))
+    # Two kernels of torch: each rounds logits of about 100 to 1e-5, and exp passes that on. The gradient of a key's bias is
+    # nothing but such rounding.
+    torch.testing.assert_close(found["lse"][1], found["exact"][1], rtol=1e-4, atol=1e-5)
+    largest = max(float(grad.abs().max()) for grad in found["exact"][2])
+    for one, other in zip(found["lse"][2], found["exact"][2]):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-4 * largest)
 
 
 @pytest.mark.parametrize("case", ["dropout", "additive", "values of another width", "autocast"])

@@ -218,7 +218,7 @@ def test_attention_that_is_computed_otherwise_is_refused_by_name() -> None:
 
     model = Residual(SdpaAttention(16, 4), ByHand(16, 4))
     x = torch.randn(2, 9, 16)
-    with QKClip(model), pytest.raises(RuntimeError, match=r"'layers.1' \(ByHand\) did not call") as error:
+    with QKClip(model), pytest.raises(RuntimeError, match=r"'layers.1' \(ByHand\) called neither") as error:
         model(x)
     assert "attn_implementation='sdpa'" in str(error.value)
     assert "specs={'layers.1': None}" in str(error.value)
