@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
-from itertools import groupby
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,30 +16,17 @@ from lightning_muonclip.optim.coefficients import Coefficients, resolve_schedule
 from lightning_muonclip.optim.gradients import gradient
 from lightning_muonclip.optim.options import (
     ADAMW_DEFAULTS,
-    LR_ADJUSTMENTS,
     as_dtype,
     check_matrices,
     check_muon_options,
     check_state,
 )
-from lightning_muonclip.optim.orthogonalize import orthogonalize, working_dtype
 from lightning_muonclip.optim.parts import intern_parts
-from lightning_muonclip.optim.restarts import cheapest_flops
-from lightning_muonclip.optim.stacking import KINDS, STACK_NUMEL, directions, directions_of_parts, matrix_shape, stacks
-from lightning_muonclip.parallel.exchange import Exchange, wires
+from lightning_muonclip.optim.stacking import KINDS
+from lightning_muonclip.optim.step import Matrix, MatrixStep, gain_momentum, scalar
 from lightning_muonclip.parallel.holders import share_key
-from lightning_muonclip.parallel.shards import local_box, sharded_dims, to_local
+from lightning_muonclip.parallel.shards import sharded_dims, to_local
 from lightning_muonclip.parallel.shared import SharedWeights
-
-
-class _Matrix(NamedTuple):
-    """A weight in the middle of its step: what this rank holds of it, and the settings of its group."""
-
-    param: Tensor
-    weight: Tensor
-    grad: Tensor
-    momentum: Tensor | None
-    group: dict[str, Any]
 
 
 class Muon(Optimizer):
@@ -116,13 +100,8 @@ class Muon(Optimizer):
         shard_momentum: bool = False,
     ) -> None:
         schedule = resolve_schedule(ns_coefficients, ns_steps)
-        if stack_numel is not None and (not isinstance(stack_numel, int) or stack_numel < 1):
-            raise ValueError(f"stack_numel is a positive integer, or None for the device's own; got {stack_numel!r}")
-        self.dtype = as_dtype(dtype)
-        self.stack_numel = stack_numel
         self.process_group = process_group
         self.shard_momentum = shard_momentum
-        self._parts = intern_parts(parts or {})
         defaults: dict[str, Any] = {
             "lr": lr,
             "weight_decay": weight_decay,
@@ -133,7 +112,8 @@ class Muon(Optimizer):
             "ns_steps": len(schedule.polynomials),
             "adjust_lr_fn": adjust_lr_fn,
         }
-        check_muon_options(**defaults)
+        check_muon_options(**defaults, dtype=dtype, stack_numel=stack_numel)
+        self._matrix_step = MatrixStep(as_dtype(dtype), stack_numel, intern_parts(parts or {}))
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -167,16 +147,13 @@ class Muon(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {
-            "dtype": self.dtype,
-            "stack_numel": self.stack_numel,
             "shard_momentum": self.shard_momentum,
-            "_parts": self._parts,
+            "_matrix_step": self._matrix_step,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        # Absent in a copy that was pickled before there was one; a process group cannot be pickled.
-        self.__dict__ = {"stack_numel": None, "shard_momentum": False, "process_group": None} | self.__dict__
+        self.__dict__.setdefault("process_group", None)  # cannot be pickled
         for group in self.param_groups:
             group.setdefault("algorithm", "muon")  # absent in a checkpoint of torch.optim.Muon
             group.setdefault("kind", "matrix")
@@ -194,118 +171,29 @@ class Muon(Optimizer):
                 loss = closure()
         shared = self._meet()
         self._consolidated = None  # of the step before
-        matrices = []
+        matrices: list[Matrix] = []
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if params and group["algorithm"] == "adamw":
                 adamw_step(self.state, group, params)
             elif params:
-                matrices += self._gain_momentum(group, params)
-        self._step_matrices(matrices, shared)
+                matrices += self._matrices(group, params)
+        self._matrix_step.step(matrices, shared)
         return loss
 
     @torch.profiler.record_function("muonclip::muon")
-    def _gain_momentum(self, group: dict[str, Any], params: list[Tensor]) -> list[_Matrix]:
-        """Weight decay and momentum, of what this rank holds of the weights of one group."""
-        lr, momentum, lent = _scalar(group["lr"]), group["momentum"], self._lent()
+    def _matrices(self, group: dict[str, Any], params: list[Tensor]) -> list[Matrix]:
+        """What this rank holds of the weights of one group, decayed and with its momentum up to date."""
+        lent = self._lent()
         grads = [gradient(p) for p in params]
         buffers = [None if p in lent else self._momentum_buffer(p, grad) for p, grad in zip(params, grads)]
         matrices = [
-            _Matrix(p, to_local(p), to_local(grad), None if buffer is None else to_local(buffer), group)
+            Matrix(p, to_local(p), to_local(grad), None if buffer is None else to_local(buffer), group)
             for p, grad, buffer in zip(params, grads, buffers)
         ]
-        kept = [(m.momentum, m.grad) for m in matrices if m.momentum is not None]
-        if kept:
-            torch._foreach_lerp_([buffer for buffer, _ in kept], [grad for _, grad in kept], 1 - momentum)
-        torch._foreach_mul_([m.weight for m in matrices], 1 - lr * group["weight_decay"])
+        gain_momentum(matrices, group["momentum"])
+        torch._foreach_mul_([m.weight for m in matrices], 1 - scalar(group["lr"]) * group["weight_decay"])
         return matrices
-
-    @torch.profiler.record_function("muonclip::muon")
-    def _step_matrices(self, matrices: Sequence[_Matrix], shared: SharedWeights) -> None:
-        """Subtracts orthogonalised momentum from the weights."""
-        here: list[_Matrix] = []
-        there: dict[Exchange, dict[int, _Matrix]] = {exchange: {} for exchange in shared.exchanges}
-        for matrix in matrices:
-            if place := shared.place(matrix.param):
-                exchange, i = place
-                there[exchange][i] = matrix
-            else:
-                here.append(matrix)
-        for stack in self._stacks(here, [matrix.weight.shape for matrix in here]):  # needs memory for itself alone
-            own = [here[i] for i in stack]
-            self._subtract(own, self._directions(own, _updates(own)))
-        for exchange, own_of_it in there.items():
-            if own_of_it:
-                self._step_shared(exchange, own_of_it)
-
-    def _step_shared(self, exchange: Exchange, matrices: Mapping[int, _Matrix]) -> None:
-        """The same for matrices that other ranks hold too."""
-        weight = next(iter(matrices.values())).weight
-
-        def updates(indices: Sequence[int]) -> list[Tensor]:
-            return _updates([matrices[i] for i in indices])
-
-        def orthogonalized(whole: Mapping[int, Tensor]) -> dict[int, Tensor]:
-            indices = list(whole)
-            results: dict[int, Tensor] = {}
-            for stack in self._stacks([matrices[i] for i in indices], [update.shape for update in whole.values()]):
-                own = [indices[k] for k in stack]
-                results |= dict(zip(own, self._directions([matrices[i] for i in own], [whole[i] for i in own])))
-            return results
-
-        def subtract(parts: Mapping[int, Tensor]) -> None:
-            self._subtract([matrices[i] for i in parts], list(parts.values()))
-
-        out, back = wires(self._working_dtype(weight.device), weight.dtype)
-        exchange.run(list(matrices), updates, orthogonalized, subtract, out, back)
-
-    def _stacks(self, matrices: Sequence[_Matrix], shapes: Sequence[torch.Size]) -> Iterator[list[int]]:
-        if not matrices:
-            return iter(())
-        alike = [(id(m.group), id(self._parts.get(m.param)), m.weight.dtype, m.weight.device) for m in matrices]
-        return stacks(shapes, alike, self._bound(matrices[0].weight.device))
-
-    def _working_dtype(self, device: torch.device) -> torch.dtype:
-        return self.dtype or working_dtype(device)
-
-    def _bound(self, device: torch.device) -> int:
-        return STACK_NUMEL.get(device.type, 0) if self.stack_numel is None else self.stack_numel
-
-    def _directions(self, matrices: Sequence[_Matrix], updates: list[Tensor]) -> list[Tensor]:
-        """Orthogonalised updates of whole matrices that are stacked together."""
-        group = matrices[0].group
-        orthogonal = partial(
-            orthogonalize,
-            coefficients=group["ns_coefficients"],
-            steps=group["ns_steps"],
-            eps=group["eps"],
-            dtype=self._working_dtype(updates[0].device),
-        )
-        parts = self._parts.get(matrices[0].param)
-        if parts is not None:
-            return directions_of_parts(updates, parts, orthogonal)
-        return directions(updates, group["kind"], orthogonal, self._bound(updates[0].device))
-
-    def _subtract(self, matrices: Sequence[_Matrix], parts: list[Tensor]) -> None:
-        """Steps weights along the parts of the directions that this rank holds of them."""
-        alike: dict[tuple[int, float], list[tuple[_Matrix, Tensor]]] = defaultdict(list)
-        for matrix, direction in zip(matrices, parts):
-            scale = self._scale(matrix)
-            if isinstance(scale, Tensor):
-                direction, scale = direction * scale, 1.0
-            alike[id(matrix.group), scale].append((matrix, direction))
-        for (_, scale), own in alike.items():
-            rate = -_scalar(own[0][0].group["lr"]) * scale
-            _add_scaled([matrix.weight for matrix, _ in own], [direction for _, direction in own], rate)
-
-    def _scale(self, matrix: _Matrix) -> float | Tensor:
-        name = matrix.group["adjust_lr_fn"] or "original"
-        param, parts = matrix.param, self._parts.get(matrix.param)
-        _, fan_out, fan_in = matrix_shape(param.shape, matrix.group["kind"])
-        if parts is None:
-            return LR_ADJUSTMENTS[name](fan_out, fan_in)
-        factors = parts.factors(name, param.shape[1 - parts.dim], matrix.weight.device)
-        return factors.narrow(parts.dim, *_start_and_length(local_box(param)[parts.dim]))
 
     def _momentum_buffer(self, param: Tensor, grad: Tensor) -> Tensor:
         state = self.state[param]
@@ -323,20 +211,12 @@ class Muon(Optimizer):
             for group in self.param_groups:
                 for p in group["params"] if group["algorithm"] == "muon" else ():
                     if share_key(p, self.process_group) is not None:
-                        (local_costs if _has_whole_matrices(p, group["kind"]) else costs)[p] = self._cost(p, group)
+                        (local_costs if _has_whole_matrices(p, group["kind"]) else costs)[p] = self._matrix_step.flops(
+                            p, group
+                        )
             self._shared = SharedWeights(costs, local_costs, self.process_group)
             self._drop_others_momentum()
         return self._shared
-
-    def _cost(self, param: Tensor, group: dict[str, Any]) -> float:
-        """FLOPs of orthogonalising a weight."""
-        parts = self._parts.get(param)
-        shapes = [matrix_shape(param.shape, group["kind"])]
-        if parts is not None:
-            shapes = [(count, channels, param.shape[1 - parts.dim]) for count, channels in parts.sizes()]
-        schedule = resolve_schedule(group["ns_coefficients"], group["ns_steps"])
-        unit = torch.finfo(self._working_dtype(param.device)).eps / 2
-        return sum(count * cheapest_flops(schedule, m, n, unit) for count, m, n in shapes)
 
     def _lent(self) -> set[Tensor]:
         """Weights whose momentum another rank keeps."""
@@ -392,34 +272,7 @@ class Muon(Optimizer):
         self._drop_others_momentum()
 
 
-def _updates(matrices: Sequence[_Matrix]) -> list[Tensor]:
-    """What is to be orthogonalised: the momentum, or Nesterov's."""
-    updates: list[Tensor] = []
-    for _, members in groupby(matrices, key=lambda matrix: id(matrix.group)):
-        own = list(members)
-        group, momenta = own[0].group, [m.momentum for m in own if m.momentum is not None]
-        if group["nesterov"]:
-            momenta = list(torch._foreach_lerp([m.grad for m in own], momenta, group["momentum"]))
-        updates += momenta
-    return updates
-
-
 def _has_whole_matrices(param: Tensor, kind: str) -> bool:
     """Whether sharding leaves every matrix on one rank: that of a stack of experts, by experts."""
     dims = sharded_dims(param)
     return kind == "experts" and bool(dims) and max(dims) < param.ndim - 2
-
-
-def _start_and_length(side: slice) -> tuple[int, int]:
-    return side.start, side.stop - side.start
-
-
-def _scalar(lr: float | Tensor) -> float | Tensor:
-    return lr.reshape(()) if isinstance(lr, Tensor) else lr  # a foreach product takes no other one-element tensor
-
-
-def _add_scaled(params: list[Tensor], directions: list[Tensor], scale: float | Tensor) -> None:
-    if isinstance(scale, Tensor):  # a tensor learning rate must not be read on the host
-        directions = list(torch._foreach_mul(directions, scale.to(directions[0].device)))
-        scale = 1.0
-    torch._foreach_add_(params, directions, alpha=scale)

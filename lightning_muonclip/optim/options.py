@@ -28,8 +28,11 @@ def check_muon_options(
     nesterov: bool,
     ns_coefficients: Any,
     adjust_lr_fn: str | None,
-    eps: float = 1e-7,
-    ns_steps: int | None = None,
+    eps: float,
+    ns_steps: int | None,
+    dtype: torch.dtype | str | None = None,
+    stack_numel: int | None = None,
+    **_: Any,
 ) -> None:
     """Raises ValueError, naming the option, its value and what is possible, unless Muon can run so."""
     if isinstance(lr, Tensor) and lr.numel() != 1:
@@ -41,7 +44,10 @@ def check_muon_options(
         raise ValueError(f"momentum must be in [0, 1), got {momentum}")
     if adjust_lr_fn is not None and adjust_lr_fn not in LR_ADJUSTMENTS:
         raise ValueError(f"unknown adjust_lr_fn {adjust_lr_fn!r}; known: {', '.join(LR_ADJUSTMENTS)}")
+    if stack_numel is not None and (not isinstance(stack_numel, int) or stack_numel < 1):
+        raise ValueError(f"stack_numel is a positive integer, or None for the device's own; got {stack_numel!r}")
     resolve_schedule(ns_coefficients, ns_steps)
+    as_dtype(dtype)
 
 
 def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

@@ -310,8 +310,9 @@ def check_clip_options(
     shared_keys: str,
     qk_norm: str,
     logits: str,
-    lora: str = "monitor",
-    every_n_steps: int = 1,
+    lora: str,
+    every_n_steps: int,
+    **_: Any,
 ) -> None:
     """Raises ValueError, naming the option, its value and what is possible, unless QK-Clip can run so."""
     check_threshold(threshold)

@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import lightning_muonclip.optim.muon as muon_module
+import lightning_muonclip.optim.step as step_module
 from lightning_muonclip import Muon, orthogonalize
 from lightning_muonclip.optim.options import LR_ADJUSTMENTS
 
@@ -278,7 +278,7 @@ class TestStacking:
             shapes.append(tuple(x.shape))
             return orthogonalize(x, **options)
 
-        monkeypatch.setattr(muon_module, "orthogonalize", spy)
+        monkeypatch.setattr(step_module, "orthogonalize", spy)
         return shapes
 
     def test_same_shapes_go_together(self, stacks: list[tuple[int, ...]]) -> None:
@@ -292,7 +292,7 @@ class TestStacking:
         assert sorted(stacks) == [(1, 3, 3), (2, 3, 3)]
 
     def test_stacks_are_bounded(self, stacks: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(muon_module, "STACK_NUMEL", {"cpu": 2 * 12 + 5})
+        monkeypatch.setattr(step_module, "STACK_NUMEL", {"cpu": 2 * 12 + 5})
         params = matrices([(3, 4)] * 5)
         train(Muon(params), params, [0])
         assert stacks == [(2, 3, 4), (2, 3, 4), (1, 3, 4)]
@@ -311,7 +311,7 @@ class TestStacking:
         train(Muon(stacked, LR, dtype=torch.float64), stacked)
         assert max(shape[0] for shape in stacks) == 4
         stacks.clear()
-        monkeypatch.setattr(muon_module, "STACK_NUMEL", {})
+        monkeypatch.setattr(step_module, "STACK_NUMEL", {})
         train(Muon(single, LR, dtype=torch.float64), single)
         assert {shape[0] for shape in stacks} == {1}
         assert_all_close(stacked, single, atol=1e-12)
@@ -388,7 +388,7 @@ class TestHostSynchronisation:
             read(x)
             return orthogonalize(x, **options)
 
-        monkeypatch.setattr(muon_module, "orthogonalize", reading)
+        monkeypatch.setattr(step_module, "orthogonalize", reading)
         assert self.reads() == 3  # one a stack
 
     def test_a_step_needs_no_data(self) -> None:

@@ -353,7 +353,7 @@ def test_observation_ends_with_the_fit_also_after_an_exception() -> None:
     model = tiny_gpt()
     with pytest.raises(RuntimeError, match="crash"):
         trainer([MuonClipCallback(), Crash()]).fit(LitTiny(model, OPTIMIZERS["adamw"]), loader(token_batches(3)))
-    assert all(m.recorder is None for m in model.modules() if isinstance(m, Attention))
+    assert all(m.max_logits_recorder is None for m in model.modules() if isinstance(m, Attention))
     trainer([MuonClipCallback()]).fit(LitTiny(model, OPTIMIZERS["adamw"]), loader(token_batches(3)))
     assert torch.nn.functional.scaled_dot_product_attention is original
 
@@ -465,7 +465,7 @@ class TestRefusals:
         self.fit([MuonClipCallback(qk_norm="monitor")], LitTiny(tiny_gpt(qk_norm=True), OPTIMIZERS["adamw"]))
 
     def test_no_hidden_matrix(self) -> None:
-        with pytest.raises(ValueError, match=r"no hidden matrix is left for Muon[\s\S]*exclude"):
+        with pytest.raises(ValueError, match=r"Muon takes no parameter of AdamW[\s\S]*exclude"):
             self.fit([MuonClipCallback(exclude=["*"])])
 
     def test_nothing_for_the_user_under_a_scaler(self) -> None:
