@@ -1,4 +1,4 @@
-"""MuonClip: Muon, AdamW and QK-Clip as one torch optimizer, for training loops without Lightning."""
+"""MuonClip: Muon, AdamW and QK-Clip as one optimizer, for plain PyTorch."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from lightning_muonclip.signatures import share_out, takes_keywords_of
 
 
 class MuonClip(Muon):
-    """The optimizer of Kimi K2 for a whole model: hidden matrices by Muon, the rest by AdamW, then QK-Clip.
+    """The optimizer of Kimi K2 for a whole model: Muon for hidden matrices, AdamW for the rest, then QK-Clip.
 
-    Watches the model's attention logits from construction until :meth:`close`.
+    Observes the model's attention logits from construction until :meth:`close`.
 
     Args:
         model: The model; frozen parameters are left out.
@@ -90,7 +90,7 @@ class MuonClip(Muon):
             **muon_options,
         )
         self.qk_clip: QKClip | None = QKClip(model, specs=specs, process_group=process_group, **clip_options)
-        #: What QK-Clip saw and did at the last step.
+        #: Maxima and clips of the last step.
         self.last: ClipResult | None = None
 
     @torch.no_grad()
@@ -100,28 +100,28 @@ class MuonClip(Muon):
         *,
         max_logits: Tensor | Sequence[Sequence[float]] | None = None,
     ) -> Any:
-        """Steps Muon and AdamW, then clips by what was observed, or by the caller's ``max_logits``.
+        """Steps Muon and AdamW, then clips by the observed maxima or by ``max_logits``.
 
         Args:
-            closure: Evaluates the model again and returns the loss.
-            max_logits: One list of numbers a layer, or a tensor of shape (layers, heads).
+            closure: Reevaluates the model and returns the loss.
+            max_logits: One list of numbers per layer, or a tensor of shape (layers, heads).
         """
         if self.qk_clip is None:
             raise RuntimeError(
-                "a copy of MuonClip observes no model, so it cannot clip; make a new one, MuonClip(model, ...), and load the"
-                " state_dict() of the first into it"
+                "this copy of a MuonClip observes no model, so it cannot clip; create MuonClip(model, ...) and load the"
+                " state_dict() of the original"
             )
         loss = self._update(closure)
         self.last = self.qk_clip.step(max_logits)
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        """State of the optimizer, and under ``"qk_clip"`` that of QK-Clip."""
+        """The state of the optimizer, with that of QK-Clip under ``"qk_clip"``."""
         own = {} if self.qk_clip is None else {"qk_clip": self.qk_clip.state_dict()}
         return super().state_dict() | own
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Loads the state of a MuonClip, or of a :class:`Muon` with the same groups."""
+        """Loads the state of a MuonClip, or of a :class:`~lightning_muonclip.Muon` with the same groups."""
         state = dict(state_dict)
         clips = state.pop("qk_clip", None)
         super().load_state_dict(state)

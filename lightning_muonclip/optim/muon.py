@@ -1,4 +1,4 @@
-"""Muon: momentum, orthogonalised, for the hidden matrices of a network; AdamW groups may live in the same optimizer."""
+"""The optimizer Muon, for the hidden matrices of a network; it can hold parameter groups for AdamW too."""
 
 from __future__ import annotations
 
@@ -30,41 +30,41 @@ from lightning_muonclip.parallel.shared import SharedWeights
 
 
 class Muon(Optimizer):
-    r"""torch.optim.Muon's signature, state and update rule; same-shape matrices are orthogonalised together.
+    r"""Orthogonalizes momentum. Signature, state and update rule are those of ``torch.optim.Muon``.
 
     .. math::
         B_t = \mu B_{t-1} + (1 - \mu) G_t, \quad
         U_t = \mu B_t + (1 - \mu) G_t, \quad
         W_t = (1 - \eta\lambda) W_{t-1} - \eta\, s(m, n)\, \mathrm{orthogonalize}(U_t)
 
-    A group with ``algorithm="adamw"`` is stepped by AdamW exactly as :class:`torch.optim.AdamW` would, so that one
-    optimizer can own a whole model (see :func:`~lightning_muonclip.split_params`).
+    Matrices of the same shape are orthogonalized in one batched call. A group with ``algorithm="adamw"`` is stepped exactly
+    as :class:`torch.optim.AdamW` would, so that one optimizer can own a whole model (see
+    :func:`~lightning_muonclip.split_params`).
 
     Args:
-        params: Matrices, or parameter groups. Named parameters are named in error messages.
+        params: Matrices, named matrices, or parameter groups of them. Error messages use the names.
         lr: Learning rate :math:`\eta`.
         weight_decay: Decoupled weight decay :math:`\lambda`.
         momentum: :math:`\mu`.
-        nesterov: ``False`` takes :math:`U_t = B_t`.
+        nesterov: Whether to use Nesterov momentum; otherwise :math:`U_t = B_t`.
         ns_coefficients: A schedule or its name (see :func:`~lightning_muonclip.optim.coefficients.resolve_schedule`);
             ``None`` is the library's default, ``"jordan"`` torch's own.
-        eps: Guards the division by a matrix's norm; relative to its largest entry, so tiny gradients keep their step.
+        eps: Added to a matrix's norm before dividing by it, relative to its largest entry: the scale of a gradient does not
+            change its step.
         ns_steps: Number of Newton-Schulz iterations; ``None`` is the schedule's own.
         adjust_lr_fn: The scale :math:`s(m, n)`: ``"original"`` (``None``) :math:`\sqrt{\max(1, m/n)}`,
             ``"match_rms_adamw"`` :math:`0.2\sqrt{\max(m, n)}`, ``"spectral_unclamped"`` :math:`\sqrt{m/n}`.
         dtype: Working dtype of Newton-Schulz, or its name; ``None`` is the fastest that the device has in hardware (see
             :func:`~lightning_muonclip.optim.orthogonalize.working_dtype`).
-        stack_numel: Most elements that are orthogonalised together, which bounds the memory that a step needs for a while;
-            a larger matrix goes alone. ``None`` is :data:`STACK_NUMEL` of the device.
-        parts: For a weight that holds several matrices, such as fused queries, keys and values, the dimension of its output
-            channels, and the channels of every matrix, which together cover all of them once. Each is orthogonalised and
-            scaled for itself, as if it were a parameter of its own.
-        process_group: The ranks that train the same plain weights by the same gradients, as under DDP: each matrix is
-            orthogonalised by one of them. ``None`` is all ranks, once torch.distributed is initialised. DTensors name their
-            ranks themselves.
-        shard_momentum: Of plain weights that several ranks share, keeps the momentum only where it is needed: on the rank
-            that orthogonalises the weight (as ZeRO-1 does). Call :meth:`consolidate_state_dict` on every rank before
-            ``state_dict()``; Lightning does.
+        stack_numel: Most elements in one batched call, which bounds the transient memory of a step; a larger matrix goes
+            alone. ``None`` is the default of the device, :data:`.stacking.STACK_NUMEL`.
+        parts: The matrices inside a fused weight: its output dimension, and the output channels of each matrix, which
+            together cover all channels once. Each matrix is orthogonalized and scaled as if it were a separate parameter.
+        process_group: The data-parallel ranks that replicate the plain weights, as under DDP: each matrix has one owner
+            rank, which orthogonalizes it. ``None`` is the default group, if torch.distributed is initialized. DTensors use
+            their own mesh.
+        shard_momentum: Whether only the owner rank of a replicated weight keeps its momentum, as in ZeRO-1. Call
+            :meth:`consolidate_state_dict` on every rank before ``state_dict()``; Lightning does.
 
     Raises:
         ValueError: If a hyperparameter is out of range, a parameter is not a matrix, or parts do not cover their weight.
@@ -120,21 +120,21 @@ class Muon(Optimizer):
         """Adds a group; ``algorithm`` is ``"muon"`` (default) or ``"adamw"`` (any shape), ``kind`` one of :data:`KINDS`."""
         algorithm = param_group.setdefault("algorithm", "muon")
         if algorithm not in ("muon", "adamw"):
-            raise ValueError(f"unknown algorithm {algorithm!r} in a parameter group; known: muon, adamw")
+            raise ValueError(f"unknown algorithm {algorithm!r} in a parameter group; use 'muon' or 'adamw'")
         kind = param_group.setdefault("kind", "matrix")
         if kind not in KINDS:
-            raise ValueError(f"unknown kind {kind!r} of a parameter group; known: {', '.join(KINDS)}")
-        if "ns_coefficients" in param_group:  # with its own number of steps, not that of the optimizer's schedule
+            raise ValueError(f"unknown kind {kind!r} of a parameter group; use one of {', '.join(KINDS)}")
+        if "ns_coefficients" in param_group:  # its own number of steps goes with it
             schedule = resolve_schedule(param_group["ns_coefficients"], param_group.get("ns_steps"))
             param_group.update(ns_coefficients=schedule.plain(), ns_steps=len(schedule.polynomials))
         check_muon_options(**{key: param_group.get(key, value) for key, value in self.defaults.items()})
         if algorithm == "adamw":
             for key, value in ADAMW_DEFAULTS.items():
                 param_group.setdefault(key, value)
-        if self._lent():
+        if self._kept_elsewhere():
             raise ValueError(
-                "with shard_momentum=True, parameter groups have to be added before the first step: after it, each rank has"
-                " the momentum of its own matrices only; add them earlier, or pass shard_momentum=False"
+                "cannot add a parameter group after the first step with shard_momentum=True: each rank then keeps only the"
+                " momentum of the matrices that it owns; add the group before the first step, or pass shard_momentum=False"
             )
         super().add_param_group(param_group)
         self._shared = None
@@ -160,16 +160,16 @@ class Muon(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One optimization step. Parameters without a gradient are left alone. No host synchronisation."""
+        """Performs one optimization step, without host synchronization. Parameters without a gradient are skipped."""
         return self._update(closure)
 
     def _update(self, closure: Callable[[], Any] | None) -> Any:
-        # For a subclass's step to call: torch wraps step() of every class in the optimizer's hooks.
+        # What a subclass's step() calls: torch wraps the step() of every class in the optimizer's hooks.
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        shared = self._meet()
+        shared = self._share()
         self._consolidated = None  # of the step before
         matrices: list[Matrix] = []
         for group in self.param_groups:
@@ -183,10 +183,10 @@ class Muon(Optimizer):
 
     @torch.profiler.record_function("muonclip::muon")
     def _matrices(self, group: dict[str, Any], params: list[Tensor]) -> list[Matrix]:
-        """What this rank holds of the weights of one group, decayed and with its momentum up to date."""
-        lent = self._lent()
+        """Decays the weights of one group and updates their momentum, each on the shard of this rank."""
+        elsewhere = self._kept_elsewhere()
         grads = [gradient(p) for p in params]
-        buffers = [None if p in lent else self._momentum_buffer(p, grad) for p, grad in zip(params, grads)]
+        buffers = [None if p in elsewhere else self._momentum_buffer(p, grad) for p, grad in zip(params, grads)]
         matrices = [
             Matrix(p, to_local(p), to_local(grad), None if buffer is None else to_local(buffer), group)
             for p, grad, buffer in zip(params, grads, buffers)
@@ -201,57 +201,55 @@ class Muon(Optimizer):
             state["momentum_buffer"] = torch.zeros_like(grad, memory_format=torch.preserve_format)
         return state["momentum_buffer"]
 
-    # Many ranks -----------------------------------------------------------------------------------------------------
+    # Several ranks --------------------------------------------------------------------------------------------------
 
-    def _meet(self) -> SharedWeights:
-        """Once: finds which weights this rank shares with others, and agrees with them on who owns which."""
+    def _share(self) -> SharedWeights:
+        """Finds the weights that other ranks hold too and assigns each an owner rank; once."""
         if self._shared is None:
             costs: dict[Tensor, float] = {}
             local_costs: dict[Tensor, float] = {}
             for group in self.param_groups:
                 for p in group["params"] if group["algorithm"] == "muon" else ():
                     if share_key(p, self.process_group) is not None:
-                        (local_costs if _has_whole_matrices(p, group["kind"]) else costs)[p] = self._matrix_step.flops(
-                            p, group
-                        )
+                        own = local_costs if _has_whole_matrices(p, group["kind"]) else costs
+                        own[p] = self._matrix_step.flops(p, group)
             self._shared = SharedWeights(costs, local_costs, self.process_group)
             self._drop_others_momentum()
         return self._shared
 
-    def _lent(self) -> set[Tensor]:
-        """Weights whose momentum another rank keeps."""
+    def _kept_elsewhere(self) -> set[Tensor]:
+        """Weights whose momentum only another rank keeps."""
         return self._shared.unowned if self.shard_momentum and self._shared is not None else set()
 
     def _drop_others_momentum(self) -> None:
-        for param in self._lent():
+        for param in self._kept_elsewhere():
             self.state.pop(param, None)
 
     @torch.no_grad()
     def consolidate_state_dict(self, to: int = 0) -> None:
-        """Brings every owner's momentum to one rank, whose ``state_dict()`` then is whole; to be called on all ranks.
+        """Gathers the momentum of all owner ranks on one rank, whose ``state_dict()`` is then complete.
 
-        Without ``shard_momentum`` it is whole everywhere, and this does nothing.
+        Call it on all ranks. Without ``shard_momentum`` every rank has all of it, and this does nothing.
 
         Args:
             to: The rank within the process group.
         """
         self._consolidated = {}
         if self.shard_momentum:
-            shared = self._meet()
+            shared = self._share()
             momenta = {p: state["momentum_buffer"] for p, state in self.state.items() if "momentum_buffer" in state}
             self._consolidated = shared.collect(momenta, to)
 
     def state_dict(self) -> dict[str, Any]:
-        """As any optimizer's.
+        """The state of the optimizer, in the format of ``torch.optim.Muon``.
 
         Raises:
-            RuntimeError: If the momentum is sharded, and :meth:`consolidate_state_dict` has not been called since the last
-                step.
+            RuntimeError: If the momentum is sharded and :meth:`consolidate_state_dict` was not called since the last step.
         """
-        if self._consolidated is None and self._lent():
+        if self._consolidated is None and self._kept_elsewhere():
             raise RuntimeError(
-                "each rank has only its own share of Muon's momentum (shard_momentum=True); call"
-                " consolidate_state_dict() on every rank first, then state_dict() on rank 0"
+                "Muon's momentum is sharded over ranks (shard_momentum=True), so state_dict() is incomplete; call"
+                " consolidate_state_dict() on every rank first"
             )
         state_dict: dict[str, Any] = super().state_dict()
         if self._consolidated:
@@ -261,10 +259,10 @@ class Muon(Optimizer):
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state of this class, or of ``torch.optim.Muon`` over the same parameters.
+        """Loads a state of this class, or of ``torch.optim.Muon`` for the same parameters.
 
         Raises:
-            ValueError: If it is another optimizer's, or of other parameters.
+            ValueError: If it is the state of another optimizer or of other parameters.
         """
         check_state(state_dict, self.param_groups)
         super().load_state_dict(state_dict)
@@ -273,6 +271,6 @@ class Muon(Optimizer):
 
 
 def _has_whole_matrices(param: Tensor, kind: str) -> bool:
-    """Whether sharding leaves every matrix on one rank: that of a stack of experts, by experts."""
+    """Whether every matrix is whole on one rank, as in an expert stack that is sharded by experts."""
     dims = sharded_dims(param)
     return kind == "experts" and bool(dims) and max(dims) < param.ndim - 2

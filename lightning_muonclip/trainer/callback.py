@@ -1,4 +1,4 @@
-"""MuonClipCallback: arms a Lightning Trainer with Muon and QK-Clip, applies both at every step, and clears up."""
+"""MuonClipCallback: adds Muon and QK-Clip to a Trainer, applies both at every step, and removes them again."""
 
 from __future__ import annotations
 
@@ -97,13 +97,13 @@ class MuonClipCallback(Callback):
         **options: Any,
     ) -> None:
         clip_options, muon_options = share_out(options, QKClip, Muon)
-        self._clip_options = {"threshold": threshold, "alpha": alpha, "specs": specs, **clip_options}
+        self._clip_options = {"threshold": threshold, "alpha": alpha, **clip_options}
         self._muon_options = {"adjust_lr_fn": adjust_lr_fn, **muon_options}
         check_clip_options(**self._clip_options)
         check_muon_options(lr=lr or 0.0, weight_decay=weight_decay or 0.0, **self._muon_options)
         check_split(split)
         if verify and self._clip_options["logits"] == "off":
-            raise ValueError("verify=True proves what QK-Clip scales, but logits='off' leaves it out; drop one of them")
+            raise ValueError("verify=True needs QK-Clip, which logits='off' turns off; drop one of them")
         self.lr = lr
         self.weight_decay = weight_decay
         self.specs = specs
@@ -114,7 +114,7 @@ class MuonClipCallback(Callback):
         self.log_heads_every_n_steps = log_heads_every_n_steps
         self.muon: Muon | None = None
         self.qk_clip: QKClip | None = None
-        #: What QK-Clip saw and did at the last step; ``None`` before the first, and after one that was skipped or not due.
+        #: Maxima and clips of the last step; ``None`` before the first, and after one that was skipped or not due.
         self.last: ClipResult | None = None
         self._groups: FollowingGroups | None = None
         self._restored_clips: dict[str, Any] | None = None
@@ -126,7 +126,7 @@ class MuonClipCallback(Callback):
     # Arm ------------------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuses what cannot work, before anything runs."""
+        """Checks that Trainer, module and strategy fit, before anything runs."""
         if stage != "fit":
             return
         self.muon, self.qk_clip, self.last, self._restored_clips = None, None, None, None
@@ -137,7 +137,7 @@ class MuonClipCallback(Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Refuses to resume from a checkpoint that was made without the callback."""
+        """Restores the clip counts; refuses a checkpoint that was saved without the callback."""
         if trainer.state.fn != "fit":
             return
         if len(checkpoint.get("optimizer_states", ())) == 1:
@@ -151,12 +151,9 @@ class MuonClipCallback(Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Adds how often each head was clipped, the same on every rank; all other state is the optimizers'.
-
-        Those are numbered so that the checkpoint can be resumed under any strategy.
-        """
+        """Adds the clip counts, which are equal on every rank; all other state is in the optimizers."""
         if self.muon is None:
-            return  # saved without having been fitted
+            return  # saved before fitting
         if self.qk_clip is not None:
             checkpoint["muonclip"] = self.qk_clip.state_dict()
         checkpoint["muonclip_groups"] = emptied_groups(trainer.optimizers[0])
@@ -168,7 +165,7 @@ class MuonClipCallback(Callback):
         )
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Moves the hidden matrices to Muon and starts to observe; optimizers exist, nothing is restored yet."""
+        """Moves the hidden matrices to Muon and starts to observe; the optimizers exist, and none is restored yet."""
         optimizer = users_optimizer(trainer)
         routes = routes_under(optimizer, route_params(pl_module, self.exclude, self.include))
         self._groups = FollowingGroups(optimizer, routes, self.lr, self.weight_decay)
@@ -178,20 +175,18 @@ class MuonClipCallback(Callback):
         self._groups.follow(optimizer, self.muon)
         if scaler_of(trainer) is not None and not any(group["params"] for group in optimizer.param_groups):
             raise ValueError(
-                f"Muon takes every parameter and leaves nothing for {type(optimizer).__name__}, which a GradScaler cannot"
-                " step; keep some parameters from Muon by exclude=[...], or train in bf16-mixed"
+                f"Muon takes every parameter of {type(optimizer).__name__}, and a GradScaler cannot step an empty optimizer;"
+                " exclude some parameters (exclude=[...]), or train in bf16-mixed"
             )
         trainer.optimizers = [*trainer.optimizers, self.muon]
         if restores_optimizers(trainer.strategy):
             warn_of_emptied_groups(optimizer)
         if self._clip_options["logits"] != "off":
             self._arm_qk_clip(optimizer, pl_module)
-        rank_zero_info(f"MuonClip: who steps what\n{routing_table(routes)}")
+        rank_zero_info(f"MuonClip routes the parameters as follows\n{routing_table(routes)}")
         if self.qk_clip is not None:
             sides = self.qk_clip.sides
-            rank_zero_info(
-                "QK-Clip, and what it scales: " + ", ".join(f"{name}: {side}" for name, side in sides.items())
-            )
+            rank_zero_info("QK-Clip scales " + ", ".join(f"{name}: {side}" for name, side in sides.items()))
 
     def _arm_qk_clip(self, optimizer: Optimizer, pl_module: pl.LightningModule) -> None:
         observer = None
@@ -201,22 +196,22 @@ class MuonClipCallback(Callback):
                 pl_module.attention_specs = self.specs
             pl_module.attention_logits = self._clip_options["logits"]
             observer = pl_module.observe()
-        self.qk_clip = QKClip(pl_module, observer=observer, **self._clip_options)
+        self.qk_clip = QKClip(pl_module, specs=self.specs, observer=observer, **self._clip_options)
         self._restore_clips()
-        # Clip after the last update of a query or key weight; the user's optimizer steps after Muon.
+        # QK-Clip runs after the last update of a query or key weight; the user's optimizer steps after Muon.
         users = set(_params(optimizer))
         last = optimizer if any(p in users for p in self.qk_clip.params) else self.muon
         assert last is not None
         self._handles.append(last.register_step_post_hook(self._apply_qk_clip))
 
     def _restore_clips(self) -> None:
-        """Most strategies restore before fitting starts, FSDP2 after: whatever comes second calls with effect."""
+        """Takes effect once there is a QKClip and a checkpoint: FSDP2 restores after on_fit_start, others before."""
         if self.qk_clip is not None and self._restored_clips is not None:
             self.qk_clip.load_state_dict(self._restored_clips)
             self._restored_clips = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Notes where a resumed run goes on."""
+        """Notes the step that training starts from."""
         self._last_step, self._has_started = trainer.global_step, True
         if self.muon is not None:
             warn_of_other_settings(self.muon)
@@ -225,19 +220,20 @@ class MuonClipCallback(Callback):
         if trainer.gradient_clip_val and is_overridden("configure_gradient_clipping", pl_module):
             rank_zero_warn(
                 f"{type(pl_module).__name__} overrides configure_gradient_clipping, which sees only the gradients of"
-                f" {type(trainer.optimizers[0]).__name__}; MuonClipCallback clips all of them by gradient_clip_val before"
+                f" {type(trainer.optimizers[0]).__name__}; MuonClipCallback clips all gradients by gradient_clip_val before"
+                " it is called"
             )
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Forgets the result of the step before."""
+        """Clears the result of the previous step."""
         self.last = None
 
     # Apply ----------------------------------------------------------------------------------------------------------
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
-        """Verifies the specs by what the first forward gave to the attention modules."""
+        """Verifies the specs on the inputs of the attention modules in the first forward."""
         if self._capture is not None and self.qk_clip is not None:
             self._capture.close()
             verification = self.qk_clip.verify_inputs(self._capture)
@@ -250,12 +246,12 @@ class MuonClipCallback(Callback):
             self.muon.zero_grad()
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Under a GradScaler, lets a non-finite gradient of either optimizer make the scaler skip both."""
+        """Makes a GradScaler skip both optimizers if the gradients of either are not finite."""
         if scaler_of(trainer) is None:
             return
         grads = [[p.grad for p in _params(o) if p.grad is not None] for o in trainer.optimizers]
-        # 0 where all is finite, else NaN: added to one gradient of each optimizer it shows up where the scaler looks. A sum,
-        # since the maximum over ranks may lose a NaN.
+        # 0 if all gradients are finite, else NaN; the scaler finds it in one gradient of each optimizer. A sum, since a
+        # maximum over ranks may lose a NaN.
         poison = 0 * total_norm((g for own in grads for g in own), norm_type=1.0)
         for own in grads:
             for grad in [grad for grad in own if grad.numel()][:1]:
@@ -264,11 +260,11 @@ class MuonClipCallback(Callback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        """Clips the gradients of both optimizers together and steps Muon; QK-Clip follows by a hook after the step."""
+        """Clips the gradients of both optimizers together and steps Muon; QK-Clip runs in a hook after the last step."""
         assert self.muon is not None
         assert self._groups is not None
         if all(p.grad is None for p in _params(self.muon)):
-            return  # training_step returned None: nothing to step, and nothing that a GradScaler could unscale
+            return  # training_step returned None
         self._groups.follow(optimizer, self.muon)
         scaler = scaler_of(trainer)
         if scaler is not None:
@@ -280,7 +276,7 @@ class MuonClipCallback(Callback):
             self.muon.step()
 
     def _clip_gradients(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Clips over all parameters; Lightning's own clip of the user's share then finds nothing left to do."""
+        """Clips all gradients together; Lightning's own clip of the user's optimizer then changes nothing."""
         if not trainer.gradient_clip_val:
             return
         owned = {p for o in trainer.optimizers for p in _params(o)}
@@ -292,7 +288,7 @@ class MuonClipCallback(Callback):
 
     def _apply_qk_clip(self, *_: Any) -> None:
         if not self._has_started:
-            return  # FSDP2 makes optimizers step once, to have a state to restore into
+            return  # FSDP2 steps the optimizers once to initialize their state before it restores it
         assert self.qk_clip is not None
         is_due = self.qk_clip.is_due
         result = self.qk_clip.step()
@@ -303,13 +299,13 @@ class MuonClipCallback(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Logs what a step did; forgets what was seen if the step was skipped."""
+        """Logs the result of a step, or discards the maxima of a skipped one."""
         assert self.muon is not None
         assert self._groups is not None
-        # Schedulers have stepped: monitors and checkpoints are to see the rate of the next step.
+        # Schedulers have stepped; monitors and checkpoints see the learning rate of the next step.
         self._groups.follow(trainer.optimizers[0], self.muon)
         if trainer.global_step == self._last_step:
-            return  # gradients are being accumulated
+            return  # accumulating gradients
         self._last_step = trainer.global_step
         if self.last is not None:
             self._log(trainer, pl_module, self.last)
@@ -330,11 +326,11 @@ class MuonClipCallback(Callback):
                 logger.log_metrics(heads, step=trainer.global_step - 1)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Stops observing; the optimizers stay in the Trainer, so that a checkpoint can still be saved."""
+        """Stops observing; the optimizers stay in the Trainer so that checkpoints can still be saved."""
         self._disarm(pl_module)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Leaves model and torch as they were, also when training breaks off."""
+        """Stops observing; explains a checkpoint that could not be loaded."""
         self._disarm(pl_module)
         if not self._has_started:
             explain(trainer, exception)
