@@ -19,7 +19,8 @@ from lightning_muonclip.trainer.strategies import restores_optimizers
 
 WITHOUT_CALLBACK = (
     "the checkpoint was saved without MuonClipCallback: it has one optimizer, with the state of all parameters. Resume"
-    " without the callback, or start from the weights alone: LightningModule.load_from_checkpoint(path), then fit without ckpt_path"
+    " without the callback, or start from the weights alone: LightningModule.load_from_checkpoint(path), then fit without"
+    " ckpt_path"
 )
 
 

@@ -495,7 +495,7 @@ class TestRefusals:
     def test_optimizers_that_do_not_fit(self) -> None:
         with pytest.raises(ValueError, match="LBFGS evaluates the model several times"):
             self.fit(lit=LitTiny(tiny_gpt(), lambda p: torch.optim.LBFGS(p)))
-        with pytest.raises(ValueError, match="maximize=True.*negate the loss"):
+        with pytest.raises(ValueError, match=r"maximize=True.*negate the loss"):
             self.fit(lit=LitTiny(tiny_gpt(), lambda p: torch.optim.SGD(p, lr=0.1, maximize=True)))
         _, options = scaled(2.0)
         with pytest.raises(ValueError, match="pass fused=False"):
