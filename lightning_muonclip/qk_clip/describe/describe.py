@@ -1,0 +1,109 @@
+"""Describes every attention of a model by what it does in one forward; refuses, with the reason, what cannot be told."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from lightning_muonclip.qk_clip.describe.infer import Heads, Layout, Unclear
+from lightning_muonclip.qk_clip.describe.isolate import Isolated, Run
+from lightning_muonclip.qk_clip.describe.prove import proven
+from lightning_muonclip.qk_clip.describe.survey import Frame
+
+
+@dataclass(eq=False)
+class Found:
+    """One attention: the module whose parameters make its queries, and the layout or the reason why there is none."""
+
+    name: str
+    module: nn.Module
+    calls: list[int] = field(default_factory=list)
+    layout: Layout | None = None
+    reason: str = ""
+
+
+def describe(calls: Sequence[Sequence[Frame]]) -> list[Found]:
+    """The attentions that a survey has seen.
+
+    Args:
+        calls: For every attention call, the modules in their forward.
+    """
+    inside: dict[Frame, list[int]] = {}
+    for number, stack in enumerate(calls):
+        for frame in stack:
+            inside.setdefault(frame, []).append(number)
+    known: dict[Frame, list[Found]] = {}
+    found: list[Found] = []
+    for number, stack in enumerate(calls):
+        own = _of_call(number, stack, inside, known)
+        if own not in found:
+            found.append(own)
+        own.calls.append(number)
+    return found
+
+
+def _of_call(
+    number: int, stack: Sequence[Frame], inside: dict[Frame, list[int]], known: dict[Frame, list[Found]]
+) -> Found:
+    frames = [frame for frame in reversed(stack) if any(p.is_floating_point() for p in frame.module.parameters())]
+    best = Found(
+        stack[-1].name if stack else "",
+        stack[-1].module if stack else nn.Module(),
+        reason="no module around it has parameters",
+    )
+    for frame in frames:
+        if frame not in known:
+            known[frame] = _analyse(frame, len(inside[frame]))
+        own = known[frame][inside[frame].index(number)]
+        if own.layout is not None and not own.layout.lacks_keys:
+            return own
+        if best.layout is not None and len(inside[frame]) > len(inside[frames[0]]):
+            break
+        if own.layout is not None or best.layout is None:
+            best = own
+        if own.layout is None and not own.elsewhere:  # type: ignore[attr-defined]
+            break
+    return best
+
+
+def _run(frame: Frame) -> tuple[Isolated, Run]:
+    """In double precision, unless some code of the module wants single precision."""
+    try:
+        isolated = Isolated(frame.module, frame.args, frame.kwargs)
+        return isolated, isolated.run()
+    except RuntimeError:
+        isolated = Isolated(frame.module, frame.args, frame.kwargs, torch.float32)
+        return isolated, isolated.run()
+
+
+def _analyse(frame: Frame, count: int) -> list[Found]:
+    """One for each of the calls of a module."""
+
+    def refused(reason: str, elsewhere: bool) -> list[Found]:
+        own = Found(frame.name, frame.module, reason=reason)
+        own.elsewhere = elsewhere  # type: ignore[attr-defined]
+        return [own] * count
+
+    try:
+        isolated, run = _run(frame)
+        if run.calls and len(run.calls) != count:
+            return refused(f"it makes {count} attention calls, of which {len(run.calls)} can be followed", False)
+        heads = Heads(isolated, run)
+        found: list[Found | None] = [None] * count
+        for calls in heads.sites():
+            own = Found(frame.name, frame.module)
+            own.elsewhere = False  # type: ignore[attr-defined]
+            try:
+                own.layout = proven(isolated, run, heads.layouts(calls))
+            except Unclear as unclear:
+                own.reason, own.elsewhere = unclear.reason, unclear.elsewhere  # type: ignore[attr-defined]
+            for number in calls:
+                found[number] = own
+        return found  # type: ignore[return-value]
+    except Unclear as unclear:
+        return refused(unclear.reason, unclear.elsewhere)
+    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError, NotImplementedError) as error:
+        return refused(f"it cannot be run alone: {type(error).__name__}: {str(error)[:160]}", True)

@@ -1,0 +1,470 @@
+"""Which channels of which weights make the queries and keys of every head, inferred from what an isolated module does."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lightning_muonclip.qk_clip.describe.isolate import Isolated, Run
+from lightning_muonclip.qk_clip.describe.layout import KINDS, NO_HEAD
+from lightning_muonclip.qk_clip.describe.probe import MIXED, NOTHING, SIDES, Key, Output, Probe
+
+_Q, _K, _V, _REST = range(len(SIDES))
+
+
+class Unclear(Exception):  # noqa: N818
+    """Why the heads of an attention cannot be told; ``elsewhere`` if a module around it may tell."""
+
+    def __init__(self, reason: str, elsewhere: bool = False) -> None:
+        super().__init__(reason)
+        self.reason, self.elsewhere = reason, elsewhere
+
+
+@dataclass(eq=False)
+class Table:
+    """What the channels of one parameter are.
+
+    Attributes:
+        dims: The dimensions of the parameter that the channels lie on.
+        kinds: Index of each channel's kind in :data:`~.layout.KINDS`; its shape is the parameter's along ``dims``.
+        heads: The head of each channel, or :data:`~.layout.NO_HEAD`.
+        offset: What the module adds to the parameter before it multiplies by it: 1 for the gain of Gemma's norm.
+    """
+
+    dims: tuple[int, ...]
+    kinds: Tensor
+    heads: Tensor
+    offset: float = 0.0
+
+
+@dataclass(eq=False)
+class Layout:
+    """The heads of one attention, and what scales them.
+
+    Attributes:
+        calls: The numbers of the calls in a forward that share these weights.
+        num_heads: Number of query heads.
+        num_key_value_heads: Number of key heads.
+        tables: Parameters and their channels; a parameter twice if it makes queries and keys at once.
+        qk_norm: Whether a norm stands behind the projections, so that its gains are what scales.
+        query_units: For every pair of queries and keys, the head of each leading index of the queries.
+        key_units: The same of the keys.
+        own_channels: Channels of the keys that are each head's own, where others are shared by all heads (latent attention).
+        notes: Why one side is left alone.
+    """
+
+    calls: list[int]
+    num_heads: int
+    num_key_value_heads: int
+    query_units: list[Tensor]
+    key_units: list[Tensor]
+    tables: list[tuple[str, Table]] = field(default_factory=list)
+    qk_norm: bool = False
+    own_channels: Tensor | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def lacks_keys(self) -> bool:
+        """Whether no parameter of the module makes the keys."""
+        return any("no parameter makes its keys" in note for note in self.notes)
+
+
+@dataclass(eq=False)
+class _Side:
+    """Queries or keys of one attention: how many heads they have, and which channels feed one head alone."""
+
+    outputs: list[Output]
+    units: list[Tensor]
+    count: int
+    heads: dict[Key, Tensor]
+    shares: dict[str, Tensor] = field(default_factory=dict)
+    keys: dict[str, Key] = field(default_factory=dict)
+
+
+class Heads:
+    """Everything that the gradients of one run tell.
+
+    Args:
+        isolated: The module.
+        run: Its forward.
+
+    Raises:
+        Unclear: If the module makes no attention call.
+    """
+
+    def __init__(self, isolated: Isolated, run: Run) -> None:
+        if not run.calls:
+            raise Unclear("run alone, it makes no attention call", elsewhere=True)
+        self.isolated, self.run = isolated, run
+        self.probe = probe = Probe(isolated, run)
+        self.side = probe.coordinates(lambda output: output.side, len(SIDES))
+        self.feeds_rest = probe.coordinates(lambda output: int(output.side in (_V, _REST)), 2)
+        self.call = probe.coordinates(lambda output: output.call, len(run.calls)) if len(run.calls) > 1 else None
+        self._axes: dict[int, dict[Key, Tensor]] = {}
+
+    def sites(self) -> list[list[int]]:
+        """The calls, those together that share the weights of their heads."""
+        numbers = list(range(len(self.run.calls)))
+        if self.call is None:
+            return [numbers]
+        private = [own[(self.side[key] == _Q) & (self.axis(1)[key] >= 0)] for key, own in self.call.items()]
+        known = torch.cat([own[own != NOTHING] for own in private])
+        alone = set(known[known >= 0].tolist())
+        if not len(known):
+            return [[number] for number in numbers]
+        shared = [number for number in numbers if number not in alone]
+        return [*([shared] if shared else []), *([number] for number in sorted(alone))]
+
+    def axis(self, axis: int) -> dict[Key, Tensor]:
+        """What every channel feeds along one leading axis, counted from the innermost."""
+        if axis not in self._axes:
+
+            def index(output: Output) -> Tensor | int:
+                return _along(output, output.slices[-axis], axis) if len(output.slices) >= axis else 0
+
+            count = max(int(o.slices[-axis].max()) + 1 for o in self.probe.outputs if len(o.slices) >= axis)
+            one = {key: torch.zeros_like(own) for key, own in self.side.items()}
+            self._axes[axis] = self.probe.coordinates(index, count) if count > 1 else one
+        return self._axes[axis]
+
+    def layouts(self, calls: list[int]) -> Iterator[Layout]:
+        """Layouts that the gradients allow, the likeliest first; only a forward decides between them.
+
+        Raises:
+            Unclear: If they allow none.
+        """
+        for call in calls:
+            if self.run.calls[call].problem:
+                raise Unclear(self.run.calls[call].problem)
+        query, key = self._sides(calls)
+        query_sets, key_sets = self._scaling(query), self._scaling(key)
+        if query_sets and not key_sets:
+            yield from self._rotated_apart(calls, query, key, query_sets)
+        for chosen in itertools.islice(itertools.product(query_sets or [()], key_sets or [()]), 12):
+            layout = self._empty(calls, query, key)
+            if not any(chosen):
+                continue
+            for side, names in zip((query, key), chosen):
+                for name in names:
+                    self._add(layout, side, name, "q" if side is query else "k")
+            if not all(chosen):
+                layout.notes.append(self._why_not(key if chosen[0] else query))
+            layout.qk_norm = self._is_norm(layout, query)
+            yield layout
+        if not query_sets and not key_sets:
+            yield from self._tied(calls, query, key)
+            yield from self._shared_gains(calls, query, key)
+            raise Unclear(f"{self._why_not(query)}; {self._why_not(key)}")
+
+    # Heads ----------------------------------------------------------------------------------------------------------
+
+    def _sides(self, calls: list[int]) -> tuple[_Side, _Side]:
+        query, key = (self._side_of(side, calls) for side in (_Q, _K))
+        if query.count == 1 < key.count and [u.shape for u in query.units] == [u.shape for u in key.units]:
+            query = _Side(
+                query.outputs, key.units, key.count, {k: torch.full_like(h, MIXED) for k, h in query.heads.items()}
+            )
+        for side, what in ((query, "queries"), (key, "keys")):
+            sizes = _per_head([(o.tensor.detach() * o.cotangent).sum((-2, -1)) for o in side.outputs], side)
+            if not bool(sizes.isfinite().all()):
+                raise Unclear(f"its {what} are not finite on these inputs")
+            if bool((sizes == 0).any()):
+                raise Unclear(f"the {what} of head {int((sizes == 0).nonzero()[0])} are zero on these inputs")
+            for k in side.heads:
+                private = self._private(side, k)
+                if private.any() and (
+                    k[0] not in side.keys
+                    or private.float().mean() > self._private(side, side.keys[k[0]]).float().mean()
+                ):
+                    side.keys[k[0]] = k
+            for name, k in side.keys.items():
+                private = self._private(side, k)
+                share = torch.zeros_like(sizes).index_add_(
+                    0, side.heads[k][private], self.probe.shares[k][private].to(sizes)
+                )
+                side.shares[name] = share / sizes
+        return query, key
+
+    def _side_of(self, side: int, calls: list[int]) -> _Side:
+        outputs = self.probe.of(side, calls)
+        axes = [
+            axis
+            for axis in range(len(outputs[0].lead), 0, -1)
+            if (count := int(outputs[0].slices[-axis].max()) + 1) > 1
+            and self._is_told(side, calls, self.axis(axis), count)
+        ]
+        if not axes:
+            return self._merged(side, outputs, calls) or _Side(
+                outputs,
+                [torch.zeros(o.lead, dtype=torch.long) for o in outputs],
+                1,
+                {k: torch.full_like(own, 0) for k, own in self.side.items()},
+            )
+        counts = [int(outputs[0].slices[-axis].max()) + 1 for axis in axes]
+        units = []
+        for output in outputs:
+            unit = torch.zeros([1] * len(output.lead), dtype=torch.long)
+            for axis, count in zip(axes, counts):
+                unit = unit * count + _along(output, output.slices[-axis], axis)[..., 0, 0]
+            units.append(unit.expand(output.lead))
+        heads = {}
+        for key in self.side:
+            head = torch.zeros_like(self.side[key])
+            for axis, count in zip(axes, counts):
+                own = self.axis(axis)[key]
+                head = torch.where((head < 0) | (own < 0), torch.minimum(head, own), head * count + own)
+            heads[key] = head
+        return _Side(outputs, units, math.prod(counts), heads)
+
+    def _merged(self, side: int, outputs: list[Output], calls: list[int]) -> _Side | None:
+        """Heads that share an axis with the batch, as in (batch · heads, length, channels)."""
+        for axis in range(len(outputs[0].lead), 0, -1):
+            size = int(outputs[0].slices[-axis].max()) + 1
+            for count, is_inner in itertools.product((h for h in range(size, 1, -1) if size % h == 0), (True, False)):
+
+                def fold(
+                    output: Output, count: int = count, is_inner: bool = is_inner, axis: int = axis, size: int = size
+                ) -> Tensor:
+                    index = output.slices[-axis]
+                    return _along(output, index % count if is_inner else index // (size // count), axis)
+
+                heads = self.probe.coordinates(lambda o: fold(o) if o in outputs else 0, count)
+                if self._is_told(side, calls, heads, count):
+                    return _Side(outputs, [fold(o)[..., 0, 0].expand(o.lead) for o in outputs], count, heads)
+        return None
+
+    def _is_told(self, side: int, calls: list[int], coordinates: dict[Key, Tensor], count: int) -> bool:
+        """Whether channels tell every coordinate apart."""
+        seen: set[int] = set()
+        for key, own in coordinates.items():
+            feeds = (self.side[key] == side) | ((self.side[key] == MIXED) & (self.feeds_rest[key] == 0))
+            found = own[feeds & self._of_calls(key, calls) & (own != NOTHING)]
+            if len(found) and bool((found >= 0).all()):
+                seen |= set(found.unique().tolist())
+        return len(seen) == count
+
+    def _of_calls(self, key: Key, calls: list[int]) -> Tensor:
+        """Channels that feed no other calls."""
+        if self.call is None:
+            return torch.ones_like(self.side[key], dtype=torch.bool)
+        own = self.call[key]
+        return own == calls[0] if len(calls) == 1 else (own == MIXED) | torch.isin(own, torch.tensor(calls))
+
+    def _private(self, side: _Side, key: Key) -> Tensor:
+        """Channels that feed one head of one side, and nothing else."""
+        number = side.outputs[0].side
+        calls = sorted({output.call for output in side.outputs})
+        return (side.heads[key] >= 0) & (self.side[key] == number) & self._of_calls(key, calls)
+
+    def _empty(self, calls: list[int], query: _Side, key: _Side) -> Layout:
+        group = _group(query, key)
+        if group != [head * key.count // query.count for head in range(query.count)]:
+            raise Unclear(
+                f"its {query.count} query heads share {key.count} key heads in another order than one after the other"
+            )
+        return Layout(calls, query.count, key.count, query.units, key.units)
+
+    # What scales ----------------------------------------------------------------------------------------------------
+
+    def _scaling(self, side: _Side) -> list[tuple[str, ...]]:
+        """Smallest sets of parameters whose private channels scale every head of a side, the largest parameters first."""
+        names = [name for name, share in side.shares.items() if float(share.abs().max()) > 10 * self.probe.tolerance]
+        found: list[tuple[str, ...]] = []
+        for size in range(1, min(len(names), 8) + 1):
+            for chosen in itertools.combinations(names, size):
+                is_new = not any(set(other) <= set(chosen) for other in found)
+                if is_new and self._is_one(torch.stack([side.shares[name] for name in chosen]).sum(0)):
+                    found.append(chosen)
+        sets = sorted(found, key=lambda chosen: -sum(self.probe.params[name].numel() for name in chosen))
+        # A bias beside huge inputs has a share that is lost in rounding, and scales all the same.
+        tiny = tuple(name for name in side.shares if name not in names and float(side.shares[name].abs().max()) > 0)
+        return [chosen + more for chosen in sets for more in ([tiny, ()] if tiny else [()])]
+
+    def _is_one(self, share: Tensor) -> bool:
+        return bool(((share - 1).abs() < 10 * self.probe.tolerance).all())
+
+    def _is_norm(self, layout: Layout, query: _Side) -> bool:
+        """Whether no more than one number a channel scales a head: then a norm stands behind the projection."""
+        channels = query.outputs[0].tensor.shape[-1]
+        for name, table in layout.tables:
+            param = self.probe.params[name]
+            heads = table.heads[table.kinds != KINDS.index("*")].unique().numel()
+            scaled = int((table.kinds != KINDS.index("*")).sum()) * param.numel() // max(1, table.kinds.numel())
+            if scaled > channels * max(1, heads):
+                return False
+        return True
+
+    def _add(
+        self,
+        layout: Layout,
+        side: _Side,
+        name: str,
+        kind: str,
+        where: Tensor | None = None,
+        *,
+        heads: Tensor | None = None,
+        offset: float = 0.0,
+    ) -> None:
+        """Enters channels of a parameter into a layout."""
+        key = side.keys[name]
+        chosen = self._private(side, key) if where is None else where
+        left = KINDS.index("*")
+        table = next((own for other, own in layout.tables if other == name and own.dims == key[1]), None)
+        if table is None or bool((table.kinds[chosen] != left).any()):
+            kinds = torch.full(chosen.shape, left)
+            table = Table(key[1], kinds, torch.full_like(kinds, NO_HEAD), offset)
+            layout.tables.append((name, table))
+        table.kinds = torch.where(chosen, KINDS.index(kind), table.kinds)
+        table.heads = torch.where(chosen, side.heads[key] if heads is None else heads, table.heads)
+
+    def _rotated_apart(
+        self, calls: list[int], query: _Side, key: _Side, query_sets: list[tuple[str, ...]]
+    ) -> Iterator[Layout]:
+        """Latent attention: a part of every key is its head's own, the rest is rotated and shared by all heads."""
+        names = [name for name, share in key.shares.items() if float(share.abs().max()) > self.probe.tolerance]
+        own = self._own_channels(key, names)
+        if own is None:
+            return
+        part = self.probe.coordinates(lambda o: (~own).long() if o in query.outputs else 0, 2)
+        for chosen in query_sets:
+            masks = {name: self._private(query, query.keys[name]) for name in chosen}
+            if any(bool((part[query.keys[name]][mask] < 0).any()) for name, mask in masks.items()):
+                continue
+            layout = self._empty(calls, query, key)
+            layout.own_channels = own
+            for name, mask in masks.items():
+                self._add(layout, query, name, "qn", mask & (part[query.keys[name]] == 0))
+                self._add(layout, query, name, "qr", mask & (part[query.keys[name]] == 1))
+            for name in names:
+                self._add(layout, key, name, "kn")
+            yield layout
+
+    def _own_channels(self, key: _Side, names: Sequence[str]) -> Tensor | None:
+        """Which channels of the keys double if the private channels of these parameters do, where the others stay."""
+        if not names:
+            return None
+        factors = {
+            name: 1
+            + spread(
+                self._private(key, key.keys[name]).to(self.isolated.dtype), key.keys[name][1], self.probe.params[name]
+            )
+            for name in names
+        }
+        after = self.isolated.scaled(factors, self.run.products)
+        found = [k for output in {o.call: o for o in key.outputs}.values() for _, k in after.calls[output.call].pairs]
+        doubled, same = (
+            torch.stack(
+                [
+                    ((b - factor * o.tensor).abs().flatten(0, -2).amax(0) / o.tensor.abs().max())
+                    for o, b in zip(key.outputs, found)
+                ]
+            ).amax(0)
+            < self.probe.tolerance
+            for factor in (2.0, 1.0)
+        )
+        return doubled if bool((doubled | same).all() and doubled.any() and same.any()) else None
+
+    def _tied(self, calls: list[int], query: _Side, key: _Side) -> Iterator[Layout]:
+        """One weight that makes queries and keys of the same head."""
+        if query.count != key.count:
+            return
+        degrees = []
+        for side in (query, key):
+            gradients = self.probe.gradients_of(side.outputs)
+            sizes = _per_head([(o.tensor.detach() * o.cotangent).sum((-2, -1)) for o in side.outputs], side)
+            shares: dict[Key, Tensor] = {}
+            for k in side.heads:
+                makes_both = (self.side[k] == MIXED) & (self.feeds_rest[k] == 0) & (side.heads[k] >= 0)
+                if makes_both.any() and k[0] in gradients:
+                    degree = self.probe.degree(gradients[k[0]], k)
+                    shares[k] = (
+                        torch.zeros_like(sizes).index_add_(0, side.heads[k][makes_both], degree[makes_both].to(sizes))
+                        / sizes
+                    )
+            degrees.append(shares)
+        keys = [k for k in degrees[0] if k in degrees[1] and torch.equal(query.heads[k], key.heads[k])]
+        names = {k[0] for k in keys}
+        if not keys or len(names) != len(keys) or not self._is_one(torch.stack([degrees[0][k] for k in keys]).sum(0)):
+            return
+        if self._is_one(torch.stack([degrees[1][k] for k in keys]).sum(0)):
+            layout = self._empty(calls, query, key)
+            for k in keys:
+                makes_both = (self.side[k] == MIXED) & (self.feeds_rest[k] == 0) & (query.heads[k] >= 0)
+                for side, kind in ((query, "q"), (key, "k")):
+                    side.keys[k[0]] = k
+                    self._add(layout, side, k[0], kind, makes_both)
+            yield layout
+
+    def _shared_gains(self, calls: list[int], query: _Side, key: _Side) -> Iterator[Layout]:
+        """The gains of norms, which scale all heads of a side at once."""
+        layout = self._empty(calls, query, key)
+        layout.qk_norm = True
+        for side, kind in ((query, "q"), (key, "k")):
+            whole = float(sum((o.tensor.detach() * o.cotangent).sum() for o in side.outputs))
+            for name, offset in itertools.product(self.probe.params, (0.0, 1.0)):
+                k = (name, (0,))
+                if self.probe.params[name].ndim != 1 or k not in self.side:
+                    continue
+                own = (self.side[k] == side.outputs[0].side) & self._of_calls(k, calls)
+                total = self.probe.shares[k][own].sum() + offset * self.probe.slopes[k][own].sum()
+                if own.any() and self._is_one(total / whole):
+                    side.keys[name] = k
+                    self._add(
+                        layout, side, name, kind, own, heads=torch.full_like(self.side[k], NO_HEAD), offset=offset
+                    )
+                    break
+        if layout.tables:
+            yield layout
+
+    def _why_not(self, side: _Side) -> str:
+        what = "queries" if side.outputs[0].side == _Q else "keys"
+        if not any((own == side.outputs[0].side).any() or (own == MIXED).any() for own in self.side.values()):
+            return f"no parameter makes its {what}"
+        if not side.shares:
+            return f"what makes its {what} makes something else too, or all heads at once"
+        degrees = ", ".join(
+            f"{name}: {float(share.mean()):.3g}" for name, share in itertools.islice(side.shares.items(), 4)
+        )
+        if float(torch.stack(list(side.shares.values())).sum(0).abs().max()) < 1e-2:
+            return f"its {what} stay as they are when their weights are scaled: they are normalized (degrees {degrees})"
+        return f"its {what} do not scale with their weights (degrees {degrees})"
+
+
+def _along(output: Output, index: Tensor, axis: int) -> Tensor:
+    """An index of one leading axis, shaped to broadcast over the output."""
+    return index.view([-1 if i == len(output.lead) - axis else 1 for i in range(output.tensor.ndim)])
+
+
+def _per_head(values: Sequence[Tensor], side: _Side) -> Tensor:
+    """Sums values of each leading index by head."""
+    sums = torch.zeros(side.count, dtype=values[0].dtype)
+    for own, unit in zip(values, side.units):
+        sums.index_add_(0, unit.flatten(), own.flatten())
+    return sums
+
+
+def _group(query: _Side, key: _Side) -> list[int]:
+    """The key head of every query head."""
+    q_unit, k_unit = query.units[0], key.units[0]
+    if q_unit.ndim == k_unit.ndim:
+        for axis, (a, b) in enumerate(zip(q_unit.shape, k_unit.shape)):
+            if b not in (1, a) and a % b == 0:
+                k_unit = k_unit.repeat_interleave(a // b, axis)
+    try:
+        q_unit, k_unit = torch.broadcast_tensors(q_unit, k_unit)
+    except RuntimeError:
+        raise Unclear(f"queries {tuple(q_unit.shape)} and keys {tuple(k_unit.shape)} do not pair") from None
+    pairs = [k_unit[q_unit == head].unique().tolist() for head in range(query.count)]
+    if any(len(own) != 1 for own in pairs):
+        raise Unclear("a query head meets several key heads")
+    return [own[0] for own in pairs]
+
+
+def spread(factor: Tensor, dims: tuple[int, ...], param: Tensor) -> Tensor:
+    """Factors of channels, shaped to multiply the parameter."""
+    return factor.reshape([size if dim in dims else 1 for dim, size in enumerate(param.shape)])

@@ -1,0 +1,109 @@
+"""A copy of one module with random weights, to run alone on the inputs that the module was given."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from lightning_muonclip.qk_clip.observe.capture import DetachedCopies, apart
+from lightning_muonclip.qk_clip.describe.trace import Call, Product, Trace, tracing
+
+
+@dataclass
+class Run:
+    """What one forward of an isolated module shows.
+
+    Attributes:
+        calls: Its attention calls.
+        products: Its products of two activations.
+        rest: All else that depends on parameters: what enters the logits beside queries and keys, and the outputs.
+    """
+
+    calls: list[Call]
+    products: list[Product]
+    rest: list[Tensor]
+
+
+class Isolated:
+    """A copy of a module whose parameters are random, so that none is zero or like another.
+
+    Whole weights of the global shape are drawn for sharded ones; none is read.
+
+    Args:
+        module: The module.
+        args: What it was given.
+        kwargs: The same by name.
+        dtype: Of the copy.
+    """
+
+    def __init__(self, module: nn.Module, args: Any, kwargs: Any, dtype: torch.dtype = torch.float64) -> None:
+        self.dtype = dtype
+        self._inputs = args, kwargs
+        # The module's own hooks have acted on the inputs already; those of tensor parallelism have nothing to shard here.
+        memo: dict[int, Any] = {}
+        for child in module.modules():
+            if child is module or any(isinstance(p, DTensor) for p in child.parameters(recurse=False)):
+                memo |= {id(hooks): type(hooks)() for name, hooks in vars(child).items() if name.endswith("_hooks")}
+        generator = torch.Generator().manual_seed(0)
+        for param in module.parameters():
+            if _is_real(param):
+                noise = torch.randn(param.shape, generator=generator).to(dtype)
+                fan_in = max(noise[0].numel(), 1) if param.ndim > 1 else 1
+                memo[id(param)] = nn.Parameter(1 + noise / 2 if param.ndim < 2 else noise * fan_in**-0.5)
+        with DetachedCopies():
+            self.module = copy.deepcopy(module, memo).to(dtype)
+        for child in self.module.modules():
+            child.training = child is self.module  # without dropout, and not by a path for evaluation
+        self.params = {name: p for name, p in self.module.named_parameters() if _is_real(p)}
+
+    def run(self, products: Sequence[Product] = ()) -> Run:
+        """One forward; products of an earlier one answer for its own."""
+        with DetachedCopies():
+            args, kwargs = tree_map(self._copied, self._inputs)
+        trace = Trace((args, kwargs), products)
+        with apart(self.module), torch.enable_grad(), tracing(trace):
+            output = self.module(*args, **kwargs)
+        rest = [tensor for call in trace.calls for tensor in call.rest]
+        rest += [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        return Run(trace.calls, trace.products, rest)
+
+    def scaled(
+        self, factors: Mapping[str, Tensor], products: Sequence[Product], offsets: Mapping[str, float] = {}
+    ) -> Run:  # noqa: B006
+        """:meth:`run` while parameters, plus their offsets, are multiplied by factors that broadcast."""
+        before = {name: self.params[name].detach().clone() for name in factors}
+        try:
+            for name, factor in factors.items():
+                offset = offsets.get(name, 0.0)
+                # By .data, which leaves the graph of an earlier run valid: the values come back.
+                self.params[name].data.copy_((before[name] + offset) * factor - offset)
+            return self.run(products)
+        finally:
+            for name, value in before.items():
+                self.params[name].data.copy_(value)
+
+    def _copied(self, leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return leaf.detach().to(self.dtype, copy=True) if leaf.is_floating_point() else leaf.clone()
+        return leaf if isinstance(leaf, nn.Module) else _cast(copy.deepcopy(leaf), self.dtype)
+
+
+def _is_real(param: Tensor) -> bool:
+    return param.is_floating_point() and param.itemsize > 1 and param.numel() > 0
+
+
+def _cast(leaf: Any, dtype: torch.dtype) -> Any:
+    """Tensors in an object such as a cache of keys."""
+    for value in vars(leaf).values() if hasattr(leaf, "__dict__") else ():
+        for layer in value if isinstance(value, list) else ():
+            for name, tensor in vars(layer).items() if hasattr(layer, "__dict__") else ():
+                if isinstance(tensor, Tensor) and tensor.is_floating_point():
+                    setattr(layer, name, tensor.to(dtype))
+    return leaf

@@ -1,0 +1,183 @@
+"""Gradients of an isolated module's outputs, by which every channel of every weight tells what it feeds.
+
+One backward passes the same random cotangents as another, but for weights that are powers of two: 2 ** digit of a
+coordinate (the head, say) of each output element. Where the ratio of the two gradients of a channel is exactly such a power,
+the channel feeds that one coordinate and nothing else. log16(heads) backwards tell all heads; gradients are projected onto
+one or two dimensions of a weight at once, so nothing of a weight's size is kept.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lightning_muonclip.qk_clip.describe.isolate import Isolated, Run
+
+SIDES = ("q", "k", "v", "*")
+
+#: Instead of a coordinate: the channel feeds several, or nothing.
+MIXED, NOTHING = -1, -2
+
+_BASE = 16
+
+#: A parameter's name, and the dimensions that its channels lie on.
+Key = tuple[str, tuple[int, ...]]
+
+
+@dataclass(eq=False)
+class Output:
+    """Queries, keys or values of a call, or something else that depends on parameters.
+
+    Attributes:
+        side: Index into :data:`SIDES`.
+        call: The number of the call.
+        slices: For every leading axis, an index for each of its slices; equal slices, such as repeated keys, share one.
+    """
+
+    side: int
+    call: int
+    tensor: Tensor
+    cotangent: Tensor
+    slices: list[Tensor] = field(default_factory=list)
+
+    @property
+    def lead(self) -> torch.Size:
+        """Shape before length and channels."""
+        return self.tensor.shape[:-2]
+
+
+class Probe:
+    """What feeds what in one run of an isolated module.
+
+    Attributes:
+        outputs: Of the run.
+        shares: For every key, ``<gradient, weight>`` of each channel: by Euler's theorem, channels for which it sums up to
+            ``<output, cotangent>`` scale the output when they are scaled.
+        slopes: For every key, the sum of each channel's gradient.
+    """
+
+    def __init__(self, isolated: Isolated, run: Run) -> None:
+        self.params = isolated.params
+        is_double = isolated.dtype is torch.float64
+        self.tolerance = 1e-6 if is_double else 2e-3
+        self._noise = 1e-10 if is_double else 1e-5
+        self._generator = torch.Generator().manual_seed(1)
+        self.outputs: list[Output] = []
+        for number, call in enumerate(run.calls):
+            for query, key in call.pairs:
+                self._add(0, number, query)
+                self._add(1, number, key)
+            if call.value is not None:
+                self._add(2, number, call.value)
+        for tensor in run.rest:
+            self._add(3, 0, tensor)
+        self._projections = {key: self._projection(key) for name, p in self.params.items() for key in _keys(name, p)}
+        gradients = self._gradients([output.cotangent for output in self.outputs])
+        self.shares = {key: self.degree(gradients[key[0]], key) for key in self._projections if key[0] in gradients}
+        self.slopes = {key: _onto(gradients[key[0]], key[1]).sum(-1) for key in self.shares}
+        self._base = self._projected(gradients)
+
+    def of(self, side: int, calls: Sequence[int]) -> list[Output]:
+        """The outputs of one side in these calls."""
+        return [output for output in self.outputs if output.side == side and output.call in calls]
+
+    def coordinates(self, index: Callable[[Output], Tensor | int], count: int) -> dict[Key, Tensor]:
+        """For every channel, the one coordinate that it feeds, :data:`MIXED` or :data:`NOTHING`.
+
+        Args:
+            index: The coordinate of an output's elements: a number, or a tensor that broadcasts.
+            count: How many coordinates there are.
+        """
+        found: dict[Key, Tensor] = {}
+        for place in range(max(1, math.ceil(math.log(max(count, 2), _BASE) - 1e-9))):
+            weights = [_digit(index(output), place) for output in self.outputs]
+            weighted = self._gradients([o.cotangent * w for o, w in zip(self.outputs, weights)])
+            for key, projected in self._projected(weighted).items():
+                digit = self._digits(projected, self._base[key])
+                if key in found:
+                    before = found[key]
+                    both = before + digit * _BASE**place
+                    digit = torch.where((before < 0) | (digit < 0), torch.minimum(before, digit), both)
+                found[key] = digit
+        return {key: torch.where(own >= count, MIXED, own) for key, own in found.items()}
+
+    def degree(self, gradient: Tensor, key: Key) -> Tensor:
+        """``<gradient, weight>`` of each channel."""
+        name, dims = key
+        return _onto(gradient * self.params[name].detach(), dims).sum(-1)
+
+    def gradients_of(self, outputs: Sequence[Output]) -> dict[str, Tensor]:
+        """Gradients of some outputs alone."""
+        return self._gradients([o.cotangent if o in outputs else torch.zeros_like(o.cotangent) for o in self.outputs])
+
+    def _add(self, side: int, call: int, tensor: Tensor) -> None:
+        random = torch.randn(tensor.shape, generator=self._generator).to(tensor)
+        cotangent = random + tensor.detach().sign() / 2  # keeps <output, cotangent> away from zero
+        slices = [] if side == 3 else [_equal_slices(tensor.detach(), axis) for axis in range(tensor.ndim - 2)]
+        self.outputs.append(Output(side, call, tensor, cotangent, slices))
+
+    def _gradients(self, cotangents: Sequence[Tensor]) -> dict[str, Tensor]:
+        pairs = [(o.tensor, c) for o, c in zip(self.outputs, cotangents) if o.tensor.requires_grad]
+        if not pairs:
+            return {}
+        tensors, weights = zip(*pairs)
+        found = torch.autograd.grad(tensors, list(self.params.values()), weights, retain_graph=True, allow_unused=True)
+        return {name: grad for name, grad in zip(self.params, found) if grad is not None}
+
+    def _projection(self, key: Key) -> Tensor:
+        name, dims = key
+        param = self.params[name]
+        others = math.prod(size for dim, size in enumerate(param.shape) if dim not in dims)
+        # Two, since with one some of thousands of channels look as if they fed one coordinate, by chance.
+        return torch.randn(others, 2, generator=self._generator).to(param)
+
+    def _projected(self, gradients: dict[str, Tensor]) -> dict[Key, Tensor]:
+        return {
+            (name, dims): _onto(gradients[name], dims) @ projection
+            for (name, dims), projection in self._projections.items()
+            if name in gradients
+        }
+
+    def _digits(self, weighted: Tensor, base: Tensor) -> Tensor:
+        size = base.abs().amax(-1)
+        feeds = size > self._noise * size.max()
+        ratio = torch.where(feeds[..., None], weighted / torch.where(feeds[..., None], base, 1), 1)
+        power = ratio.clamp_min(1e-30).log2().round()
+        is_exact = ((ratio / torch.exp2(power) - 1).abs() < self.tolerance) & (power >= 0) & (power < _BASE)
+        is_one = is_exact.all(-1) & (power[..., 0] == power[..., 1])
+        return torch.where(feeds, torch.where(is_one, power[..., 0].long(), MIXED), NOTHING)
+
+
+def _keys(name: str, param: Tensor) -> list[Key]:
+    """Dimensions that the channels of a parameter may lie on: one, or two of three and more."""
+    singles = [(dim,) for dim in range(param.ndim)] or [()]
+    pairs = list(itertools.combinations(range(param.ndim), 2)) if param.ndim > 2 else []
+    return [(name, dims) for dims in (*singles, *pairs)]
+
+
+def _onto(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """Shape (*sizes of dims, everything else)."""
+    others = [dim for dim in range(x.ndim) if dim not in dims]
+    return x.permute(*dims, *others).reshape([x.shape[dim] for dim in dims] + [-1])
+
+
+def _digit(index: Tensor | int, place: int) -> Tensor | float:
+    digit = index // _BASE**place % _BASE
+    return torch.exp2(digit.double()).float() if isinstance(digit, Tensor) else 2.0**digit
+
+
+def _equal_slices(x: Tensor, axis: int) -> Tensor:
+    flat = x.movedim(axis, 0).flatten(1)
+    index = torch.arange(len(flat))
+    first: list[int] = []
+    for i, own in enumerate(flat):
+        match = next((j for j, k in enumerate(first) if torch.equal(flat[k], own)), None)
+        if match is None:
+            first.append(i)
+        index[i] = len(first) - 1 if match is None else match
+    return index

@@ -1,0 +1,132 @@
+"""Finds the modules that attend, in a forward of the model: by hooks that know the stack of modules, and a count at aten level."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+from torch.utils.weak import WeakIdKeyDictionary
+
+from lightning_muonclip.qk_clip.observe.capture import DetachedCopies
+
+#: Kernels whose result is no longer a product of queries and keys, however large it is.
+_ENDS = (
+    "mm",
+    "addmm",
+    "bmm",
+    "convolution",
+    "native_layer_norm",
+    "native_batch_norm",
+    "native_group_norm",
+    "_fused_rms_norm",
+)
+
+
+@dataclass(eq=False)
+class Frame:
+    """One module in its forward, and what it was given."""
+
+    name: str
+    module: nn.Module
+    args: Any
+    kwargs: Any
+
+
+class Survey:
+    """Notes the modules that were in their forward at every attention call, while it is entered.
+
+    Attributes:
+        calls: For every attention call in order, the stack of modules, the innermost last.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.calls: list[list[Frame]] = []
+        self._model = model
+        self._stack: list[Frame] = []
+        self._handles: list[Any] = []
+        self._count = _Count(lambda: self.calls.append(list(self._stack)))
+
+    def __enter__(self) -> Survey:
+        for name, module in self._model.named_modules():
+            self._handles.append(module.register_forward_pre_hook(self._entering(name), with_kwargs=True))
+            self._handles.append(module.register_forward_hook(self._leave, always_call=True))
+        self._count.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._count.__exit__(kind, error, trace)
+        for handle in self._handles:
+            handle.remove()
+
+    def _entering(self, name: str) -> Any:
+        def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+            if any(param.is_floating_point() for param in module.parameters()):
+                with DetachedCopies():
+                    args, kwargs = tree_map(_kept, (args, kwargs))
+            else:
+                args, kwargs = (), {}
+            self._stack.append(Frame(name, module, args, kwargs))
+
+        return enter
+
+    def _leave(self, *_: Any) -> None:
+        if self._stack:
+            self._stack.pop()
+
+
+class _Count(TorchDispatchMode):
+    """Calls back for every fused attention kernel and every softmax over a batched product, whatever code they are in."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self, found: Any) -> None:
+        super().__init__()
+        self._found = found
+        self._products = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not isinstance(func, torch._ops.OpOverload):
+            if "flex_attention" in str(func):
+                self._found()
+            return func(*args, **kwargs)
+        name = func._schema.name.partition("::")[2]
+        sizes = [self._products[arg] for arg in _flat(args) if arg in self._products]
+        is_softmax = name in ("_softmax", "_safe_softmax")
+        if (
+            "scaled_dot_product" in name
+            or "flash_attention" in name
+            or "efficient_attention" in name
+            or (is_softmax and sizes)
+        ):
+            self._found()
+        out = func(*args, **kwargs)
+        if isinstance(out, Tensor):
+            if name in ("bmm", "baddbmm"):
+                self._products[out] = out.numel()
+            elif (
+                sizes and not is_softmax and name not in _ENDS and out.is_floating_point() and out.numel() >= max(sizes)
+            ):
+                self._products[out] = max(sizes)
+        return out
+
+
+def _flat(args: Any) -> Any:
+    for arg in args:
+        if isinstance(arg, Tensor):
+            yield arg
+        elif isinstance(arg, (list, tuple)):
+            yield from (item for item in arg if isinstance(item, Tensor))
+
+
+def _kept(leaf: Any) -> Any:
+    # A cache is written to in the forward; a tensor is not.
+    return leaf.detach() if isinstance(leaf, Tensor) else leaf if isinstance(leaf, nn.Module) else copy.deepcopy(leaf)

@@ -1,0 +1,343 @@
+"""Traces the attention calls of a module that runs alone: queries, keys, values, and what else enters the logits.
+
+The module runs under a function mode. Fused kernels are attention calls. So is a softmax over a product of two activations;
+the autograd graph leads from the softmax back to the product, through whatever scales, masks and reshapes the logits. Each
+call is answered by a constant, so that queries, keys and values are outputs of their own, and the module's output depends on
+everything else alone.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+
+_SOFTMAX = {F.softmax, torch.softmax, Tensor.softmax, torch.special.softmax}
+_EXP = {torch.exp, Tensor.exp, torch.exp2, Tensor.exp2}
+_MATMUL = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm, torch.mm, Tensor.mm}
+_BADDBMM = {torch.baddbmm, Tensor.baddbmm, Tensor.baddbmm_}
+
+#: Nodes of the autograd graph between a product and its softmax that leave every logit to its head.
+_ELEMENTWISE = set(
+    "View UnsafeView ReshapeAlias Alias T Transpose Permute Expand Squeeze Unsqueeze Select Slice Split SplitWithSizes Unbind"
+    " Index Gather Cat Stack Clone ToCopy Copy CopySlices AsStrided Mul Div Add Sub Rsub Neg MaskedFill Where Tanh Clamp"
+    " ClampMin ClampMax Maximum Minimum ConstantPadNd Repeat Roll Flip IndexPut NanToNum NativeDropout".split()
+)
+
+
+@dataclass(eq=False)
+class Product:
+    """A product of two activations: ``query`` (*lead, rows, channels) times ``key`` (*lead, columns, channels)."""
+
+    query: Tensor
+    key: Tensor
+    out: Tensor
+    is_logits: bool = False  # once a softmax has been found behind it
+
+
+@dataclass(eq=False)
+class Call:
+    """One attention call.
+
+    Attributes:
+        source: What was called.
+        pairs: Queries and keys, shape (*lead, length, channels) each. More than one pair if the logits are a sum of products.
+        value: Shape (*lead, length, channels); ``None`` if nothing was weighted.
+        rest: Whatever else enters the logits: masks, biases.
+        problem: Why the logits cannot be followed; empty if they can.
+    """
+
+    source: str
+    pairs: list[tuple[Tensor, Tensor]]
+    value: Tensor | None = None
+    rest: list[Tensor] = field(default_factory=list)
+    problem: str = ""
+
+
+class Trace(TorchFunctionMode):
+    """Records attention calls in :attr:`calls`, and answers them.
+
+    Args:
+        given: The inputs of the module: what depends on them is an activation; a product with anything else is a projection.
+        products: Products of an earlier run. They answer for those of this run, so that nothing behind them may change.
+    """
+
+    def __init__(self, given: Any, products: Sequence[Product] = ()) -> None:
+        super().__init__()
+        self.calls: list[Call] = []
+        self.products: list[Product] = []
+        self._earlier = products
+        self._activations = WeakIdKeyDictionary()
+        self._mark_activations(given)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.multi_head_attention_forward:
+            with self, _without_dispatch():
+                return func(*args, **kwargs)
+        out = self._answer(func, args, kwargs)
+        if any(tensor in self._activations for tensor in _tensors((args, kwargs))):
+            name = getattr(func, "__name__", "")
+            in_place = args[:1] if name.endswith("_") or name == "__setitem__" else ()
+            self._mark_activations((out, in_place))
+        return out
+
+    def flex_attention(
+        self, original: Callable[..., Any], query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Answers a call of FlexAttention, which is no torch function."""
+        score_mod = args[0] if args else kwargs.get("score_mod")
+        self.calls.append(Call("flex_attention", [(query, key)], value, list(_captured(score_mod))))
+        out = _constant_output(query, value)
+        if kwargs.get("return_lse") or kwargs.get("return_aux") is not None:
+            out = original(query.detach(), key.detach(), value.detach(), *args, **kwargs)
+        self._mark_activations(out)
+        return out
+
+    def _mark_activations(self, tree: Any) -> None:
+        for tensor in _tensors(tree):
+            self._activations[tensor] = True
+
+    def _answer(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if func is F.scaled_dot_product_attention:
+            return self._fused(*args, **kwargs)
+        if func in _SOFTMAX or func in _EXP:
+            return self._softmax(func, args, kwargs)
+        if func in _MATMUL or func in _BADDBMM or func is torch.einsum:
+            return self._product(func, args, kwargs)
+        return func(*args, **kwargs)
+
+    def _fused(
+        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *_: Any, **__: Any
+    ) -> Tensor:
+        call = Call("scaled_dot_product_attention", [(query, key)], value)
+        if attn_mask is not None and attn_mask.is_floating_point():
+            call.rest.append(attn_mask)
+            for product in _products_behind(attn_mask)[0]:  # of queries and relative positions
+                product.is_logits = True
+                call.pairs.append((product.query, product.key))
+        self.calls.append(call)
+        return _constant_output(query, value)
+
+    def _softmax(self, func: Any, args: Any, kwargs: Any) -> Tensor:
+        logits = args[0] if args else kwargs["input"]
+        dim = -1 if func in _EXP else kwargs.get("dim", args[1] if len(args) > 1 else -1)
+        products, obstacle = _products_behind(logits)
+        if not products:
+            return func(*args, **kwargs)
+        call = Call(func.__name__, [], rest=[logits], problem=obstacle)
+        for product in products:
+            product.is_logits = True
+            is_turned = logits.shape[dim] != product.key.shape[-2] or dim % logits.ndim == logits.ndim - 2
+            call.pairs.append((product.key, product.query) if is_turned else (product.query, product.key))
+        if logits.shape[dim] < call.pairs[0][1].shape[-2]:
+            call.problem = (
+                call.problem or f"it attends to {call.pairs[0][1].shape[-2]} keys, {logits.shape[dim]} at a time"
+            )
+        self.calls.append(call)
+        with torch.no_grad():
+            out = func(*args, **kwargs)
+        return _mark(torch.full_like(out, 1 / logits.shape[dim]), call)
+
+    def _product(self, func: Any, args: Any, kwargs: Any) -> Tensor:
+        a, b = _operands(func, args, kwargs)
+        if a is None or b is None or (a in self._activations) != (b in self._activations):
+            return func(*args, **kwargs)
+        for probabilities, value in ((a, b), (b, a)):
+            for call in _marks_behind([probabilities.grad_fn], Call)[0]:
+                return self._weighted(func, args, kwargs, call, probabilities is a, value)
+        pair = _einsum_pair(args[0], a, b) if func is torch.einsum else (a, b.mT)
+        out = func(*args, **kwargs)
+        if pair is None:
+            return out
+        product = Product(*pair, out)
+        self.products.append(product)
+        number = len(self.products) - 1
+        if (
+            number < len(self._earlier)
+            and self._earlier[number].is_logits
+            and self._earlier[number].out.shape == out.shape
+        ):
+            out = self._earlier[number].out
+        return _mark(out, product)
+
+    def _weighted(self, func: Any, args: Any, kwargs: Any, call: Call, is_first: bool, value: Tensor) -> Tensor:
+        """Values, weighted by the probabilities of a call: nothing behind depends on them."""
+        if call.value is None:
+            call.value = value
+        cut = value.detach()
+        replaced = [cut if arg is value else arg for arg in args]
+        return func(*replaced, **{name: cut if arg is value else arg for name, arg in kwargs.items()})
+
+
+@contextmanager
+def tracing(trace: Trace) -> Iterator[Trace]:
+    """Runs under the trace, FlexAttention included wherever it was imported."""
+    with ExitStack() as stack:
+        flex = sys.modules.get("torch.nn.attention.flex_attention")
+        if flex is not None:
+            original = flex.flex_attention
+
+            def flex_attention(*args: Any, **kwargs: Any) -> Any:
+                return trace.flex_attention(original, *args, **kwargs)
+
+            for module in list(sys.modules.values()):
+                for name, value in list(vars(module).items()) if hasattr(module, "__dict__") else ():
+                    if value is original:
+                        stack.callback(setattr, module, name, original)
+                        setattr(module, name, flex_attention)
+        stack.enter_context(trace)
+        yield trace
+
+
+class _Mark(torch.autograd.Function):
+    """Leaves a tensor as it is; its node in the graph says what the tensor is."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, anchor: Tensor, what: Product | Call) -> Tensor:
+        ctx.what = what
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        # Logits depend on queries and keys, which are outputs of their own.
+        is_cut = isinstance(ctx.what, Call) or ctx.what.is_logits
+        return None if is_cut else grad, None, None
+
+
+def _mark(x: Tensor, what: Product | Call) -> Tensor:
+    return _Mark.apply(x, torch.zeros((), requires_grad=True), what)
+
+
+def _products_behind(x: Tensor) -> tuple[list[Product], str]:
+    """The products that logits are made of, and what stands between if it mixes heads or channels; empty if nothing does."""
+    products, beyond = _marks_behind([x.grad_fn], Product)
+    if products:
+        return products, ""
+    for node in beyond:  # one unknown function away; what is further away is hardly logits any more
+        products, _ = _marks_behind([child for child, _ in node.next_functions], Product)
+        if products:
+            return products, f"{_name(node)} stands between the product of queries and keys and the softmax"
+    return [], ""
+
+
+def _marks_behind(nodes: list[Any], kind: type) -> tuple[list[Any], list[Any]]:
+    """Marks that are reached by elementwise functions and changes of shape alone, and the nodes where the search ended."""
+    found: list[Any] = []
+    ends: list[Any] = []
+    seen: set[Any] = set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        what = getattr(node, "what", None)
+        if isinstance(what, kind):
+            found.append(what)
+        elif what is None and _name(node) in _ELEMENTWISE:
+            nodes += [child for child, _ in node.next_functions]
+        elif what is None:
+            ends.append(node)
+    return list(dict.fromkeys(found)), ends
+
+
+def _name(node: Any) -> str:
+    return re.sub(r"Backwards?\d*$", "", node.name())
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    """Tensors among arguments, also those in objects such as a cache."""
+    for leaf in tree_leaves(tree):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif hasattr(leaf, "__dict__") and not isinstance(leaf, (nn.Module, type)):
+            for value in vars(leaf).values():
+                items = value if isinstance(value, (list, tuple)) else (value,)
+                for item in items:
+                    if isinstance(item, Tensor):
+                        yield item
+                    elif hasattr(item, "__dict__") and not isinstance(item, (nn.Module, type)):
+                        yield from (own for own in vars(item).values() if isinstance(own, Tensor))
+
+
+def _captured(function: Any) -> Iterator[Tensor]:
+    """Tensors with a gradient that a function such as a score_mod closes over."""
+    for cell in getattr(function, "__closure__", None) or ():
+        value = cell.cell_contents
+        if isinstance(value, Tensor) and value.requires_grad:
+            yield value
+        elif callable(value):
+            yield from _captured(value)
+
+
+def _constant_output(query: Tensor, value: Tensor) -> Tensor:
+    """The output of uniform attention, without a path to queries, keys and values in the graph."""
+    mean = value.detach().mean(-2, keepdim=True)
+    heads = query.shape[-3] if query.ndim > 2 else 1
+    if mean.ndim > 2 and mean.shape[-3] not in (1, heads):
+        mean = mean.repeat_interleave(heads // mean.shape[-3], -3)
+    lead = torch.broadcast_shapes(query.shape[:-2], mean.shape[:-2])
+    return mean.expand(*lead, query.shape[-2], mean.shape[-1]).contiguous()
+
+
+def _operands(func: Any, args: Any, kwargs: Any) -> tuple[Tensor | None, Tensor | None]:
+    """The two factors of a product, if they are batches of matrices."""
+    if func in _BADDBMM:
+        named = {**dict(zip(("input", "batch1", "batch2"), args)), **kwargs}
+        factors = [named.get("batch1"), named.get("batch2")]
+    elif func is torch.einsum:
+        factors = list(args[1:]) if len(args) != 2 else list(args[1])
+    else:
+        factors = [*args, *kwargs.values()]
+    is_pair = len(factors) >= 2 and all(isinstance(factor, Tensor) and factor.ndim > 1 for factor in factors[:2])
+    return (factors[0], factors[1]) if is_pair and not (func is torch.einsum and len(factors) > 2) else (None, None)
+
+
+def _einsum_pair(equation: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The operands of an einsum as (*lead, rows, channels) and (*lead, columns, channels), if it is a batched product."""
+    inputs, arrow, out = equation.replace(" ", "").partition("->")
+    letters = inputs.split(",")
+    if not arrow or len(letters) != 2:
+        return None
+    dots = "ZYXWVUTS"[
+        : max(x.ndim - len(own.replace("...", "")) for x, own in zip((a, b), letters)) if "..." in inputs else 0
+    ]
+    left, right, out = (own.replace("...", dots) for own in (*letters, out))
+    if len(left) != a.ndim or len(right) != b.ndim or len(set(left)) != a.ndim or len(set(right)) != b.ndim:
+        return None
+    contracted = [x for x in left if x in right and x not in out]
+    rows = [x for x in out if x in left and x not in right]
+    columns = [x for x in out if x in right and x not in left]
+    if not contracted or not rows or not columns or set(left) | set(right) != set(contracted) | set(out):
+        return None
+    lead = [x for x in out if x not in (rows[-1], columns[-1])]
+
+    def laid_out(x: Tensor, own: str, length: str) -> Tensor:
+        order = [*(letter for letter in lead if letter in own), length, *contracted]
+        x = x.permute([own.index(letter) for letter in order]).flatten(len(order) - len(contracted))
+        for i, letter in enumerate(lead):
+            x = x if letter in own else x.unsqueeze(i)
+        return x
+
+    return laid_out(a, left, rows[-1]), laid_out(b, right, columns[-1])
+
+
+@contextmanager
+def _without_dispatch() -> Iterator[None]:
+    """Lets a mode see the calls inside of torch's ``multi_head_attention_forward``, which else hands itself over whole."""
+    dispatches = F.has_torch_function
+    F.has_torch_function = lambda *_: False
+    try:
+        yield
+    finally:
+        F.has_torch_function = dispatches
