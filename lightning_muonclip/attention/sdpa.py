@@ -8,7 +8,7 @@ from torch import Tensor
 from lightning_muonclip.attention.masks import AttentionMask
 from lightning_muonclip.attention.score_mods import ScoreMod
 from lightning_muonclip.attention.tracking import measure
-from lightning_muonclip.kernels.log_sum_exp import attention_log_sum_exp, tells_log_sum_exp
+from lightning_muonclip.kernels.log_sum_exp import attention_log_sum_exp, supports_log_sum_exp
 
 
 def attend(
@@ -37,7 +37,7 @@ def attend(
     width = value.shape[-1]
     if width < key.shape[-1]:
         value = F.pad(value, (0, key.shape[-1] - width))
-    if track == "lse" and tells_log_sum_exp(query, key, value, dense, 0.0):
+    if track == "lse" and supports_log_sum_exp(query, key, value, dense, 0.0):
         counted = mask.dense(length, query.device, batch=batch, heads=heads, counted=True)
         output, bounds = attention_log_sum_exp(query, key, value, dense, is_causal, scale, counted=counted)
         return output[..., :width], bounds

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch._guards import detect_fake_mode
 
 from lightning_muonclip.kernels.hidden import HIDDEN
-from lightning_muonclip.kernels.log_sum_exp import attention_log_sum_exp, tells_log_sum_exp
+from lightning_muonclip.kernels.log_sum_exp import attention_log_sum_exp, supports_log_sum_exp
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ def _patch_sdpa(original: Callable[..., Any]) -> Callable[..., Any]:
         enable_gqa: bool = False,
     ) -> Tensor | None:
         bounded = listener.logits == "lse" and is_torchs and not (is_causal and attn_mask is not None)
-        if bounded and tells_log_sum_exp(query, key, value, attn_mask, dropout_p):
+        if bounded and supports_log_sum_exp(query, key, value, attn_mask, dropout_p):
             factor = query.shape[-1] ** -0.5 if scale is None else scale
             output, bound = attention_log_sum_exp(query, key, value, attn_mask, is_causal, factor)
             listener.record(bound, "log-sum-exp of scaled_dot_product_attention")

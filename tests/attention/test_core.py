@@ -390,7 +390,7 @@ def test_what_cannot_be_is_refused() -> None:
     query, key, value = (x.float() for x in tensors(5, 2, 16, 16, seed=0))
     cases: dict[str, tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any]]] = {
         "unknown backend 'flash'; known: auto, eager, sdpa, flex": ((query, key, value), {"backend": "flash"}),
-        "4 query heads cannot share 3 key heads": ((query, key[:, [0, 0, 0]], value[:, [0, 0, 0]]), {}),
+        "a multiple of the number of key heads; got 4, 3": ((query, key[:, [0, 0, 0]], value[:, [0, 0, 0]]), {}),
         "queries, keys and values are of one sequence": ((query, key[:, :, :4], value[:, :, :4]), {}),
         "no score_mod, soft-cap or sinks; take backend='auto'": (
             (query, key, value),

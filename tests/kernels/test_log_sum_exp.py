@@ -1,4 +1,4 @@
-"""The log-sum-exp of torch's kernel bounds the largest logit, and the attention is torch's."""
+"""attention_log_sum_exp bounds the largest logit and computes torch's attention."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from oracles import INF, brute_max_logits, causal
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lightning_muonclip.kernels.log_sum_exp import attention_log_sum_exp, tells_log_sum_exp
+from lightning_muonclip.kernels.log_sum_exp import attention_log_sum_exp, supports_log_sum_exp
 
 
 def normal(shape: tuple[int, ...], seed: int = 0) -> Tensor:
@@ -52,7 +52,7 @@ def inputs(draw: Any) -> tuple[Tensor, Tensor, Tensor, Tensor | None, bool, floa
 @given(inputs())
 def test_bounds_the_largest_logit_and_attends_as_torch_does(drawn: Any) -> None:
     query, key, value, mask, is_causal, scale = drawn
-    assert tells_log_sum_exp(query, key, value, mask, 0.0)
+    assert supports_log_sum_exp(query, key, value, mask, 0.0)
     query.requires_grad_()
     output, bounds = attention_log_sum_exp(*drawn)
     keys = key.shape[-2]
@@ -126,19 +126,19 @@ REFUSED: dict[str, tuple[Tensor, Tensor, Tensor, Tensor | None, float]] = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_the_kernel_cannot_do_or_would_do_wrong_is_left_to_torch(case: str) -> None:
-    assert tells_log_sum_exp(Q, K, K, ALL, 0.0)
-    assert not tells_log_sum_exp(*REFUSED[case])
+    assert supports_log_sum_exp(Q, K, K, ALL, 0.0)
+    assert not supports_log_sum_exp(*REFUSED[case])
 
 
 def test_autocast_is_left_to_torch() -> None:
     with torch.autocast("cpu", torch.bfloat16):
-        assert not tells_log_sum_exp(Q, K, K, None, 0.0)
-    assert not tells_log_sum_exp(*(x.to("meta") for x in (Q, K, K)), None, 0.0)
+        assert not supports_log_sum_exp(Q, K, K, None, 0.0)
+    assert not supports_log_sum_exp(*(x.to("meta") for x in (Q, K, K)), None, 0.0)
 
 
 def test_is_traced_into_one_graph() -> None:
     def attend(query: Tensor, key: Tensor, mask: Tensor) -> Any:
-        assert tells_log_sum_exp(query, key, key, mask, 0.0)
+        assert supports_log_sum_exp(query, key, key, mask, 0.0)
         return attention_log_sum_exp(query, key, key, mask, False, 0.5)
 
     compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")

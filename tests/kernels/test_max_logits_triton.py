@@ -1,4 +1,4 @@
-"""The max-QK kernel against the whole logit matrix in float64 and against its torch twin."""
+"""The Triton kernel of max_logits against the whole logit matrix in float64 and against its torch twin."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_in_a_process_of_its_own(run_alone: Callable[[str], None]) -> None:
 def run(
     query: Tensor, key: Tensor, tile: tuple[int, ...] | None = SMALL, into: Tensor | None = None, **options: Any
 ) -> Tensor:
-    """What the kernel says, of tensors of any device."""
+    """The maxima of the kernel, for tensors on any device."""
     from lightning_muonclip.kernels.max_logits_triton import Tile, launch
 
     maxima = torch.full((query.shape[1],), -INF, device=query.device) if into is None else into

@@ -48,7 +48,7 @@ def in_float64(
 
 
 def terms(a: Tensor, b: Tensor | None = None, **options: Any) -> Tensor:
-    """The same with every number's absolute value: no partial sum is larger."""
+    """The same product of absolute values, which bounds every partial sum."""
     return in_float64(a.abs(), None if b is None else b.abs(), **{name: abs(x) for name, x in options.items()})
 
 
@@ -110,7 +110,7 @@ def product(request: Any, monkeypatch: pytest.MonkeyPatch) -> Product:
 
 @st.composite
 def strided(draw: Any, batch: int, n: int, k: int, dtype: torch.dtype, make: Product = normal) -> Tensor:
-    """A batch of matrices that lie in memory in any way."""
+    """A batch of matrices with any strides."""
     seed = draw(st.integers(0, 2**20))
     way = draw(st.sampled_from(["contiguous", "transposed", "sliced", "expanded", "apart"]))
     if way == "transposed":
@@ -139,7 +139,7 @@ def problems(draw: Any, dtype: torch.dtype, make: Product = normal) -> tuple[Ten
 
 
 def check(product: Product, a: Tensor, b: Tensor | None, options: dict[str, Any]) -> None:
-    """Near to float64, with sums in float32: the kernel rounds once, torch may round each of its terms."""
+    """Close to float64, with sums in float32: the kernel rounds once, torch may round each of its terms."""
     found = product(a, b, **options)
     assert found.dtype is a.dtype
     unit, expected, largest = torch.finfo(a.dtype).eps / 2, in_float64(a, b, **options), terms(a, b, **options)
@@ -264,7 +264,7 @@ def test_every_tile_of_the_triangle_once_and_neighbours_together(
 
 
 def test_offsets_pass_two_to_the_31(kernel: Product, tmp_path: Path) -> None:
-    """A file that is all hole: as long as it says, and as large as what is written."""
+    """Uses a sparse file, which takes only the disk space of what is written."""
     apart, n, k = 2**31 + 40, 5, 3
     path = tmp_path / "sparse"
     with path.open("wb") as file:
@@ -309,8 +309,8 @@ def test_is_an_operation_that_torch_can_compile(dtype: torch.dtype, alpha: Any) 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"a": torch.ones(3, 4)}, "needs a batch of real matrices"),
-        ({"a": torch.ones(1, 3, 4, dtype=torch.int32)}, "needs a batch of real matrices"),
+        ({"a": torch.ones(3, 4)}, "needs a batch of real floating-point matrices"),
+        ({"a": torch.ones(1, 3, 4, dtype=torch.int32)}, "needs a batch of real floating-point matrices"),
         ({"a": torch.ones(1, 3, 4), "b": torch.ones(1, 4, 3)}, r"needs b to be torch.float32 of shape \(1, 3, 4\)"),
         ({"a": torch.ones(1, 3, 4), "c": torch.ones(1, 3, 3).double()}, "got torch.float64"),
         ({"a": torch.ones(2, 3, 4), "alpha": torch.ones(3)}, r"needs shape \(2,\) on cpu"),
