@@ -1,4 +1,4 @@
-"""Attention by torch's fused kernels; the largest logits by a pass of their own."""
+"""Attention by torch's fused kernels, with a separate pass for the maximum logits."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ def attend(
     """As :func:`~lightning_muonclip.attention.core.attention`.
 
     Raises:
-        ValueError: If there is a score_mod or are sinks.
+        ValueError: If there is a score_mod or there are sinks.
     """
     if score_mod is not None or sinks is not None:
         raise ValueError(
-            "scaled_dot_product_attention has no score_mod, soft-cap or sinks; take backend='auto', 'flex' or 'eager'"
+            "backend 'sdpa' supports no score_mod, soft-cap or sinks; use backend='auto', 'flex' or 'eager'"
         )
     batch, heads, length, _ = query.shape
     dense = mask.dense(length, query.device, batch=batch, heads=heads)
     is_causal = mask.causal and dense is None
-    # The fused kernels want values as wide as keys; zeros that are cut off again are cheaper than the plain kernel.
+    # The fused kernels need values as wide as keys; padding with zeros is cheaper than the unfused kernel.
     width = value.shape[-1]
     if width < key.shape[-1]:
         value = F.pad(value, (0, key.shape[-1] - width))

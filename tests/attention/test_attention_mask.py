@@ -63,7 +63,7 @@ def test_padding_that_is_no_boolean_matrix_is_refused(padding: torch.Tensor) -> 
 
 
 def test_padding_of_another_length_is_refused() -> None:
-    with pytest.raises(ValueError, match="padding is for 3 tokens, the sequence has 5"):
+    with pytest.raises(ValueError, match="padding is for 3 tokens, but the sequence has 5"):
         Attention(8, 2)(torch.randn(2, 5, 8), mask=AttentionMask(padding=KEEP))
 
 
@@ -125,16 +125,14 @@ def test_and_takes_the_smaller_window_and_the_only_documents() -> None:
 
 @pytest.mark.parametrize("documents", [IDS.float(), IDS > 0, IDS[0], IDS[:, None]])
 def test_documents_that_are_no_matrix_of_integers_are_refused(documents: torch.Tensor) -> None:
-    with pytest.raises(ValueError, match=r"documents must be integers of shape \(batch, length\), one id a token"):
+    with pytest.raises(ValueError, match=r"documents must be integers of shape \(batch, length\), one id per token"):
         AttentionMask(documents=documents)
 
 
 def test_documents_of_another_length_and_an_empty_window_are_refused() -> None:
-    with pytest.raises(ValueError, match="documents are for 5 tokens, the sequence has 3"):
+    with pytest.raises(ValueError, match="documents are for 5 tokens, but the sequence has 3"):
         Attention(8, 2)(torch.randn(2, 3, 8), mask=AttentionMask(documents=IDS))
-    with pytest.raises(
-        ValueError, match="a window of 0 lets no query see even itself; give a whole number of at least 1, or None"
-    ):
+    with pytest.raises(ValueError, match="window must be an integer of at least 1, got 0; use None for any distance"):
         AttentionMask(window=0)
 
 
@@ -158,7 +156,7 @@ def test_a_prefix_is_seen_by_all() -> None:
     shorter = AttentionMask(prefix=torch.tensor([2, 0])) & AttentionMask(prefix=torch.tensor([3, 1]))
     assert shorter.prefix is not None and shorter.prefix.tolist() == [2, 0]
     assert (AttentionMask(prefix=torch.tensor([2])) & AttentionMask()).prefix is None
-    with pytest.raises(ValueError, match="in spite of causality, but causal=False hides nothing"):
+    with pytest.raises(ValueError, match="prefix needs causal=True; without causality every token sees"):
         AttentionMask(causal=False, prefix=torch.tensor([2]))
     with pytest.raises(ValueError, match=r"prefix must be integers of shape \(batch,\)"):
         AttentionMask(prefix=torch.tensor([[2.0]]))
@@ -167,14 +165,16 @@ def test_a_prefix_is_seen_by_all() -> None:
 def test_what_is_no_mask_is_refused() -> None:
     x = torch.randn(2, 3, 8)
     for mask in (KEEP, torch.zeros(2, 1, 3, 3)):
-        with pytest.raises(ValueError, match=r"must be an AttentionMask, not a Tensor: AttentionMask\(padding=keep\)"):
+        with pytest.raises(
+            ValueError, match=r"must be an AttentionMask, got Tensor; use AttentionMask\(padding=keep\)"
+        ):
             Attention(8, 2)(x, mask=mask)  # type: ignore[arg-type]
     wrong: list[tuple[dict[str, Any], str]] = [
-        ({"causal": KEEP}, r"causal is True or False; got torch.bool of shape \(2, 3\): name the arguments"),
+        ({"causal": KEEP}, r"causal must be True or False, got torch.bool of shape \(2, 3\); pass masks by keyword"),
         ({"padding": [[True]]}, r"padding must be boolean .*; got \[\[True\]\]"),
         ({"documents": [[1]]}, r"documents must be integers .*; got \[\[1\]\]"),
         ({"prefix": 3}, "prefix must be integers .*; got 3"),
-        ({"window": 2.5}, "a window of 2.5 .* give a whole number"),
+        ({"window": 2.5}, "window must be an integer of at least 1, got 2.5"),
     ]
     for options, message in wrong:
         with pytest.raises(ValueError, match=message):
@@ -223,7 +223,7 @@ def test_a_mask_moves_and_travels() -> None:
 
 def test_a_union_with_a_part_for_another_length_is_refused() -> None:
     union = AttentionMask(padding=KEEP) | AttentionMask(documents=torch.ones(2, 4, dtype=torch.long))
-    with pytest.raises(ValueError, match="documents are for 4 tokens, the sequence has 3"):
+    with pytest.raises(ValueError, match="documents are for 4 tokens, but the sequence has 3"):
         union.dense(3)
 
 
@@ -301,9 +301,9 @@ def test_blocks_by_distance_are_those_of_all_pairs(causal: bool, window: int | N
 def test_parts_of_parts_are_looked_at_too() -> None:
     some = AttentionMask(causal=False, padding=torch.ones(2, 7, dtype=torch.bool))
     nested = (some | AttentionMask(window=1)) | AttentionMask(window=2)
-    with pytest.raises(ValueError, match="padding is for 7 tokens, the sequence has 5"):
+    with pytest.raises(ValueError, match="padding is for 7 tokens, but the sequence has 5"):
         nested.dense(5)
-    with pytest.raises(ValueError, match="padding is for 2 sequences, the batch has 3"):
+    with pytest.raises(ValueError, match="padding is for 2 sequences, but the batch has 3"):
         nested.dense(7, batch=3)
     visible = nested.dense(7)
     assert visible is not None and visible.shape[0] == 2
@@ -311,7 +311,7 @@ def test_parts_of_parts_are_looked_at_too() -> None:
 
 def test_paddings_that_do_not_fit_each_other_are_named() -> None:
     both = AttentionMask(padding=torch.ones(2, 7, dtype=torch.bool)) & AttentionMask(padding=KEEP)
-    with pytest.raises(ValueError, match="padding is for 7 tokens, the sequence has 3"):
+    with pytest.raises(ValueError, match="padding is for 7 tokens, but the sequence has 3"):
         both.dense(3)
     one_for_all = AttentionMask(padding=KEEP) & AttentionMask(padding=KEEP[:1])
     visible, expected = one_for_all.dense(3), AttentionMask(padding=KEEP & KEEP[:1]).dense(3)

@@ -414,10 +414,10 @@ def test_a_model_asks_nothing_of_attention_that_it_is_not_told() -> None:
     [
         (
             {"sliding_window": 0},
-            "sliding_window of 0 lets no query see even itself; give a whole number of at least 1, or None",
+            "sliding_window must be an integer of at least 1, got 0; use None for no window",
         ),
-        ({"softcap": 0.0}, "soft-cap of 0.0 leaves no logit; give a positive number, or None"),
-        ({"softcap": -1.0}, "soft-cap of -1.0"),
+        ({"softcap": 0.0}, "softcap must be positive, got 0.0; use None for no cap"),
+        ({"softcap": -1.0}, "softcap must be positive, got -1.0"),
         ({"backend": "flash"}, "unknown attention backend 'flash'; known: auto, eager, sdpa, flex"),
         ({"rope_scaling": {"rope_type": "linear"}}, "rope_type 'linear' needs 'factor'"),
     ],
@@ -429,14 +429,14 @@ def test_options_out_of_range_are_refused(kind: str, options: dict[str, Any], me
 
 
 def test_a_rotation_cannot_be_left_out_and_stretched() -> None:
-    with pytest.raises(ValueError, match="rope_theta=None has none; give only one of them"):
+    with pytest.raises(ValueError, match="rope_scaling has no effect with rope_theta=None"):
         Attention(32, 4, rope_theta=None, rope_scaling=YARN)
 
 
 def test_sizes_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(ValueError, match="hidden_size 30 is not divisible by 4 heads; give head_dim"):
+    with pytest.raises(ValueError, match="hidden_size 30 is not divisible by 4 heads; set head_dim"):
         Attention(30, 4)
-    with pytest.raises(ValueError, match="4 heads cannot share 3 key heads"):
+    with pytest.raises(ValueError, match="must be a multiple of num_key_value_heads; got 4 and 3"):
         Attention(32, 4, num_key_value_heads=3)
     with pytest.raises(ValueError, match="must be even; got 5"):
         RotaryEmbedding(5)
