@@ -313,7 +313,7 @@ def test_is_an_operation_that_torch_can_compile(dtype: torch.dtype, alpha: Any) 
         ({"a": torch.ones(1, 3, 4, dtype=torch.int32)}, "needs a batch of real floating-point matrices"),
         ({"a": torch.ones(1, 3, 4), "b": torch.ones(1, 4, 3)}, r"needs b to be torch.float32 of shape \(1, 3, 4\)"),
         ({"a": torch.ones(1, 3, 4), "c": torch.ones(1, 3, 3).double()}, "got torch.float64"),
-        ({"a": torch.ones(2, 3, 4), "alpha": torch.ones(3)}, r"needs shape \(2,\) on cpu"),
+        ({"a": torch.ones(2, 3, 4), "alpha": torch.ones(3)}, r"must have shape \(2,\) and be on cpu, got shape \(3,\)"),
     ],
 )
 def test_what_does_not_fit_is_refused(arguments: dict[str, Any], message: str) -> None:

@@ -126,13 +126,17 @@ def test_polar_express_converges() -> None:
         ((JORDAN, (1.0,)), None, r"got \(1.0,\)"),
         ((JORDAN, 1.0), None, r"sequence of numbers \(a, b, c\), got 1.0"),
         ((JORDAN, ("1", 2.0)), None, r"sequence of numbers \(a, b, c\), got \('1', 2.0\)"),
-        (3.4, None, "a schedule's name, .* got 3.4"),
-        ((0.0, 1.5, -0.5), None, "the first is not 0"),
-        ((1.5, float("nan")), None, "are finite"),
-        ("jordan", 2.5, "an integer, at least 1 .* got 2.5"),
+        (3.4, None, "the name of a schedule, .* got 3.4"),
+        ((0.0, 1.5, -0.5), None, "the first of them not 0"),
+        ((1.5, float("nan")), None, "must be finite"),
+        ("jordan", 2.5, "an integer of at least 1 .* got 2.5"),
         (("abc",), None, "got 'abc'"),
         ({"polynomials": [JORDAN], "norm": "spectral"}, None, "unknown norm 'spectral'; known: frobenius"),
-        ({"polynomial": [JORDAN]}, None, "has polynomials, a norm and steps, got polynomial"),
+        (
+            {"polynomial": [JORDAN]},
+            None,
+            "needs the key 'polynomials' and may have 'norm' and 'steps', got: polynomial",
+        ),
     ],
 )
 def test_errors(coefficients: Any, steps: int | None, message: str) -> None:

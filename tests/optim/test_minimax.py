@@ -97,10 +97,10 @@ def test_a_generated_schedule_orthogonalises() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((4, 0.1, 1.0), "degree of at least 3 is needed, got degree 4"),
-        ((1, 0.1, 1.0), "got degree 1"),
-        ((5, 0.0, 1.0), r"interval \[0.0, 1.0\] must lie above 0"),
-        ((5, 1.0, 0.5), r"interval \[1.0, 0.5\] must .* not be empty"),
+        ((4, 0.1, 1.0), "degree must be odd and at least 3, got 4"),
+        ((1, 0.1, 1.0), "at least 3, got 1"),
+        ((5, 0.0, 1.0), r"above 0, got \[0.0, 1.0\]"),
+        ((5, 1.0, 0.5), r"interval must be non-empty .* got \[1.0, 0.5\]"),
     ],
 )
 def test_errors(arguments: Any, message: str) -> None:
@@ -115,7 +115,7 @@ def test_a_schedule_needs_steps() -> None:
 
 @pytest.mark.parametrize("options", [{"low": 2.0}, {"low": 1e-2, "safety": 0.5}, {"low": 1e-2, "cushion": 1.5}])
 def test_options_out_of_range(options: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match=r"needs low in .* safety at least 1 and cushion in"):
+    with pytest.raises(ValueError, match=r"low must be in .* safety at least 1 and cushion in"):
         minimax_schedule(3, **options)
 
 

@@ -329,7 +329,7 @@ def test_methods_differ_by_rounding_alone(method: str, name: str) -> None:
         (torch.ones(2, 2), {"method": "fast"}, "unknown method 'fast'"),
         (torch.ones(2, 2), {"steps": 0}, "got 0"),
         (torch.ones(2, 2), {"steps": 100}, "got 100"),
-        (torch.ones(2, 2, dtype=torch.complex64), {}, "real floating-point numbers, got torch.complex64"),
+        (torch.ones(2, 2, dtype=torch.complex64), {}, "real floating-point dtype, got torch.complex64"),
         (torch.ones(2, 2, dtype=torch.int64), {}, "got torch.int64"),
     ],
 )

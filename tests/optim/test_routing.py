@@ -271,16 +271,18 @@ class TestPatterns:
 
     @pytest.mark.parametrize(("pattern", "shape"), [("norm.weight", r"\(16,\)"), ("layers.*.bias", r"\(16,\)")])
     def test_include_of_what_is_no_matrix(self, pattern: str, shape: str) -> None:
-        with pytest.raises(ValueError, match=rf"include names .*{shape} is no matrix"):
+        with pytest.raises(ValueError, match=rf"include matches .*{shape}, which is not a matrix"):
             split_params(gpt_with_biases(), include=[pattern])
         grouped = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2), nn.ConvTranspose1d(4, 4, 3))
         for name in ("0.weight", "1.weight"):
-            with pytest.raises(ValueError, match=rf"include names {name}, .* grouped or transposed convolution"):
+            with pytest.raises(ValueError, match=rf"include matches {name} .* grouped or transposed convolution"):
                 split_params(grouped, include=[name])
 
     @pytest.mark.parametrize("option", ["exclude", "include"])
     def test_a_bare_string_is_no_list(self, option: str) -> None:
-        with pytest.raises(ValueError, match=rf"{option} is a list of patterns, got '0.weight'; write \['0.weight'\]"):
+        with pytest.raises(
+            ValueError, match=rf"{option} must be a list of patterns, got '0.weight'; use \['0.weight'\]"
+        ):
             split_params(convolutions(), **{option: "0.weight"})
 
 
