@@ -347,7 +347,7 @@ def test_without_a_threshold_it_only_watches() -> None:
 
 def test_queries_that_are_normalised_are_refused_or_watched() -> None:
     model = Residual(make("mha"), Attention(16, 2, qk_norm=True))
-    with pytest.raises(ValueError, match=r"attention 'layers.1' normalises queries or keys.*qk_norm='monitor'"):
+    with pytest.raises(ValueError, match=r"attention 'layers.1' normalizes queries or keys.*qk_norm='monitor'"):
         QKClip(model)
     x = torch.randn(3, 9, 16)
     before = snapshot(model)

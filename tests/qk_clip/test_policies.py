@@ -303,7 +303,7 @@ def test_one_weight_as_different_heads_of_one_layer_is_refused() -> None:
     projections = Projection("q_proj", "q(H d)"), Projection("q_proj", "k(d H)")
     spec = {"": AttentionSpec(projections, 4, sizes={"d": 4})}
     with pytest.raises(
-        ValueError, match=r"has one weight as q_proj.weight and q_proj.weight, but with different heads"
+        ValueError, match=r"uses one weight as q_proj.weight and q_proj.weight, but with different heads"
     ):
         QKClip(module, specs=spec)
 

@@ -112,13 +112,13 @@ def test_heads_by_attributes_or_config(rows: Any, attributes: Any, expected: tup
 @pytest.mark.parametrize(
     ("rows", "attributes", "message"),
     [
-        ((8, 8), {}, r"q_proj has 8 rows, and no attribute \(num_attention_heads, num_heads"),
-        ((8, 8), {"num_heads": 3}, "q_proj has 8 rows, and no attribute"),
+        ((8, 8), {}, r"q_proj has 8 rows, and no attribute \(num_attention_heads, num_heads.*\) divides them"),
+        ((8, 8), {"num_heads": 3}, "number of heads is unknown: q_proj has 8 rows, and no attribute"),
         ((8, 3), {"num_heads": 4}, "k_proj has 3 rows, which are not whole heads of 2 channels"),
         ((8, 8), {"num_heads": 4, "num_kv_heads": 2}, "k_proj has 8 rows, which are not whole heads"),
     ],
 )
-def test_heads_that_nobody_tells_are_not_guessed(rows: Any, attributes: Any, message: str) -> None:
+def test_unknown_numbers_of_heads_are_not_guessed(rows: Any, attributes: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         find_attention(Generic(rows, **attributes))
 
@@ -343,7 +343,7 @@ def test_a_spec_of_other_sizes_is_refused() -> None:
 def test_a_spec_of_something_that_is_no_parameter_is_refused() -> None:
     spec = separate("q_proj", "w_k", 2, 2, 4)
     with pytest.raises(
-        ValueError, match=r"attention 'layers.0' has no parameter 'w_k', which its spec names; it has q_proj"
+        ValueError, match=r"'layers.0' has no parameter 'w_k', which its spec names; its parameters are: q_proj"
     ):
         QKClip(Residual(SdpaAttention(8, 2)), specs={"layers.0": spec})
 
@@ -352,5 +352,7 @@ def test_a_spec_of_something_that_is_no_parameter_is_refused() -> None:
 def test_a_second_set_of_projections_is_more_than_the_names_tell(name: str) -> None:
     module = Generic((8, 8), num_heads=2)
     setattr(module, name, nn.Linear(8, 8))
-    with pytest.raises(ValueError, match=f"beside q_proj and k_proj it has {name}, which may make queries or keys too"):
+    with pytest.raises(
+        ValueError, match=f"besides q_proj and k_proj it has {name}, which may compute queries or keys too"
+    ):
         find_attention(module)

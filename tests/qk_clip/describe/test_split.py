@@ -144,7 +144,7 @@ def test_weights_with_the_same_parts_are_stacked_and_a_copy_of_the_optimizer_goe
 def test_parts_that_do_not_cover_their_weight_are_refused() -> None:
     weight = nn.Parameter(torch.randn(4, 3))
     for channels in ([torch.arange(3)], [torch.arange(4), torch.tensor([0])]):
-        with pytest.raises(ValueError, match="have to cover each of its 4 channels on dimension 0 once"):
+        with pytest.raises(ValueError, match="must cover every channel exactly once: 4 channels on dimension 0"):
             Muon([weight], parts={weight: (0, channels)})
 
 

@@ -211,7 +211,7 @@ def test_where_only_queries_are_adapted_and_keys_are_frozen_queries_take_all() -
 )
 def test_other_adapters_are_refused_by_name_and_can_be_watched(config: Callable[[], Any], kind: str) -> None:
     model = peft.get_peft_model(llama(), config())
-    message = rf"layers.0.self_attn.q_proj is adapted by {kind}, and .* only plain LoRA; watch it with lora='monitor'"
+    message = rf"layers.0.self_attn.q_proj is adapted by {kind}, but .* only plain LoRA; watch it with lora='monitor'"
     with pytest.raises(ValueError, match=message):
         QKClip(model, lora="scale")
     for options in ({"lora": "monitor"}, {"lora": "scale", "threshold": None}):
@@ -267,7 +267,7 @@ UNSCALABLE: dict[str, tuple[Callable[[Any], Any], str]] = {
     "subclass": (_packed, "a Params4bit"),
     "int8": (_integers, r"quantized \(torch.int8\)"),
     "float8": (_eight_bits, r"quantized \(torch.float8_e4m3fn\)"),
-    "buffer": (_as_buffer, "no parameter of torch.nn.modules.linear.Linear"),
+    "buffer": (_as_buffer, "not a parameter of torch.nn.modules.linear.Linear"),
 }
 
 
@@ -281,8 +281,8 @@ def test_a_weight_that_cannot_be_scaled_is_refused_by_name_with_a_way_out(
     change, reason = UNSCALABLE[kind]
     change(model.layers[1].get_submodule(child))
     message = (
-        rf"layers.1.{child}.weight is {reason}, so QK-Clip cannot scale it. Train a plain weight there, pass"
-        r" threshold=None to only watch its logits, or leave the module alone with specs=\{'layers.1': None\}"
+        rf"QK-Clip cannot scale layers.1.{child}.weight: it is {reason}. Use a plain weight there, pass"
+        r" threshold=None to only watch its logits, or skip the module with specs=\{'layers.1': None\}"
     )
     with pytest.raises(ValueError, match=message):
         QKClip(model)
@@ -317,7 +317,7 @@ def test_dynamically_quantized_layers_are_refused_and_watched() -> None:
         torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, inplace=True)
     specs = {"layers.0": spec}
     with pytest.raises(
-        ValueError, match=r"q_proj.weight is no parameter of torch.*quantized.*\.Linear, so QK-Clip cannot"
+        ValueError, match=r"QK-Clip cannot scale .*q_proj.weight: it is not a parameter of torch.*quantized.*\.Linear"
     ):
         QKClip(model, specs=specs)
     with QKClip(model.train(), threshold=None, specs=specs) as qk_clip:
@@ -360,13 +360,13 @@ SPEC = AttentionSpec((Projection("q_proj", "q(H d)"), Projection("k_proj", "k(G 
     [
         (
             Projection("w_q", "q(H d)"),
-            "has no parameter 'w_q', which its spec names; it has q_proj.weight, q_proj.bias, k_",
+            "has no parameter 'w_q', which its spec names; its parameters are: q_proj.weight, q_proj.bias, k_",
         ),
         (Projection("attn.w_q", "q(H d)"), "has no parameter 'attn.w_q', which its spec names"),
         (Projection("q_proj.wait", "q(H d)"), "has no parameter 'q_proj.wait'"),
-        (Projection("q_proj", "q(H d)", dim=2), "q_proj.weight: it has 2 dimensions, so none is dim=2"),
-        (Projection("q_proj", "q(H d)", dim=-3), "q_proj.weight: it has 2 dimensions, so none is dim=-3"),
-        (Projection("q_proj.bias", "q(H d)", dim=1), "q_proj.bias: it has 1 dimensions, so none is dim=1"),
+        (Projection("q_proj", "q(H d)", dim=2), "q_proj.weight: dim=2 is out of range for 2 dimensions"),
+        (Projection("q_proj", "q(H d)", dim=-3), "q_proj.weight: dim=-3 is out of range for 2 dimensions"),
+        (Projection("q_proj.bias", "q(H d)", dim=1), "q_proj.bias: dim=1 is out of range for 1 dimensions"),
         (
             Projection("q_proj", "q(H 3)"),
             r"q_proj.weight: layout 'q\(H 3\)' describes 12 channels .* the weight has 16",

@@ -218,7 +218,7 @@ def test_attention_that_is_computed_otherwise_is_refused_by_name() -> None:
 
     model = Residual(SdpaAttention(16, 4), ByHand(16, 4))
     x = torch.randn(2, 9, 16)
-    with QKClip(model), pytest.raises(RuntimeError, match=r"'layers.1' \(ByHand\) called neither") as error:
+    with QKClip(model), pytest.raises(RuntimeError, match=r"'layers.1' \(ByHand\) cannot be measured") as error:
         model(x)
     assert "attn_implementation='sdpa'" in str(error.value)
     assert "specs={'layers.1': None}" in str(error.value)
@@ -366,7 +366,7 @@ def test_two_models_are_observed_side_by_side(make: Callable[[], Any]) -> None:
 def test_a_model_is_observed_once_at_a_time(make: Callable[[], Any]) -> None:
     model = Residual(third_party(), make())
     with QKClip(model) as qk_clip:
-        with pytest.raises(ValueError, match=r"attention 'layers.\d' is observed already; close\(\) the other QKClip"):
+        with pytest.raises(ValueError, match=r"attention 'layers.\d' is observed already; call close\(\) on the other"):
             QKClip(model)
         with pytest.raises(ValueError, match="attention '' is observed already"):
             QKClip(model.layers[1])
@@ -380,7 +380,7 @@ def test_a_model_is_observed_once_at_a_time(make: Callable[[], Any]) -> None:
 def test_a_refusal_leaves_nothing_behind(make: Callable[[], Any]) -> None:
     model = Residual(third_party(), make())
     spec = AttentionSpec((Projection("q_proj", "q(H d)"), Projection("k_proj", "k(G d)")), 4, 2, {"d": 4}, qk_norm=True)
-    with pytest.raises(ValueError, match=r"attention 'layers.1' normalises queries or keys"):
+    with pytest.raises(ValueError, match=r"attention 'layers.1' normalizes queries or keys"):
         QKClip(model, specs={"layers.1": spec})
     assert F.scaled_dot_product_attention is TORCHS_OWN
     with QKClip(model, specs={"layers.1": spec}, qk_norm="monitor") as qk_clip:
