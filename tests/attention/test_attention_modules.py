@@ -405,7 +405,7 @@ def test_a_model_takes_a_window_a_layer_over_and_over(windows: list[int | None],
 
 def test_a_model_asks_nothing_of_attention_that_it_is_not_told() -> None:
     GPT(lambda hidden_size: nn.Linear(hidden_size, hidden_size), num_hidden_layers=1)
-    with pytest.raises(ValueError, match="sliding_window has an entry for no layer; give at least one, or None"):
+    with pytest.raises(ValueError, match=r"sliding_window needs at least one entry, got \[\]; use None for no window"):
         GPT(partial(Attention, num_attention_heads=4), sliding_window=[])
 
 

@@ -177,7 +177,7 @@ def test_every_model_clips(train: Any, model: str) -> None:
 def test_a_folder_that_holds_a_run_is_left_alone(train: Any) -> None:
     folder = train("trainer.max_steps=1")
     before = (folder / "metrics.csv").read_bytes()
-    with pytest.raises(SystemExit, match="holds a run already"):
+    with pytest.raises(SystemExit, match="already contains a run"):
         train("trainer.max_steps=1")
     assert (folder / "metrics.csv").read_bytes() == before
 
