@@ -1,4 +1,4 @@
-"""MaxLogits against a loop, over processes, and as pictures."""
+"""MaxLogits against a loop, in several processes, and its plots."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_another_shape_is_refused(shape: tuple[int, ...]) -> None:
     assert metric.maxima.isneginf().all()
 
 
-def test_the_state_is_in_no_checkpoint_but_travels_with_the_metric() -> None:
+def test_the_state_is_in_no_checkpoint_but_pickles_with_the_metric() -> None:
     metric = MaxLogits(2, 3, threshold=100.0)
     metric.update(torch.ones(2, 3))
     assert metric.state_dict() == {}

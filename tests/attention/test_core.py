@@ -1,4 +1,4 @@
-"""Every backend against the eager one in float64, which is held against a loop over pairs."""
+"""Every backend against the eager one in float64, and that against a loop over pairs."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def test_flex_in_its_own_eager_mode_is_eager(
 
 @pytest.mark.parametrize("backend", ["sdpa", "eager"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_near(backend: str, dtype: torch.dtype) -> None:
+def test_half_precision_is_close(backend: str, dtype: torch.dtype) -> None:
     inputs = tensors(70, 2, 16, 16, seed=0)
     expected, gradients, maxima = run("eager", [x.to(dtype).double() for x in inputs], torch.float64)
     output, found, largest = run(backend, inputs, dtype)
@@ -175,7 +175,7 @@ def test_half_precision_is_near(backend: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_nothing_gives_nothing(backend: str) -> None:
+def test_empty_inputs(backend: str) -> None:
     for batch, length in ((0, 5), (2, 0)):
         query = torch.randn(batch, 4, length, 16, requires_grad=True)
         output, maxima = attention(query, query, query[..., :8], scale=1.0, track="exact", backend=backend)
@@ -185,7 +185,7 @@ def test_nothing_gives_nothing(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ["eager", "flex"])
-def test_sinks_of_no_weight_change_nothing(backend: str) -> None:
+def test_sinks_of_minus_infinity_change_nothing(backend: str) -> None:
     inputs = [x.float() for x in tensors(6, 2, 16, 16, seed=0)]
     mask = AttentionMask(mask_mod=lambda b, h, q, k: q != 2)
     options: dict[str, Any] = {"scale": 1.0, "mask": mask, "backend": backend}
@@ -203,7 +203,7 @@ def test_under_autocast_flex_works_in_half_precision_as_sdpa_does() -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_who_sees_nothing_gets_zeros_and_no_gradient(backend: str) -> None:
+def test_a_query_that_sees_nothing_gets_zeros_and_no_gradient(backend: str) -> None:
     inputs = [x.float().requires_grad_(backend != "flex") for x in tensors(6, 2, 16, 16, seed=0)]
     mask = AttentionMask(mask_mod=lambda b, h, q, k: (q != 2) & (k != 5)) & AttentionMask(
         padding=torch.tensor([[True] * 6, [False] * 6])
@@ -254,7 +254,7 @@ def test_alibi_has_the_slopes_of_hugging_faces_bloom(heads: int) -> None:
     torch.testing.assert_close(ours - ours[..., :1], theirs - theirs[..., :1])
 
 
-def test_modules_that_keep_score_mods_travel() -> None:
+def test_modules_with_score_mods_pickle() -> None:
     x = torch.randn(1, 5, 16)
     for score_mod in (Alibi(2), SoftCap(1.0), RelativeBias(2)):
         module = Attention(16, 2, score_mod=score_mod)
@@ -292,7 +292,7 @@ def test_score_mods_for_other_heads_or_no_distances_are_refused() -> None:
         RelativeBias(4, num_buckets=2, bidirectional=True)
 
 
-def test_a_learnt_bias_is_learnt() -> None:
+def test_a_relative_bias_trains() -> None:
     bias = RelativeBias(HEADS, 8, 20)
     inputs = tensors(12, 4, 4, 4, seed=0)
     output, _ = attention(*inputs, scale=1.0, score_mod=bias)
@@ -309,7 +309,7 @@ def test_a_learnt_bias_is_learnt() -> None:
     )
 
 
-def test_heads_that_start_later_are_those_of_the_whole() -> None:
+def test_from_head_equals_a_slice_of_all_heads() -> None:
     query, key, value = tensors(9, 4, 4, 4, seed=0)
     table = torch.rand(HEADS, 9) < 0.7
     mask = (AttentionMask() | AttentionMask(causal=False, mask_mod=lambda b, h, q, k: table[h, q])) & AttentionMask(
@@ -326,7 +326,7 @@ def test_heads_that_start_later_are_those_of_the_whole() -> None:
     assert torch.equal(part, whole[:, 2:]) and maxima is not None and torch.equal(own, maxima[2:])
 
 
-def test_flex_is_asked_for_whole_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flex_gets_whole_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     lengths = []
 
     def listen(query: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -340,7 +340,7 @@ def test_flex_is_asked_for_whole_blocks(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_compiled_once_it_takes_any_number_of_masks_lengths_and_score_mods(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU: more graphs than torch would make of one function, all whole, none wrong."""
+    """As on a GPU: more graphs than torch's recompile limit allows, without graph breaks and with correct results."""
     plain = torch.nn.attention.flex_attention.flex_attention
     torch._dynamo.reset()
     monkeypatch.setattr("torch.nn.attention.flex_attention.flex_attention", compiled(plain, "aot_eager"))
@@ -361,10 +361,10 @@ def test_compiled_once_it_takes_any_number_of_masks_lengths_and_score_mods(monke
                 found = attention(*inputs, backend="flex", **own)[0]
             torch.testing.assert_close(found, attention(*inputs, backend="eager", **own)[0])
         graphs.append(count["unique_graphs"] - before)
-    assert 8 < graphs[0] == graphs[1]  # the limit of torch, and again none is made
+    assert 8 < graphs[0] == graphs[1]  # torch's limit; no further graph is compiled
 
 
-def test_a_table_of_positions_is_never_read_behind_its_end() -> None:
+def test_a_table_of_positions_is_never_read_out_of_bounds() -> None:
     inputs = [x.float() for x in tensors(9, 4, 16, 16, seed=0)]
     table = torch.randn(9, 9)
     options: dict[str, Any] = {
@@ -375,7 +375,7 @@ def test_a_table_of_positions_is_never_read_behind_its_end() -> None:
     torch.testing.assert_close(found, attention(*inputs, scale=1.0, backend="eager", **options)[0])
 
 
-def test_auto_on_a_cpu_takes_what_can_be_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_on_a_cpu_picks_a_trainable_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[str] = []
     for name in BACKENDS:
         function = BACKENDS[name]
@@ -387,7 +387,7 @@ def test_auto_on_a_cpu_takes_what_can_be_trained(monkeypatch: pytest.MonkeyPatch
     assert called == ["sdpa", "eager", "eager", "eager"]
 
 
-def test_what_cannot_be_is_refused() -> None:
+def test_invalid_arguments_are_refused() -> None:
     query, key, value = (x.float() for x in tensors(5, 2, 16, 16, seed=0))
     cases: dict[str, tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any]]] = {
         "unknown backend 'flash'; known: auto, eager, sdpa, flex": ((query, key, value), {"backend": "flash"}),
@@ -434,7 +434,7 @@ def test_what_cannot_be_is_refused() -> None:
                 attention(*inputs, scale=1.0, backend=backend, **options)
 
 
-def test_a_log_sum_exp_bounds_what_general_masks_show() -> None:
+def test_the_log_sum_exp_is_a_bound_under_general_masks() -> None:
     inputs = [x.float() for x in tensors(40, 2, 16, 16, seed=0)]
     mask = AttentionMask(window=5) | AttentionMask(mask_mod=lambda b, h, q, k: k < 3)
     exact, bound = (attention(*inputs, scale=1.0, mask=mask, track=track)[1] for track in ("exact", "lse"))

@@ -220,7 +220,7 @@ def test_overfit_batches(book: TextFiles, tmp_path: Path) -> None:
 
 
 def digests(folder: str) -> list[str]:
-    """What the corpora give, in order: the standard library, and a folder of many files."""
+    """Digests of the corpora: the standard library, and a folder of many files."""
     parts = [part for corpus in (StandardLibrary(), TextFiles(folder)) for part in vars(corpus.load()).values()]
     return [hashlib.sha256(part.numpy().tobytes()).hexdigest() for part in parts if isinstance(part, Tensor)]
 

@@ -88,7 +88,7 @@ def test_the_same_kernel_gives_the_same_bits(dtype: torch.dtype) -> None:
     torch.testing.assert_close(bounds.double(), expected, rtol=1e-2 if dtype.itemsize == 2 else 1e-5, atol=0)
 
 
-def test_a_query_that_sees_nothing_has_no_say() -> None:
+def test_a_query_that_sees_nothing_does_not_count() -> None:
     query = key = value = torch.ones(1, 2, 3, 1)
     visible = torch.tensor([[True, False, True], [False, False, False], [False, True, False]])
     _, bounds = attention_log_sum_exp(query, -key, value, visible, False, 5.0)  # all logits are -5
@@ -100,7 +100,7 @@ def test_a_query_that_sees_nothing_has_no_say() -> None:
 
 
 @pytest.mark.parametrize("fill", [INF, torch.nan])
-def test_a_logit_that_is_not_finite_shows(fill: float) -> None:
+def test_non_finite_logits_propagate(fill: float) -> None:
     query, key = normal((2, 3, 33, 8)), normal((2, 3, 33, 8), 1)
     query[1, 2, 4, 3] = fill
     assert attention_log_sum_exp(query, key, key, None, True, 1.0)[1].isfinite().tolist() == [True, True, False]
@@ -118,14 +118,14 @@ REFUSED: dict[str, tuple[Tensor, Tensor, Tensor, Tensor | None, float]] = {
     "two batch dimensions": (Q[None], K[None], K[None], None, 0.0),
     "no batch dimension": (Q[0], K[0], K[0], None, 0.0),
     "keys of another dtype": (Q, K.double(), K, None, 0.0),
-    "channels that are not neighbours": (Q, K, normal((2, 2, 6, 7)).mT, None, 0.0),
+    "channels that are not contiguous": (Q, K, normal((2, 2, 6, 7)).mT, None, 0.0),
     "no queries": (Q[:, :, :0], K, K, None, 0.0),
     "no keys": (Q, K[:, :, :0], K[:, :, :0], None, 0.0),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_the_kernel_cannot_do_or_would_do_wrong_is_left_to_torch(case: str) -> None:
+def test_unsupported_inputs_are_left_to_torch(case: str) -> None:
     assert supports_log_sum_exp(Q, K, K, ALL, 0.0)
     assert not supports_log_sum_exp(*REFUSED[case])
 

@@ -108,7 +108,7 @@ def test_an_additive_mask_hides_but_does_not_count(drawn: tuple[Tensor, Tensor, 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bias", [-700.0, 0.0, 700.0])
-def test_a_bias_hides_nothing_and_uncovers_nothing(dtype: torch.dtype, bias: float) -> None:
+def test_a_bias_does_not_change_visibility(dtype: torch.dtype, bias: float) -> None:
     query, key = torch.ones(1, 1, 1, 1), torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0]).reshape(1, 1, 5, 1)
     lowest = torch.finfo(dtype).min
     mask = torch.tensor([0.0, 0.0, -1e4, lowest, -INF], dtype=dtype) + torch.tensor(bias, dtype=dtype)
@@ -116,7 +116,7 @@ def test_a_bias_hides_nothing_and_uncovers_nothing(dtype: torch.dtype, bias: flo
 
 
 @pytest.mark.parametrize("slopes", [[0.5, 0.25], [0.004, 1.0]])
-def test_alibi_hides_nothing_before_its_weight_is_nothing(slopes: list[float]) -> None:
+def test_alibi_hides_only_pairs_without_weight(slopes: list[float]) -> None:
     length = 8192
     query, key = torch.ones(1, 2, 1, 1), torch.arange(length, 0.0, -1)[:, None].expand(1, 2, length, 1)
     distance = torch.arange(length - 1, -1.0, -1)
@@ -147,7 +147,7 @@ def test_maxima_are_signed() -> None:
     assert max_logits(query, -query, scale=2.0).tolist() == [-2.0, -2.0]
 
 
-def test_a_visible_nan_shows_and_a_hidden_one_does_not() -> None:
+def test_a_visible_nan_propagates_and_a_hidden_one_does_not() -> None:
     query, key = normal((2, 3, 130, 4)), normal((2, 3, 130, 4), seed=1)
     key[1, 1, 129, 0] = torch.nan
     maxima = max_logits(query, key, scale=1.0, is_causal=True)
@@ -183,7 +183,7 @@ def test_autocast_changes_nothing() -> None:
 
 @pytest.mark.parametrize("mask", [None, torch.ones(1, 1, 1, 1, dtype=torch.bool)])
 @pytest.mark.parametrize("shape", [(0, 2, 5, 4), (2, 2, 0, 4)], ids=["no batch", "no queries"])
-def test_nothing_to_see(shape: tuple[int, ...], mask: Tensor | None) -> None:
+def test_empty_inputs(shape: tuple[int, ...], mask: Tensor | None) -> None:
     key = normal((shape[0], 2, 5, 4))
     assert max_logits(torch.empty(shape), key, scale=1.0, mask=mask).tolist() == [-INF, -INF]
 
@@ -234,7 +234,7 @@ class Products(TorchDispatchMode):
         return result
 
 
-def test_the_whole_logit_matrix_is_never_made_and_the_future_is_skipped() -> None:
+def test_no_whole_logit_matrix_and_no_future_tiles() -> None:
     query = normal((1, 2, 512, 4))
     whole = 2 * 512 * 512
     with Products() as products:
@@ -276,7 +276,7 @@ def test_a_nan_that_only_the_future_would_see_is_hidden_by_a_window_documents_an
     assert not max_logits(query, key, scale=1.0, is_causal=True, mask=mask).isnan().any()
 
 
-def test_no_tile_outside_the_window_is_made() -> None:
+def test_tiles_outside_the_window_are_skipped() -> None:
     query = normal((1, 2, 2048, 4))
     with Products() as products:
         max_logits(query, query, scale=1.0, is_causal=True, window=64)
@@ -292,7 +292,7 @@ def test_an_empty_window_is_refused(window: int) -> None:
         max_logits(normal((1, 1, 5, 4)), normal((1, 1, 5, 4)), scale=1.0, window=window)
 
 
-def test_documents_that_cannot_be_are_refused() -> None:
+def test_invalid_documents_are_refused() -> None:
     query, key = normal((2, 1, 5, 4)), normal((2, 1, 6, 4))
     with pytest.raises(
         ValueError, match=r"documents must be integer ids, one per token, negative for padding; got torch\.bool"

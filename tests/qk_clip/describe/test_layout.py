@@ -1,4 +1,4 @@
-"""Layouts: what each channel of a weight is, written out by hand or by reshaping."""
+"""Layouts against channel maps written out by hand or by reshaping."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ALL_KEYS = SIZES | {"G": H}
 
 
 def rows(layout: str, channels: int, sizes: dict[str, int]) -> list[tuple[str, int]]:
-    """(kind, head) of every channel; the head of a channel that is left alone means nothing."""
+    """(kind, head) of every channel; the head of an unscaled channel is ignored."""
     found = compile_layout(layout, channels, sizes)
     assert found.kinds.dtype is found.heads.dtype is torch.int64
     assert found.kinds.shape == found.heads.shape == (channels,)
@@ -59,7 +59,7 @@ def test_concatenated_with_fewer_keys() -> None:
     assert rows("[q(H d) | k(G d) | *(G d)]", (H + 2 * G) * D, SIZES) == expected
 
 
-def test_the_rest_may_stand_anywhere() -> None:
+def test_the_rest_may_come_anywhere() -> None:
     assert rows("[q(H d) | * | k(G d)]", 40, SIZES) == per_head("q", H, D) + alone(40 - 18) + per_head("k", G, D)
     assert rows("[* | q(H d)]", H * D, SIZES) == per_head("q", H, D)
 
@@ -97,7 +97,7 @@ def test_gated_queries() -> None:
 
 
 @pytest.mark.parametrize("text", ["q(H d)", " q ( H  d ) ", "q(H\td)\n"])
-def test_space_means_nothing(text: str) -> None:
+def test_whitespace_is_ignored(text: str) -> None:
     assert parse_layout(text) == (Block(("H", "d"), (Piece("q", ()),)),)
 
 
@@ -202,7 +202,7 @@ def test_heads_may_be_on_any_axis() -> None:
     expect("k(v·G d)", {"k": torch.arange(30).reshape(V, G, D).permute(1, 0, 2)}, SIZES, 30)
 
 
-def test_without_the_letter_the_heads_are_on_the_leading_axes() -> None:
+def test_without_their_axis_heads_are_on_the_leading_axes() -> None:
     channels = torch.arange(H * D)
     for layout in ("q(G r d)", "q(G·r d)", "q(2 2 d)", "q(4 d)", "(G [q:r·d])", "(G r [q:d])", "(4 [q:d])"):
         expect(layout, {"q": channels.reshape(G, 2, D).flatten(0, 1)}, SIZES, H * D)
@@ -240,7 +240,7 @@ def test_shards_of_codegen() -> None:
 
 
 def test_more_than_one_weight_in_one() -> None:
-    """Parts in any order, each in an order of its own, between others that are left alone."""
+    """Parts in any order, each with its own axis order, between unscaled parts."""
     start, q, k = 7, H * D, G * D
     queries = start + torch.arange(q).reshape(D, H).T
     keys = start + q + 5 + torch.arange(k).reshape(G, D)
@@ -278,7 +278,7 @@ FUSED = {
     ),
     "[q(H d) | k(G d) | *]": (
         [range(12), range(12, 18), range(18, 24)],
-        [range(start, start + 3) for start in range(0, 18, 3)] + [range(18, 24)],  # nobody tells the heads of values
+        [range(start, start + 3) for start in range(0, 18, 3)] + [range(18, 24)],  # the heads of values are unknown
     ),
     "[* | k(G d)]": ([range(18, 24), range(18)], [range(18, 21), range(21, 24), range(18)]),
     "*(G 4 d)": ([range(24)], [range(12), range(12, 24)]),

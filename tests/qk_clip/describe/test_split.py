@@ -1,4 +1,4 @@
-"""Fused projections are stepped by Muon as if their matrices were apart."""
+"""Muon updates fused projections like separate matrices."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_latent_attention_is_split_into_keys_and_values_but_not_by_rotation() ->
     }
 
 
-def test_a_weight_that_lies_the_other_way_round_is_scaled_by_its_own_fan_out() -> None:
+def test_a_transposed_weight_is_scaled_by_its_own_fan_out() -> None:
     model = GPT2Model(GPT2Config(vocab_size=8, n_embd=8, n_layer=2, n_head=2, n_positions=8))
     attention, _ = recognise(model)
     parts = matrix_parts(model, attention, "qkv")
@@ -156,7 +156,7 @@ def test_an_unknown_split_is_refused(make: Any) -> None:
         make()
 
 
-def test_the_doors_pass_the_split_on() -> None:
+def test_callback_and_optimizer_pass_the_split_on() -> None:
     def update(**options: Any) -> Tensor:
         torch.manual_seed(0)
         module = nn.MultiheadAttention(8, 2, bias=False)
@@ -179,4 +179,4 @@ def test_the_doors_pass_the_split_on() -> None:
     assert all(map(is_orthogonal, heads.split(4)))
     assert is_orthogonal(whole)
     assert not all(map(is_orthogonal, whole.split(8)))
-    assert not torch.allclose(heads, apart, atol=1e-3)  # its halves are orthogonal too, but not each for itself
+    assert not torch.allclose(heads, apart, atol=1e-3)  # the whole is orthogonal, but its halves are not
