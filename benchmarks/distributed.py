@@ -232,8 +232,8 @@ def _rates(network: float) -> str:
     own, dtype = machine(), str(working_dtype(device())).removeprefix("torch.")
     return (
         f"Rates: {own['device']}, {own['threads']} thread, torch {own['torch']}: {_rate_of_products() / 1e9:.0f} GFLOP/s of"
-        f" {dtype} products and {copy_rate() / 1e9:.1f} GB/s of copies, both measured; a network of {network:g} GB/s a rank,"
-        " each way, is **assumed**. No GPU has measured any of this yet, and no cluster has."
+        f" {dtype} products and {copy_rate() / 1e9:.1f} GB/s of copies, both measured; a network of {network:g} GB/s per"
+        " rank and direction is **assumed**. Not measured on GPUs or clusters yet."
     )
 
 

@@ -104,7 +104,7 @@ def draw(results: dict[str, Any]) -> None:
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    print("| schedule | best rate | validation loss, mean of seeds | range | MFLOPs a step |\n|---|---|---|---|---|")
+    print("| schedule | best rate | validation loss, mean of seeds | range | MFLOPs per step |\n|---|---|---|---|---|")
     for name, by_rate in results["losses"].items():
         rates = sorted(float(rate) for rate in by_rate if by_rate[rate])
         left.plot(rates, [by_rate[str(rate)]["0"] for rate in rates], ".-", label=name)
