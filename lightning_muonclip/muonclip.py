@@ -1,4 +1,4 @@
-"""MuonClip: Muon, AdamW and QK-Clip as one torch optimizer, for training loops without Lightning."""
+"""MuonClip: Muon, AdamW and QK-Clip as one optimizer, for plain PyTorch."""
 
 from __future__ import annotations
 
@@ -9,50 +9,37 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_muonclip.optim.coefficients import Coefficients
 from lightning_muonclip.optim.muon import Muon
 from lightning_muonclip.optim.routing import split_params
 from lightning_muonclip.qk_clip.clip import ClipResult, QKClip
 from lightning_muonclip.qk_clip.describe.registry import recognise
 from lightning_muonclip.qk_clip.describe.spec import AttentionSpec
 from lightning_muonclip.qk_clip.describe.split import matrix_parts
+from lightning_muonclip.signatures import share_out, takes_keywords_of
 
 
 class MuonClip(Muon):
-    """The optimizer of Kimi K2 for a whole model: hidden matrices by Muon, the rest by AdamW, then QK-Clip.
+    """The optimizer of Kimi K2 for a whole model: Muon for hidden matrices, AdamW for the rest, then QK-Clip.
 
-    Watches the model's attention logits from construction until :meth:`close`.
+    Observes the model's attention logits from construction until :meth:`close`.
 
     Args:
         model: The model; frozen parameters are left out.
         lr: Learning rate of all groups.
         weight_decay: Decoupled weight decay of all groups.
-        momentum: Muon's momentum.
-        nesterov: Whether the momentum is Nesterov's.
-        ns_coefficients: Newton-Schulz schedule (see :class:`~lightning_muonclip.Muon`).
-        eps: Guards the division by a matrix's norm.
-        ns_steps: Number of Newton-Schulz iterations.
-        adjust_lr_fn: Update scale; ``"match_rms_adamw"`` lets AdamW's learning rate and weight decay carry over.
+        adjust_lr_fn: Scale of Muon's update; with ``"match_rms_adamw"`` AdamW's learning rate and weight decay carry over.
         betas: AdamW's.
         adamw_eps: AdamW's.
-        threshold: Largest logit that is left alone; ``None`` only monitors.
-        alpha: Share of a clip that the query weight takes, in [0, 1].
-        specs: The user's word on attention modules, by name.
-        shared_keys: What happens to a key that several queries share (see :class:`~lightning_muonclip.QKClip`).
-        qk_norm: ``"error"`` refuses attention with QK-norm, ``"monitor"`` only watches it, ``"gain"`` scales its gains.
-        logits: ``"exact"`` or ``"lse"`` observes; ``"off"`` expects the maxima in :meth:`step`.
-        lora: What happens to weights that LoRA adapts: ``"monitor"`` or ``"scale"`` (see
-            :class:`~lightning_muonclip.QKClip`).
-        every_n_steps: Measures and clips at the first of every n steps.
-        split: Fused projections are orthogonalised as separate queries, keys and values (``"qkv"``), as separate heads
-            (``"heads"``), or whole (``"none"``).
-        exclude: Shell-style patterns of parameter names that are kept from Muon.
+        specs: Layouts of attention modules by name, as :class:`~lightning_muonclip.QKClip` takes them.
+        split: What Muon orthogonalizes of a fused projection: queries, keys and values apart (``"qkv"``), every head
+            (``"heads"``), or all of it together (``"none"``).
+        exclude: Shell-style patterns of parameter names that AdamW steps.
         include: Patterns of matrices that Muon takes although they look like an embedding or an output head.
-        dtype: Working dtype of Newton-Schulz.
-        stack_numel: Most elements that are orthogonalised together (see :class:`~lightning_muonclip.Muon`).
         process_group: The ranks that train this model, if they are not all (see :class:`~lightning_muonclip.Muon`).
-        shard_momentum: Keeps the momentum of plain weights only on the rank that needs it (see
-            :class:`~lightning_muonclip.Muon`).
+        **options: Any other keyword of :class:`~lightning_muonclip.QKClip` (``threshold``, ``alpha``, ``shared_keys``,
+            ``qk_norm``, ``logits``, ``lora``, ``every_n_steps``) and of :class:`~lightning_muonclip.Muon` (``momentum``,
+            ``nesterov``, ``ns_coefficients``, ``ns_steps``, ``eps``, ``dtype``, ``stack_numel``, ``shard_momentum``). With
+            ``logits="off"`` the maxima are given to :meth:`step`.
 
     Raises:
         ValueError: If an argument is out of range, or the attention cannot be read.
@@ -69,70 +56,41 @@ class MuonClip(Muon):
         torch.Size([1, 2])
     """
 
+    @takes_keywords_of(QKClip, Muon, but=("observer", "params", "parts"))
     def __init__(
         self,
         model: nn.Module,
         lr: float | Tensor = 1e-3,
         weight_decay: float = 0.1,
-        momentum: float = 0.95,
-        nesterov: bool = True,
-        ns_coefficients: Coefficients | None = None,
-        eps: float = 1e-7,
-        ns_steps: int | None = None,
-        adjust_lr_fn: str | None = "match_rms_adamw",
         *,
+        adjust_lr_fn: str | None = "match_rms_adamw",
         betas: tuple[float, float] = (0.9, 0.95),
         adamw_eps: float = 1e-8,
-        threshold: float | None = 100.0,
-        alpha: float = 0.5,
         specs: Mapping[str, AttentionSpec | None] | None = None,
-        shared_keys: str = "query",
-        qk_norm: str = "error",
-        logits: str = "exact",
-        lora: str = "monitor",
-        every_n_steps: int = 1,
         split: str = "qkv",
         exclude: Sequence[str] = (),
         include: Sequence[str] = (),
-        dtype: torch.dtype | None = None,
-        stack_numel: int | None = None,
         process_group: dist.ProcessGroup | None = None,
-        shard_momentum: bool = False,
+        **options: Any,
     ) -> None:
+        clip_options, muon_options = share_out(options, QKClip, Muon)
         groups = split_params(model, exclude, include)
         for group in groups:
             if group["algorithm"] == "adamw":
                 group.update(betas=tuple(betas), eps=adamw_eps)
         attention, _ = recognise(model, specs)
+        parts = matrix_parts(model, attention, split)
         super().__init__(
             groups,
             lr,
             weight_decay,
-            momentum,
-            nesterov,
-            ns_coefficients,
-            eps,
-            ns_steps,
-            adjust_lr_fn,
-            dtype=dtype,
-            stack_numel=stack_numel,
+            adjust_lr_fn=adjust_lr_fn,
+            parts=parts,
             process_group=process_group,
-            shard_momentum=shard_momentum,
-            parts=matrix_parts(model, attention, split),
+            **muon_options,
         )
-        self.qk_clip: QKClip | None = QKClip(
-            model,
-            threshold,
-            alpha,
-            specs,
-            shared_keys,
-            qk_norm,
-            logits,
-            lora=lora,
-            every_n_steps=every_n_steps,
-            process_group=process_group,
-        )
-        #: What QK-Clip saw and did at the last step.
+        self.qk_clip: QKClip | None = QKClip(model, specs=specs, process_group=process_group, **clip_options)
+        #: Maxima and clips of the last step.
         self.last: ClipResult | None = None
 
     @torch.no_grad()
@@ -142,28 +100,28 @@ class MuonClip(Muon):
         *,
         max_logits: Tensor | Sequence[Sequence[float]] | None = None,
     ) -> Any:
-        """Steps Muon and AdamW, then clips by what was observed, or by the caller's ``max_logits``.
+        """Steps Muon and AdamW, then clips by the observed maxima or by ``max_logits``.
 
         Args:
-            closure: Evaluates the model again and returns the loss.
-            max_logits: One list of numbers a layer, or a tensor of shape (layers, heads).
+            closure: Reevaluates the model and returns the loss.
+            max_logits: One list of numbers per layer, or a tensor of shape (layers, heads).
         """
         if self.qk_clip is None:
             raise RuntimeError(
-                "a copy of MuonClip observes no model, so it cannot clip; make a new one, MuonClip(model, ...), and load the"
-                " state_dict() of the first into it"
+                "this copy of a MuonClip observes no model, so it cannot clip; create MuonClip(model, ...) and load the"
+                " state_dict() of the original"
             )
         loss = self._update(closure)
         self.last = self.qk_clip.step(max_logits)
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        """State of the optimizer, and under ``"qk_clip"`` that of QK-Clip."""
+        """The state of the optimizer, with that of QK-Clip under ``"qk_clip"``."""
         own = {} if self.qk_clip is None else {"qk_clip": self.qk_clip.state_dict()}
         return super().state_dict() | own
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Loads the state of a MuonClip, or of a :class:`Muon` with the same groups."""
+        """Loads the state of a MuonClip, or of a :class:`~lightning_muonclip.Muon` with the same groups."""
         state = dict(state_dict)
         clips = state.pop("qk_clip", None)
         super().load_state_dict(state)

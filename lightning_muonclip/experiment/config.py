@@ -3,105 +3,64 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import operator
-from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field, fields, make_dataclass
 from typing import Any, Optional
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from lightning_muonclip import Attention, MultiheadLatentAttention, MuonClipCallback
+from lightning_muonclip.experiment.gpt import GPT
+
 # OmegaConf reads these annotations at run time; on Python 3.10 it does not support X | None.
 # ruff: noqa: UP045
 
 
-@dataclass
-class MuonClipConfig:
-    """Arguments of :class:`~lightning_muonclip.MuonClipCallback`."""
+def schema_of(cls: type, path: str, given: Collection[str] = (), partial: bool = False) -> type:
+    """A dataclass of the arguments of a class, by which OmegaConf checks a node.
 
-    _target_: str = "lightning_muonclip.MuonClipCallback"
-    threshold: Optional[float] = 100.0
-    alpha: float = 0.5
-    lr: Optional[float] = None
-    weight_decay: Optional[float] = None
-    momentum: float = 0.95
-    nesterov: bool = True
-    ns_coefficients: Any = None
-    adjust_lr_fn: Optional[str] = "match_rms_adamw"
-    shared_keys: str = "query"
-    qk_norm: str = "error"
-    logits: str = "exact"
-    specs: Any = None
-    verify: bool = False
-    lora: str = "monitor"
-    every_n_steps: int = 1
-    split: str = "qkv"
-    exclude: list[str] = field(default_factory=list)
-    include: list[str] = field(default_factory=list)
-    log_heads_every_n_steps: Optional[int] = None
-    ns_steps: Optional[int] = None
-    dtype: Optional[str] = None
-    shard_momentum: bool = False
+    Args:
+        cls: The class.
+        path: Where it is imported from.
+        given: Arguments that the code passes, and no config.
+        partial: Whether the node makes a factory.
+    """
+    keys: list[tuple[str, Any, Any]] = [("_target_", str, path)]
+    if partial:
+        keys.append(("_partial_", bool, True))
+    for name, parameter in inspect.signature(cls, eval_str=True).parameters.items():
+        if name not in given:
+            default = MISSING if parameter.default is parameter.empty else parameter.default
+            if isinstance(default, tuple):
+                keys.append((name, list[str], field(default_factory=list)))
+            else:
+                keys.append((name, _scalar_type(parameter.annotation), default))
+    return make_dataclass(f"{cls.__name__}Config", keys)
 
 
-@dataclass
-class AttentionConfig:
-    """Arguments of :class:`~lightning_muonclip.Attention`; ``hidden_size`` comes from the model."""
+def _scalar_type(annotation: Any) -> Any:
+    """What OmegaConf is to check of an argument: scalars, also where they may be absent."""
+    for scalar in (bool, int, float, str):
+        if annotation in (scalar, scalar | None):
+            return scalar if annotation is scalar else Optional[scalar]
+    return Any
 
-    _target_: str = "lightning_muonclip.Attention"
-    _partial_: bool = True
-    num_attention_heads: int = MISSING
-    num_key_value_heads: Optional[int] = None
-    head_dim: Optional[int] = None
-    attention_bias: bool = False
-    qk_norm: bool = False
-    rope_theta: Optional[float] = 10000.0
-    rms_norm_eps: float = 1e-6
-    output_bias: Optional[bool] = None
-    rope_scaling: Any = None
-    sliding_window: Optional[int] = None
-    softcap: Optional[float] = None
-    sinks: bool = False
-    scaling: Optional[float] = None
-    score_mod: Any = None
-    backend: str = "auto"
+
+MuonClipConfig = schema_of(MuonClipCallback, "lightning_muonclip.MuonClipCallback")
+AttentionConfig = schema_of(Attention, "lightning_muonclip.Attention", ["hidden_size"], partial=True)
+LatentAttentionConfig = schema_of(
+    MultiheadLatentAttention, "lightning_muonclip.MultiheadLatentAttention", ["hidden_size"], partial=True
+)
 
 
 @dataclass
-class LatentAttentionConfig:
-    """Arguments of :class:`~lightning_muonclip.MultiheadLatentAttention`; ``hidden_size`` comes from the model."""
-
-    _target_: str = "lightning_muonclip.MultiheadLatentAttention"
-    _partial_: bool = True
-    num_attention_heads: int = MISSING
-    kv_lora_rank: int = MISSING
-    qk_nope_head_dim: int = MISSING
-    qk_rope_head_dim: int = MISSING
-    v_head_dim: int = MISSING
-    q_lora_rank: Optional[int] = None
-    attention_bias: bool = False
-    rope_theta: float = 10000.0
-    rms_norm_eps: float = 1e-6
-    rope_scaling: Any = None
-    sliding_window: Optional[int] = None
-    softcap: Optional[float] = None
-    sinks: bool = False
-    score_mod: Any = None
-    backend: str = "auto"
-
-
-@dataclass
-class ModelConfig:
+class ModelConfig(schema_of(GPT, "lightning_muonclip.experiment.gpt.GPT")):  # type: ignore[misc]
     """Arguments of :class:`~lightning_muonclip.experiment.gpt.GPT`; ``vocab_size`` comes from the data if it is null."""
 
-    _target_: str = "lightning_muonclip.experiment.gpt.GPT"
-    attention: Any = MISSING
     vocab_size: Optional[int] = None
-    hidden_size: int = 128
-    num_hidden_layers: int = 4
-    intermediate_size: Optional[int] = None
-    mlp: str = "relu2"
-    sliding_window: Optional[list[Optional[int]]] = None
 
 
 @dataclass
@@ -127,7 +86,7 @@ class TrainConfig:
     base_hidden_size: Optional[int] = None
     lit: ScheduleConfig = field(default_factory=ScheduleConfig)
     optimizer: Any = MISSING
-    muonclip: Optional[MuonClipConfig] = None
+    muonclip: Any = None
     trainer: Any = MISSING
     logger: Any = None
     callbacks: Any = None

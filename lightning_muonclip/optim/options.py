@@ -1,4 +1,4 @@
-"""What Muon can be told, and errors that name what it cannot."""
+"""Checks of Muon's options, parameters and states."""
 
 from __future__ import annotations
 
@@ -28,10 +28,13 @@ def check_muon_options(
     nesterov: bool,
     ns_coefficients: Any,
     adjust_lr_fn: str | None,
-    eps: float = 1e-7,
-    ns_steps: int | None = None,
+    eps: float,
+    ns_steps: int | None,
+    dtype: torch.dtype | str | None = None,
+    stack_numel: int | None = None,
+    **_: Any,
 ) -> None:
-    """Raises ValueError, naming the option, its value and what is possible, unless Muon can run so."""
+    """Raises ValueError if an option is out of range, with its value and what is possible."""
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"a tensor lr must have one element, got shape {tuple(lr.shape)}")
     for name, value in {"lr": lr, "weight_decay": weight_decay, "eps": eps}.items():
@@ -40,34 +43,37 @@ def check_muon_options(
     if not 0 <= momentum < 1:
         raise ValueError(f"momentum must be in [0, 1), got {momentum}")
     if adjust_lr_fn is not None and adjust_lr_fn not in LR_ADJUSTMENTS:
-        raise ValueError(f"unknown adjust_lr_fn {adjust_lr_fn!r}; known: {', '.join(LR_ADJUSTMENTS)}")
+        raise ValueError(f"unknown adjust_lr_fn {adjust_lr_fn!r}; use one of {', '.join(LR_ADJUSTMENTS)}, or None")
+    if stack_numel is not None and (not isinstance(stack_numel, int) or stack_numel < 1):
+        raise ValueError(f"stack_numel must be a positive integer, or None for the default; got {stack_numel!r}")
     resolve_schedule(ns_coefficients, ns_steps)
+    as_dtype(dtype)
 
 
 def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """A dtype, also by its name, such as ``"float32"``; raises ValueError unless it is of floating point."""
+    """The dtype of this name, such as ``"float32"``, or itself. Raises ValueError unless it is floating-point."""
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if dtype is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
-        raise ValueError(f"dtype is a floating-point torch.dtype, such as torch.float32, or None; got {dtype!r}")
+        raise ValueError(f"dtype must be a floating-point torch.dtype, its name, or None; got {dtype!r}")
     return found
 
 
 def check_matrices(group: dict[str, Any]) -> None:
-    """Raises ValueError, naming the parameter, if one of a group is no matrix of the group's kind."""
+    """Raises ValueError if a parameter of a group is not a matrix of the group's kind."""
     names = group.get("param_names") or [f"parameter {i}" for i in range(len(group["params"]))]
     fits = {"matrix": lambda p: p.ndim == 2, "experts": lambda p: p.ndim >= 3, "convolution": lambda p: p.ndim >= 3}
     for name, p in zip(names, group["params"]):
         if p.is_complex() or not fits[group["kind"]](p):
             raise ValueError(
-                f"Muon orthogonalises real matrices, but {name} has shape {tuple(p.shape)} and dtype {p.dtype} in a group of"
-                f" kind {group['kind']!r}; put it into one with kind='experts' if it is a batch of matrices, with"
-                " kind='convolution' if it is a convolution's (out, in, kernel...), or with algorithm='adamw' (split_params"
-                " does so)"
+                f"{name} is not a real matrix: it has shape {tuple(p.shape)} and dtype {p.dtype} in a group of kind"
+                f" {group['kind']!r}. Move it to a group with kind='experts' if it is a batch of matrices, with"
+                " kind='convolution' if it is a convolution weight (out, in, kernel...), or with algorithm='adamw';"
+                " split_params does so"
             )
 
 
 def check_state(state_dict: dict[str, Any], param_groups: Sequence[dict[str, Any]]) -> None:
-    """Raises ValueError, naming the parameter, if another algorithm's state is meant for Muon or AdamW."""
+    """Raises ValueError if a parameter's saved state is not of the algorithm that steps it."""
     needed = {"muon": "momentum_buffer", "adamw": "exp_avg"}
     for saved, group in zip(state_dict["param_groups"], param_groups):
         names = group.get("param_names") or [f"parameter {i}" for i in saved["params"]]
@@ -75,7 +81,7 @@ def check_state(state_dict: dict[str, Any], param_groups: Sequence[dict[str, Any
             state = state_dict["state"].get(i)
             if state and needed[group["algorithm"]] not in state:
                 raise ValueError(
-                    f"{name} is stepped by {group['algorithm']}, but the state to load has {', '.join(state)} for it: it is"
-                    " of another optimizer, or its groups are in another order. Start from the weights alone, or load it"
-                    " into the optimizer that it is of"
+                    f"the state to load has {', '.join(state)} for {name}, which {group['algorithm']} steps: it is the state"
+                    " of another optimizer, or its groups are in another order. Load it into an optimizer with the same"
+                    " groups, or start from the weights alone"
                 )

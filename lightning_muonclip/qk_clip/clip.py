@@ -1,4 +1,4 @@
-"""QK-Clip: after the optimizer's step, scales the query and key rows of every head whose logits passed the threshold."""
+"""QKClip: scales the query and key weights of every head whose largest logit exceeds the threshold."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from lightning_muonclip.qk_clip.verify import Verification, verify_attention
 
 @dataclass(frozen=True)
 class ClipResult:
-    """What one step of QK-Clip saw and did; all on the device, nothing is read on the host.
+    """Maxima and clips of one step, as tensors on the device.
 
     Attributes:
-        max_logits: Shape (layers, most heads), reduced over ranks; -inf where there is no such head or nothing was seen,
-            +inf where a logit was not finite.
+        max_logits: Shape (layers, most heads), reduced over ranks; -inf where a layer has no such head or nothing was
+            recorded, +inf where a logit was not finite.
         gamma: Same shape; 1 where nothing was clipped.
     """
 
@@ -40,7 +40,7 @@ class ClipResult:
 
     @property
     def max_logit(self) -> Tensor:
-        """The largest finite logit of the model, a scalar; -inf if there is none."""
+        """The largest finite logit of the model, a scalar; -inf if none was recorded."""
         return self.max_logits.masked_fill(self.max_logits.isposinf(), float("-inf")).max()
 
     @property
@@ -60,35 +60,35 @@ class ClipResult:
 
 
 class QKClip:
-    """Caps the attention logits of every head, by any optimizer, in plain PyTorch.
+    """Caps the attention logits of every head, with any optimizer, in plain PyTorch.
 
-    Observes from construction until :meth:`close`; also a context manager.
+    Observes the model from construction until :meth:`close`; also a context manager.
 
     Args:
-        model: The model. Its attention modules are found by class, by names and shapes, or by ``specs``. Which weights are
-            trained is read once: make a new QKClip after freezing or unfreezing. Of attention that only hooks can hear
-            (GPT-J, Bloom, ...) a model that is compiled already is compiled anew.
-        threshold: Largest logit that is left alone; ``None`` only monitors.
-        alpha: Share of the clip that the query weight takes, in [0, 1].
-        specs: The user's word on attention modules, by module name; ``None`` as a value leaves a module alone.
-        shared_keys: What happens to a key that several queries share: ``"query"``, ``"group"``, ``"min_k"`` or
+        model: The model. Its attention modules are found by class, by names and shapes, or by ``specs``. Create a new
+            QKClip after freezing or unfreezing weights. A compiled model whose attention is observed by hooks (Bloom,
+            MPT, ...) is recompiled.
+        threshold: Logits above this are clipped; ``None`` only monitors.
+        alpha: Share of a clip that the query weight takes, in [0, 1].
+        specs: Layouts of attention modules by module name; ``None`` as a value leaves that module alone.
+        shared_keys: How a key that several query heads share is treated: ``"query"``, ``"group"``, ``"min_k"`` or
             ``"compensate"`` (see :func:`~lightning_muonclip.qk_clip.rule.key_factors`).
-        qk_norm: Normalised queries or keys do not feel a factor on their weights: ``"error"`` refuses them,
-            ``"monitor"`` only watches them, ``"gain"`` scales the gains of the norms instead (a gain that all heads share
-            by the smallest gamma among them).
-        logits: ``"exact"`` measures the logits in every training forward; ``"lse"`` takes an upper bound (at most ln(n) too
-            high for n keys) where the attention's kernel tells it for free, and measures elsewhere; ``"off"`` measures
-            nothing, for a caller who gives :meth:`step` the maxima.
-        lora: Weights that LoRA (peft) adapts: ``"monitor"`` only watches their layers, ``"scale"`` scales the frozen base
-            and every ``B`` together, which is exact; adapters saved alone then no longer fit the base that they came from.
-        every_n_steps: Measures, and clips, at the first of every n steps.
-        observer: Watches the model already and is shared; ``None`` makes one.
-        process_group: The ranks that see different data or, under tensor parallelism, different heads; ``None`` is all
-            ranks.
+        qk_norm: A norm behind the projection cancels a factor on its weight. ``"error"`` refuses such attention,
+            ``"monitor"`` only watches it, and ``"gain"`` scales the gains of the norms; a gain that all heads share is
+            scaled by the smallest gamma among them.
+        logits: ``"exact"`` measures the logits in every training forward. ``"lse"`` takes an upper bound (at most ln(n)
+            too high for n keys) where the attention kernel returns it, and measures elsewhere. ``"off"`` measures nothing,
+            for callers that pass the maxima to :meth:`step`.
+        lora: For layers that LoRA (peft) adapts: ``"monitor"`` only watches them; ``"scale"`` scales the frozen base and
+            every ``B`` together, which is exact, but adapters saved alone then no longer fit the original base.
+        every_n_steps: Measures and clips at the first of every n steps.
+        observer: An observer of the model to share; ``None`` creates one.
+        process_group: The ranks that see different data or, under tensor parallelism, different heads; ``None`` is the
+            default group.
 
     Raises:
-        ValueError: If an argument is out of range, there is no attention or one that cannot be read, or a query or key
-            is normalised after its projection.
+        ValueError: If an argument is out of range, the model has no attention or attention that cannot be read, or queries
+            or keys are normalized after their projection.
 
     Source: Kimi K2, arXiv 2507.20534, section 2.1 and algorithm 1.
 
@@ -143,16 +143,16 @@ class QKClip:
 
     @property
     def params(self) -> list[Tensor]:
-        """The weights and biases that a clip scales; none if it only monitors."""
+        """The weights and biases that a clip scales; empty if it only monitors."""
         return [] if self._plan is None else self._plan.params
 
     @property
     def max_logits(self) -> Tensor:
-        """Largest logits since the last step on this rank, shape (layers, most heads); -inf where nothing was seen."""
+        """Largest logits on this rank since the last step, shape (layers, most heads); -inf where nothing was recorded."""
         return self.observer.ledger.values.clone()
 
     def attach(self, optimizer: Optimizer) -> None:
-        """Runs :meth:`step` after every step that ``optimizer`` makes."""
+        """Runs :meth:`step` after every step of ``optimizer``."""
 
         def clip(*_: Any) -> None:
             self.step()
@@ -161,17 +161,17 @@ class QKClip:
 
     @torch.no_grad()
     def step(self, max_logits: Tensor | Sequence[Sequence[float]] | None = None) -> ClipResult:
-        """Clips every head whose largest logit since the last step passed the threshold, then starts anew.
+        """Clips every head whose largest logit since the last step exceeds the threshold, then resets the maxima.
 
-        One all-reduce when several ranks train; no host synchronisation. With ``every_n_steps``, the steps between do
+        Takes one all-reduce over the ranks, and no host synchronization. With ``every_n_steps``, the steps between do
         nothing.
 
         Args:
-            max_logits: The caller's maxima instead of the observed ones: one list of numbers a layer, or a tensor of
-                shape (layers, heads).
+            max_logits: Maxima to use instead of the observed ones: one list of numbers per layer, or a tensor of shape
+                (layers, heads).
 
         Raises:
-            ValueError: If ``max_logits`` does not have one row a layer and one number a head.
+            ValueError: If ``max_logits`` does not have one row per layer and one number per head.
         """
         with torch.profiler.record_function("muonclip::qk_clip"):
             observed = self.observer.ledger.values if max_logits is None else self._as_table(max_logits)
@@ -191,7 +191,7 @@ class QKClip:
 
     @property
     def sides(self) -> dict[str, str]:
-        """What a clip scales in every layer: ``"q and k"``, ``"q"``, ``"k"``, or ``"watched (...)"`` and why."""
+        """What a clip scales in every layer: ``"q and k"``, ``"q"``, ``"k"``, or ``"watched (reason)"``."""
         sides = ["watched (threshold=None)"] * len(self.layers) if self._plan is None else self._plan.sides
         return dict(zip(self.layers, sides))
 
@@ -199,14 +199,14 @@ class QKClip:
         unseen = [recorder.name or "(model)" for recorder in self.observer.recorders if recorder.source is None]
         if unseen:
             warnings.warn(
-                f"no logits were seen from {', '.join(unseen)}, so QK-Clip does not act there: the modules were not used,"
-                " or are in eval mode, as Hugging Face's from_pretrained returns them (call model.train())",
+                f"no logits were recorded in {', '.join(unseen)}, so QK-Clip does not act there. The modules were not"
+                " called, or are in eval mode, as from_pretrained of Hugging Face returns them; call model.train()",
                 stacklevel=3,
             )
 
     @property
     def is_due(self) -> bool:
-        """Whether the step under way is measured and clipped."""
+        """Whether the current step is measured and clipped."""
         return self._steps % self.every_n_steps == 0
 
     def _count(self, steps: int) -> None:
@@ -216,21 +216,20 @@ class QKClip:
 
     @torch.no_grad()
     def verify(self, *args: Any, **kwargs: Any) -> Verification:
-        """Proves every spec: halving one head's queries or keys has to halve those, its largest logit, and no other.
+        """Proves every spec: halving the query or key weights of one head halves its largest logit and no other.
 
-        Runs the model once on the inputs, then the attention modules alone, on copies with random weights added: nothing
-        is changed, and nothing recorded. It takes two forwards of an attention module for every head.
+        Runs the model once on the inputs, then copies of the attention modules with random weights. Changes and records
+        nothing. Takes two forwards of an attention module per head.
 
         Args:
             *args: Inputs of the model.
-            **kwargs: The same by name.
+            **kwargs: Keyword inputs of the model.
 
         Returns:
-            What was tried and found; ``print`` shows a table.
+            Expected and observed values; ``print`` shows a table.
 
         Raises:
-            ValueError: If a spec is wrong, naming the layer, the head, what was expected and found; or if a layer was not
-                used, or its weights are sharded over devices.
+            ValueError: If a spec is wrong, a layer was not called, or its weights are sharded over devices.
 
         Example:
             >>> from lightning_muonclip import Attention
@@ -244,20 +243,20 @@ class QKClip:
         return self.verify_inputs(capture)
 
     def verify_inputs(self, capture: Capture) -> Verification:
-        """:meth:`verify` on what the attention modules were given in a forward that was captured."""
+        """:meth:`verify` on the inputs of the attention modules in a captured forward."""
         scales = self._plan is not None
         return verify_attention(self.observer.attention, capture.inputs, self._qk_norm, self._lora, scales=scales)
 
     def summary(self) -> str:
-        """A table of the layers: class, heads, layout, where their logits come from, and which sides are scaled."""
+        """A table of the layers: class, heads, layout, source of the logits, and what a clip scales."""
         return summary_table(self.observer, list(self.sides.values()))
 
     def discard(self) -> None:
-        """Forgets what was seen since the last step, for a step that was skipped."""
+        """Drops the maxima since the last step, after a step that was skipped."""
         self.observer.discard()
 
     def close(self) -> None:
-        """Stops observing, unless the observer is shared, and detaches from optimizers. May be called twice."""
+        """Stops observing, unless the observer is shared, and detaches from optimizers."""
         if self._owns_observer:
             self.observer.close()
         for handle in self._handles:
@@ -265,7 +264,7 @@ class QKClip:
         self._handles = []
 
     def state_dict(self) -> dict[str, Any]:
-        """How often each head was clipped, and the number of steps: the same on every rank."""
+        """The clip counts of every head and the number of steps, equal on every rank."""
         return {"clips": self.clips.cpu(), "steps": self._steps}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -277,8 +276,8 @@ class QKClip:
         clips = state_dict["clips"]
         if clips.shape != self.clips.shape:
             raise ValueError(
-                f"the saved clip counts are for {tuple(clips.shape)} (layers, heads), this model has"
-                f" {tuple(self.clips.shape)}; load them into the model that they were saved from"
+                f"the saved clip counts have shape {tuple(clips.shape)} (layers, heads), but the model needs"
+                f" {tuple(self.clips.shape)}; load them into a model with the same attention layers"
             )
         self.clips = clips.to(self.clips.device, copy=True)
         self._count(state_dict.get("steps", 0))
@@ -298,7 +297,9 @@ class QKClip:
         given = [tuple(row.shape) for row in rows]
         layers, widest = table.shape
         if given not in ([(heads,) for heads in ledger.heads], [(widest,)] * layers):
-            raise ValueError(f"max_logits must have {list(ledger.heads)} heads, one row a layer; got rows of {given}")
+            raise ValueError(
+                f"max_logits has rows of shapes {given}; give one row per layer, of {list(ledger.heads)} heads"
+            )
         for target, heads, row in zip(table, ledger.heads, rows):
             target[:heads] = row[:heads]
         return table
@@ -310,10 +311,11 @@ def check_clip_options(
     shared_keys: str,
     qk_norm: str,
     logits: str,
-    lora: str = "monitor",
-    every_n_steps: int = 1,
+    lora: str,
+    every_n_steps: int,
+    **_: Any,
 ) -> None:
-    """Raises ValueError, naming the option, its value and what is possible, unless QK-Clip can run so."""
+    """Raises ValueError if an option is out of range, with its value and what is possible."""
     check_threshold(threshold)
     check_alpha(alpha)
     _check_choice("shared_keys", shared_keys, SHARED_KEYS)
@@ -326,4 +328,4 @@ def check_clip_options(
 
 def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
-        raise ValueError(f"unknown {name} {value!r}; known: {', '.join(known)}")
+        raise ValueError(f"unknown {name} {value!r}; use one of {', '.join(known)}")

@@ -1,4 +1,4 @@
-"""MuonClipCallback: arms a Lightning Trainer with Muon and QK-Clip, applies both at every step, and clears up."""
+"""MuonClipCallback: adds Muon and QK-Clip to a Trainer, applies both at every step, and removes them again."""
 
 from __future__ import annotations
 
@@ -13,11 +13,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_muonclip.optim.coefficients import Coefficients
 from lightning_muonclip.optim.muon import Muon
-from lightning_muonclip.optim.options import as_dtype, check_muon_options
-from lightning_muonclip.optim.routing import Route, route_params, routes_under, routing_table
-from lightning_muonclip.optim.stacking import KINDS
+from lightning_muonclip.optim.options import check_muon_options
+from lightning_muonclip.optim.routing import route_params, routes_under, routing_table
 from lightning_muonclip.parallel.grad_norm import clip_grad_norm_, total_norm
 from lightning_muonclip.parallel.shards import to_local
 from lightning_muonclip.qk_clip.clip import ClipResult, QKClip, check_clip_options
@@ -25,6 +23,7 @@ from lightning_muonclip.qk_clip.describe.registry import recognise
 from lightning_muonclip.qk_clip.describe.spec import AttentionSpec
 from lightning_muonclip.qk_clip.describe.split import check_split, matrix_parts
 from lightning_muonclip.qk_clip.observe.capture import Capture
+from lightning_muonclip.signatures import share_out, takes_keywords_of
 from lightning_muonclip.trainer.checkpoints import (
     WITHOUT_CALLBACK,
     emptied_groups,
@@ -34,6 +33,7 @@ from lightning_muonclip.trainer.checkpoints import (
     warn_of_other_settings,
 )
 from lightning_muonclip.trainer.checks import check_fit, scaler_of, users_optimizer
+from lightning_muonclip.trainer.groups import FollowingGroups
 from lightning_muonclip.trainer.mixin import MaxLogitsMixin
 from lightning_muonclip.trainer.strategies import check_strategy, restores_optimizers
 
@@ -42,41 +42,30 @@ class MuonClipCallback(Callback):
     """Trains any transformer with MuonClip: Muon for hidden matrices, the user's optimizer for the rest, QK-Clip.
 
     When fitting starts, hidden matrices move from the user's optimizer to a :class:`~lightning_muonclip.Muon` in
-    ``trainer.optimizers``, whose groups follow the learning rate and weight decay of the groups that they came from: any
-    scheduler, LearningRateMonitor and checkpoint goes on working. At every step the gradients of both are clipped
-    together if the Trainer clips, Muon steps, and QK-Clip acts once all query and key weights are updated.
+    ``trainer.optimizers``. Its groups follow the learning rate and weight decay of the groups that the matrices came from,
+    so schedulers, LearningRateMonitor and checkpoints work as before. At every step the gradients of both optimizers are
+    clipped together if the Trainer clips, Muon steps, and QK-Clip runs once all query and key weights are updated.
 
     Logs ``muonclip/max_logit``, ``muonclip/min_gamma``, ``muonclip/clipped_heads`` and ``muonclip/nonfinite``.
 
     Args:
-        threshold: Largest logit that is left alone; ``None`` only monitors.
+        threshold: Attention logits above this are clipped; ``None`` only monitors.
         alpha: Share of a clip that the query weight takes, in [0, 1].
-        lr: ``None`` follows the user's groups; a number is Muon's own base rate under the same schedule, taken relative to
-            the rate that the scheduler starts from (for OneCycleLR that is ``max_lr / div_factor``).
-        weight_decay: ``None`` follows the user's groups; a number is Muon's own.
-        momentum: Muon's momentum.
-        nesterov: Whether the momentum is Nesterov's.
-        ns_coefficients: Newton-Schulz schedule (see :class:`~lightning_muonclip.Muon`).
-        adjust_lr_fn: Update scale; ``"match_rms_adamw"`` lets AdamW's learning rate and weight decay carry over.
-        shared_keys: What happens to a key that several queries share (see :class:`~lightning_muonclip.QKClip`).
-        qk_norm: ``"error"`` refuses attention with QK-norm, ``"monitor"`` only watches it, ``"gain"`` scales its gains.
-        logits: ``"exact"`` measures every training forward; ``"lse"`` takes an upper bound where that is free; ``"off"``
-            leaves QK-Clip out altogether.
-        specs: The user's word on attention modules, by name.
-        verify: Proves on the first batch that every spec scales the weights of its heads (see
+        lr: Muon's own base learning rate, scheduled as the user's groups are: relative to the rate that their scheduler
+            starts from (``max_lr / div_factor`` for OneCycleLR). ``None`` follows the user's groups.
+        weight_decay: Muon's own weight decay; ``None`` follows the user's groups.
+        adjust_lr_fn: Scale of Muon's update; with ``"match_rms_adamw"`` AdamW's learning rate and weight decay carry over.
+        specs: Layouts of attention modules by name, as :class:`~lightning_muonclip.QKClip` takes them.
+        verify: Whether to prove on the first batch that every spec scales the weights of its heads (see
             :meth:`QKClip.verify <lightning_muonclip.QKClip.verify>`).
-        lora: What happens to weights that LoRA adapts: ``"monitor"`` or ``"scale"`` (see
-            :class:`~lightning_muonclip.QKClip`).
-        every_n_steps: Measures and clips at the first of every n steps.
-        split: Fused projections are orthogonalised as separate queries, keys and values (``"qkv"``), as separate heads
-            (``"heads"``), or whole (``"none"``).
+        split: What Muon orthogonalizes of a fused projection: queries, keys and values apart (``"qkv"``), every head
+            (``"heads"``), or all of it together (``"none"``).
         exclude: Shell-style patterns of parameter names that stay with the user's optimizer.
         include: Patterns of matrices that Muon takes although they look like an embedding or an output head.
-        log_heads_every_n_steps: Sends every head's maximum to the loggers at this interval; ``None`` never does.
-        ns_steps: Number of Newton-Schulz iterations; ``None`` is the schedule's own.
-        dtype: Working dtype of Newton-Schulz, or its name; ``None`` is the fastest that the device has in hardware.
-        shard_momentum: Under DDP, keeps Muon's momentum only on the rank that needs it (see
-            :class:`~lightning_muonclip.Muon`).
+        log_heads_every_n_steps: Logs every head's maximum at this interval; ``None`` never does.
+        **options: Any other keyword of :class:`~lightning_muonclip.QKClip` (``shared_keys``, ``qk_norm``, ``logits``,
+            ``lora``, ``every_n_steps``) and of :class:`~lightning_muonclip.Muon` (``momentum``, ``nesterov``,
+            ``ns_coefficients``, ``ns_steps``, ``eps``, ``dtype``, ``stack_numel``, ``shard_momentum``).
 
     Raises:
         ValueError: If an argument is out of range; when fitting starts, if the Trainer, the optimizer or the model cannot
@@ -90,68 +79,44 @@ class MuonClipCallback(Callback):
         trainer.fit(model, data)
     """
 
+    @takes_keywords_of(QKClip, Muon, but=("model", "observer", "process_group", "params", "parts"))
     def __init__(
         self,
         threshold: float | None = 100.0,
         alpha: float = 0.5,
         lr: float | None = None,
         weight_decay: float | None = None,
-        momentum: float = 0.95,
-        nesterov: bool = True,
-        ns_coefficients: Coefficients | None = None,
+        *,
         adjust_lr_fn: str | None = "match_rms_adamw",
-        shared_keys: str = "query",
-        qk_norm: str = "error",
-        logits: str = "exact",
         specs: Mapping[str, AttentionSpec | None] | None = None,
         verify: bool = False,
-        lora: str = "monitor",
-        every_n_steps: int = 1,
         split: str = "qkv",
         exclude: Sequence[str] = (),
         include: Sequence[str] = (),
         log_heads_every_n_steps: int | None = None,
-        ns_steps: int | None = None,
-        dtype: torch.dtype | str | None = None,
-        shard_momentum: bool = False,
+        **options: Any,
     ) -> None:
-        check_clip_options(threshold, alpha, shared_keys, qk_norm, logits, lora, every_n_steps)
+        clip_options, muon_options = share_out(options, QKClip, Muon)
+        self._clip_options = {"threshold": threshold, "alpha": alpha, **clip_options}
+        self._muon_options = {"adjust_lr_fn": adjust_lr_fn, **muon_options}
+        check_clip_options(**self._clip_options)
+        check_muon_options(lr=lr or 0.0, weight_decay=weight_decay or 0.0, **self._muon_options)
         check_split(split)
-        if verify and logits == "off":
-            raise ValueError("verify=True proves what QK-Clip scales, but logits='off' leaves it out; drop one of them")
+        if verify and self._clip_options["logits"] == "off":
+            raise ValueError("verify=True needs QK-Clip, which logits='off' turns off; drop one of them")
         self.lr = lr
         self.weight_decay = weight_decay
-        self.exclude = tuple(exclude)
-        self.include = tuple(include)
         self.specs = specs
         self.verify = verify
         self.split = split
+        self.exclude = tuple(exclude)
+        self.include = tuple(include)
         self.log_heads_every_n_steps = log_heads_every_n_steps
-        self._muon_options: dict[str, Any] = {
-            "momentum": momentum,
-            "nesterov": nesterov,
-            "ns_coefficients": ns_coefficients,
-            "ns_steps": ns_steps,
-            "adjust_lr_fn": adjust_lr_fn,
-        }
-        check_muon_options(lr=lr or 0.0, weight_decay=weight_decay or 0.0, **self._muon_options)
-        self._muon_options |= {"dtype": as_dtype(dtype), "shard_momentum": shard_momentum}
-        self._clip_options: dict[str, Any] = {
-            "threshold": threshold,
-            "alpha": alpha,
-            "shared_keys": shared_keys,
-            "qk_norm": qk_norm,
-            "logits": logits,
-            "lora": lora,
-            "every_n_steps": every_n_steps,
-        }
         self.muon: Muon | None = None
         self.qk_clip: QKClip | None = None
-        #: What QK-Clip saw and did at the last step; ``None`` before the first, and after one that was skipped or not due.
+        #: Maxima and clips of the last step; ``None`` before the first, and after one that was skipped or not due.
         self.last: ClipResult | None = None
-        # For each of Muon's groups, the index of the user's group that it follows and that group's base learning rate.
-        # Indices, since loading a checkpoint replaces the dicts.
-        self._sources: list[tuple[int, float]] = []
+        self._groups: FollowingGroups | None = None
         self._restored_clips: dict[str, Any] | None = None
         self._handles: list[Any] = []
         self._capture: Capture | None = None
@@ -161,7 +126,7 @@ class MuonClipCallback(Callback):
     # Arm ------------------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuses what cannot work, before anything runs."""
+        """Checks that Trainer, module and strategy fit, before anything runs."""
         if stage != "fit":
             return
         self.muon, self.qk_clip, self.last, self._restored_clips = None, None, None, None
@@ -172,7 +137,7 @@ class MuonClipCallback(Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Refuses to resume from a checkpoint that was made without the callback."""
+        """Restores the clip counts; refuses a checkpoint that was saved without the callback."""
         if trainer.state.fn != "fit":
             return
         if len(checkpoint.get("optimizer_states", ())) == 1:
@@ -186,12 +151,9 @@ class MuonClipCallback(Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Adds how often each head was clipped, the same on every rank; all other state is the optimizers'.
-
-        Those are numbered so that the checkpoint can be resumed under any strategy.
-        """
+        """Adds the clip counts, which are equal on every rank; all other state is in the optimizers."""
         if self.muon is None:
-            return  # saved without having been fitted
+            return  # saved before fitting
         if self.qk_clip is not None:
             checkpoint["muonclip"] = self.qk_clip.state_dict()
         checkpoint["muonclip_groups"] = emptied_groups(trainer.optimizers[0])
@@ -203,51 +165,28 @@ class MuonClipCallback(Callback):
         )
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Moves the hidden matrices to Muon and starts to observe; optimizers exist, nothing is restored yet."""
+        """Moves the hidden matrices to Muon and starts to observe; the optimizers exist, and none is restored yet."""
         optimizer = users_optimizer(trainer)
         routes = routes_under(optimizer, route_params(pl_module, self.exclude, self.include))
-        self.muon = self._take_matrices(optimizer, routes, pl_module)
-        self._follow_user(optimizer, self.muon)
+        self._groups = FollowingGroups(optimizer, routes, self.lr, self.weight_decay)
+        attention, _ = recognise(pl_module, self.specs)
+        parts = matrix_parts(pl_module, attention, self.split)
+        self.muon = Muon(self._groups.groups, parts=parts, **self._muon_options)
+        self._groups.follow(optimizer, self.muon)
         if scaler_of(trainer) is not None and not any(group["params"] for group in optimizer.param_groups):
             raise ValueError(
-                f"Muon takes every parameter and leaves nothing for {type(optimizer).__name__}, which a GradScaler cannot"
-                " step; keep some parameters from Muon by exclude=[...], or train in bf16-mixed"
+                f"Muon takes every parameter of {type(optimizer).__name__}, and a GradScaler cannot step an empty optimizer;"
+                " exclude some parameters (exclude=[...]), or train in bf16-mixed"
             )
         trainer.optimizers = [*trainer.optimizers, self.muon]
         if restores_optimizers(trainer.strategy):
             warn_of_emptied_groups(optimizer)
         if self._clip_options["logits"] != "off":
             self._arm_qk_clip(optimizer, pl_module)
-        rank_zero_info(f"MuonClip: who steps what\n{routing_table(routes)}")
+        rank_zero_info(f"MuonClip routes the parameters as follows\n{routing_table(routes)}")
         if self.qk_clip is not None:
             sides = self.qk_clip.sides
-            rank_zero_info(
-                "QK-Clip, and what it scales: " + ", ".join(f"{name}: {side}" for name, side in sides.items())
-            )
-
-    def _take_matrices(self, optimizer: Optimizer, routes: Sequence[Route], pl_module: pl.LightningModule) -> Muon:
-        """Drops Muon's matrices from the user's groups, of which even an emptied one stays, and gives them to a Muon."""
-        taken = {route.param: route for route in routes if route.algorithm == "muon"}
-        groups = []
-        self._sources = []
-        for i, source in enumerate(optimizer.param_groups):
-            own = [taken[p] for p in source["params"] if p in taken]
-            for kind in sorted({route.kind for route in own}, key=KINDS.index):
-                matrices = [(route.name, route.param) for route in own if route.kind == kind]
-                groups.append({"params": matrices, "kind": kind, **_name_of(source, kind)})
-                self._sources.append((i, float(source.get("initial_lr", source["lr"]))))
-            if own:
-                kept = [j for j, p in enumerate(source["params"]) if p not in taken]
-                for key in ("params", "param_names"):
-                    if key in source:
-                        source[key] = [source[key][j] for j in kept]
-        if not groups:
-            raise ValueError(
-                f"no hidden matrix is left for Muon in {type(optimizer).__name__}. This is where parameters went:\n"
-                f"{routing_table(routes)}\nTake a look at exclude=, or remove the callback"
-            )
-        attention, _ = recognise(pl_module, self.specs)
-        return Muon(groups, **self._muon_options, parts=matrix_parts(pl_module, attention, self.split))
+            rank_zero_info("QK-Clip scales " + ", ".join(f"{name}: {side}" for name, side in sides.items()))
 
     def _arm_qk_clip(self, optimizer: Optimizer, pl_module: pl.LightningModule) -> None:
         observer = None
@@ -259,20 +198,20 @@ class MuonClipCallback(Callback):
             observer = pl_module.observe()
         self.qk_clip = QKClip(pl_module, specs=self.specs, observer=observer, **self._clip_options)
         self._restore_clips()
-        # Clip after the last update of a query or key weight; the user's optimizer steps after Muon.
+        # QK-Clip runs after the last update of a query or key weight; the user's optimizer steps after Muon.
         users = set(_params(optimizer))
         last = optimizer if any(p in users for p in self.qk_clip.params) else self.muon
         assert last is not None
         self._handles.append(last.register_step_post_hook(self._apply_qk_clip))
 
     def _restore_clips(self) -> None:
-        """Most strategies restore before fitting starts, FSDP2 after: whatever comes second calls with effect."""
+        """Takes effect once there is a QKClip and a checkpoint: FSDP2 restores after on_fit_start, others before."""
         if self.qk_clip is not None and self._restored_clips is not None:
             self.qk_clip.load_state_dict(self._restored_clips)
             self._restored_clips = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Notes where a resumed run goes on."""
+        """Notes the step that training starts from."""
         self._last_step, self._has_started = trainer.global_step, True
         if self.muon is not None:
             warn_of_other_settings(self.muon)
@@ -281,19 +220,20 @@ class MuonClipCallback(Callback):
         if trainer.gradient_clip_val and is_overridden("configure_gradient_clipping", pl_module):
             rank_zero_warn(
                 f"{type(pl_module).__name__} overrides configure_gradient_clipping, which sees only the gradients of"
-                f" {type(trainer.optimizers[0]).__name__}; MuonClipCallback clips all of them by gradient_clip_val before"
+                f" {type(trainer.optimizers[0]).__name__}; MuonClipCallback clips all gradients by gradient_clip_val before"
+                " it is called"
             )
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Forgets the result of the step before."""
+        """Clears the result of the previous step."""
         self.last = None
 
     # Apply ----------------------------------------------------------------------------------------------------------
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
-        """Verifies the specs by what the first forward gave to the attention modules."""
+        """Verifies the specs on the inputs of the attention modules in the first forward."""
         if self._capture is not None and self.qk_clip is not None:
             self._capture.close()
             verification = self.qk_clip.verify_inputs(self._capture)
@@ -306,12 +246,12 @@ class MuonClipCallback(Callback):
             self.muon.zero_grad()
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Under a GradScaler, lets a non-finite gradient of either optimizer make the scaler skip both."""
+        """Makes a GradScaler skip both optimizers if the gradients of either are not finite."""
         if scaler_of(trainer) is None:
             return
         grads = [[p.grad for p in _params(o) if p.grad is not None] for o in trainer.optimizers]
-        # 0 where all is finite, else NaN: added to one gradient of each optimizer it shows up where the scaler looks. A sum,
-        # since the maximum over ranks may lose a NaN.
+        # 0 if all gradients are finite, else NaN; the scaler finds it in one gradient of each optimizer. A sum, since a
+        # maximum over ranks may lose a NaN.
         poison = 0 * total_norm((g for own in grads for g in own), norm_type=1.0)
         for own in grads:
             for grad in [grad for grad in own if grad.numel()][:1]:
@@ -320,11 +260,12 @@ class MuonClipCallback(Callback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        """Clips the gradients of both optimizers together and steps Muon; QK-Clip follows by a hook after the step."""
+        """Clips the gradients of both optimizers together and steps Muon; QK-Clip runs in a hook after the last step."""
         assert self.muon is not None
+        assert self._groups is not None
         if all(p.grad is None for p in _params(self.muon)):
-            return  # training_step returned None: nothing to step, and nothing that a GradScaler could unscale
-        self._follow_user(optimizer, self.muon)
+            return  # training_step returned None
+        self._groups.follow(optimizer, self.muon)
         scaler = scaler_of(trainer)
         if scaler is not None:
             scaler.unscale_(self.muon)
@@ -334,17 +275,8 @@ class MuonClipCallback(Callback):
         else:
             self.muon.step()
 
-    def _follow_user(self, optimizer: Optimizer, muon: Muon) -> None:
-        for (i, base), group in zip(self._sources, muon.param_groups):
-            source = optimizer.param_groups[i]
-            rates = source.get("mup", {})  # of a group that muP has scaled, for AdamW
-            own, users = rates.get(group["adjust_lr_fn"] or "original", 1.0), rates.get("adamw", 1.0)
-            lr = source["lr"] / users if self.lr is None else self.lr * (source["lr"] / base if base else 1.0)
-            weight_decay = source.get("weight_decay", 0.0) * users if self.weight_decay is None else self.weight_decay
-            group["lr"], group["weight_decay"] = lr * own, weight_decay / own
-
     def _clip_gradients(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Clips over all parameters; Lightning's own clip of the user's share then finds nothing left to do."""
+        """Clips all gradients together; Lightning's own clip of the user's optimizer then changes nothing."""
         if not trainer.gradient_clip_val:
             return
         owned = {p for o in trainer.optimizers for p in _params(o)}
@@ -356,7 +288,7 @@ class MuonClipCallback(Callback):
 
     def _apply_qk_clip(self, *_: Any) -> None:
         if not self._has_started:
-            return  # FSDP2 makes optimizers step once, to have a state to restore into
+            return  # FSDP2 steps the optimizers once to initialize their state before it restores it
         assert self.qk_clip is not None
         is_due = self.qk_clip.is_due
         result = self.qk_clip.step()
@@ -367,12 +299,13 @@ class MuonClipCallback(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Logs what a step did; forgets what was seen if the step was skipped."""
+        """Logs the result of a step, or discards the maxima of a skipped one."""
         assert self.muon is not None
-        # Schedulers have stepped: monitors and checkpoints are to see the rate of the next step.
-        self._follow_user(trainer.optimizers[0], self.muon)
+        assert self._groups is not None
+        # Schedulers have stepped; monitors and checkpoints see the learning rate of the next step.
+        self._groups.follow(trainer.optimizers[0], self.muon)
         if trainer.global_step == self._last_step:
-            return  # gradients are being accumulated
+            return  # accumulating gradients
         self._last_step = trainer.global_step
         if self.last is not None:
             self._log(trainer, pl_module, self.last)
@@ -393,11 +326,11 @@ class MuonClipCallback(Callback):
                 logger.log_metrics(heads, step=trainer.global_step - 1)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Stops observing; the optimizers stay in the Trainer, so that a checkpoint can still be saved."""
+        """Stops observing; the optimizers stay in the Trainer so that checkpoints can still be saved."""
         self._disarm(pl_module)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Leaves model and torch as they were, also when training breaks off."""
+        """Stops observing; explains a checkpoint that could not be loaded."""
         self._disarm(pl_module)
         if not self._has_started:
             explain(trainer, exception)
@@ -413,13 +346,6 @@ class MuonClipCallback(Callback):
             self.qk_clip.close()
         if isinstance(pl_module, MaxLogitsMixin):
             pl_module.stop_observing()
-
-
-def _name_of(group: dict[str, Any], kind: str) -> dict[str, Any]:
-    """A name for Muon's share of a group that has one, as LearningRateMonitor wants them: no two alike."""
-    if "name" not in group:
-        return {}
-    return {"name": group["name"] if kind == "matrix" else f"{group['name']}-{kind}"}
 
 
 def _params(optimizer: Optimizer) -> list[Tensor]:

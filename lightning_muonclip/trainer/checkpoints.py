@@ -1,4 +1,4 @@
-"""Checkpoints of the callback: they move between strategies and numbers of ranks; those of others are refused."""
+"""Checkpoints that can be resumed under any strategy and number of ranks."""
 
 from __future__ import annotations
 
@@ -18,46 +18,45 @@ from lightning_muonclip.optim.muon import Muon
 from lightning_muonclip.trainer.strategies import restores_optimizers
 
 WITHOUT_CALLBACK = (
-    "this checkpoint was made without MuonClipCallback: its one optimizer holds the state of all parameters. Resume without"
-    " the callback, or start from its weights alone: LightningModule.load_from_checkpoint(path) and fit without ckpt_path"
+    "the checkpoint was saved without MuonClipCallback: it has one optimizer, with the state of all parameters. Resume"
+    " without the callback, or start from the weights alone: LightningModule.load_from_checkpoint(path), then fit without"
+    " ckpt_path"
 )
 
 
 def explain(trainer: pl.Trainer, exception: BaseException) -> None:
-    """Says in plain words why FSDP2 failed to load, if the reason is that the checkpoint was made without the callback.
+    """Raises ValueError if FSDP2 failed to load a checkpoint because it was saved without the callback.
 
-    Its strategy loads the optimizers before any callback could look at the checkpoint.
-
-    Raises:
-        ValueError: With two ways out.
+    The strategy loads the optimizers before any callback sees the checkpoint.
     """
     if trainer.state.fn == "fit" and restores_optimizers(trainer.strategy) and _optimizers_in(trainer.ckpt_path) == 1:
         raise ValueError(WITHOUT_CALLBACK) from exception
 
 
 def _optimizers_in(path: Any) -> int | None:
-    """How many optimizers a checkpoint has, if it can be told."""
+    """The number of optimizers in a checkpoint, if it can be read."""
     try:
         if not Path(path).is_dir():
             return len(torch.load(path, map_location="cpu", mmap=True)["optimizer_states"])
         saved = FileSystemReader(path).read_metadata().state_dict_metadata
         return len({key.partition(".")[0] for key in saved if key.startswith("optimizer_")})
-    except Exception:  # whatever is wrong with it, Lightning has said so already
+    except Exception:  # Lightning has already reported what is wrong with it
         return None
 
 
 def number_as_in_model(
     states: Sequence[dict[str, Any]], optimizers: Sequence[Optimizer], model: nn.Module, *, already: bool
 ) -> None:
-    """Numbers the parameters in states of optimizers as the model does, and not each optimizer for itself.
+    """Numbers the parameters in optimizer states in the order of ``model.parameters()``.
 
-    So Lightning understands the numbers in a whole checkpoint that it loads under FSDP2.
+    This is how Lightning reads an unsharded checkpoint under FSDP2; torch numbers the parameters of each optimizer apart.
 
     Args:
-        states: Changed in place. Those without numbers, in shards or on ranks that save nothing, are left alone.
-        optimizers: Whose states they are.
-        model: Numbers its parameters in the order of ``parameters()``.
-        already: Whether they are numbered so, as Lightning does under FSDP2; it sorts them then, which is undone.
+        states: One per optimizer, changed in place. Sharded states, and those of ranks that save nothing, have no numbers
+            and stay as they are.
+        optimizers: The optimizers of these states.
+        model: The model.
+        already: Whether the states are numbered so, as Lightning does under FSDP2; only its sorting of groups is undone.
     """
     numbers = {p: i for i, p in enumerate(model.parameters())}
     for state, optimizer in zip(states, optimizers):
@@ -73,7 +72,7 @@ def number_as_in_model(
 
 
 def emptied_groups(optimizer: Optimizer) -> dict[int, dict[str, Any]]:
-    """Settings of the groups that Muon took every parameter of, by index: FSDP2 keeps settings by parameter only."""
+    """Settings of the groups without parameters, by index; a checkpoint of FSDP2 keeps settings by parameter only."""
     return {
         i: {key: value for key, value in group.items() if key not in ("params", "param_names")}
         for i, group in enumerate(optimizer.param_groups)
@@ -82,22 +81,23 @@ def emptied_groups(optimizer: Optimizer) -> dict[int, dict[str, Any]]:
 
 
 def warn_of_emptied_groups(optimizer: Optimizer) -> None:
-    """Under FSDP2, torch refuses to load an optimizer with several of them."""
+    """Warns that torch cannot load an optimizer with several empty groups under FSDP2."""
     if len(emptied_groups(optimizer)) > 1:
         rank_zero_warn(
-            f"Muon took all parameters of several groups of {type(optimizer).__name__}, so that torch cannot resume from a"
-            " checkpoint under FSDP2; make those groups one, or keep a parameter of each from Muon by exclude=[...]"
+            f"Muon took all parameters of several groups of {type(optimizer).__name__}; under FSDP2, torch cannot resume"
+            " from a checkpoint with several empty groups. Merge those groups, or exclude a parameter of each"
+            " (exclude=[...])"
         )
 
 
 def warn_of_other_settings(muon: Muon) -> None:
-    """As in all of PyTorch, an optimizer goes on with the settings that it was saved with."""
+    """Warns that the settings of the checkpoint win, as they do for every torch optimizer."""
     given, saved = _comparable(muon.defaults), _comparable(muon.param_groups[0])
     others = [name for name, value in given.items() if saved[name] != value]
     if others:
         rank_zero_warn(
-            f"Muon goes on with {', '.join(others)} of the checkpoint, not of MuonClipCallback; to change them, set them in"
-            " MuonClipCallback.muon.param_groups in on_train_start"
+            f"Muon resumes with the {', '.join(others)} of the checkpoint, not those of MuonClipCallback; to change them,"
+            " edit MuonClipCallback.muon.param_groups in on_train_start"
         )
 
 

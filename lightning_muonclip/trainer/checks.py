@@ -1,4 +1,4 @@
-"""What the callback needs of a fit, and refuses by name where it cannot work."""
+"""What the callback asks of a Trainer, a module and an optimizer before it fits."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from lightning_muonclip.optim.muon import Muon
 
 _INCOMPATIBLE_CALLBACKS = {
-    "StochasticWeightAveraging": "it rebuilds the schedule of one optimizer; use WeightAveraging",
+    "StochasticWeightAveraging": "it replaces the scheduler of one optimizer; use WeightAveraging",
     "LearningRateFinder": "it replaces the learning rate of one optimizer; sweep the learning rate instead",
     "BatchSizeFinder": "it saves and restores the Trainer before Muon is in it; find the batch size without the callback",
     "BaseFinetuning": "it adds parameter groups to every optimizer; freeze parameters before fitting instead",
@@ -18,11 +18,11 @@ _INCOMPATIBLE_CALLBACKS = {
 
 
 def check_fit(trainer: pl.Trainer, pl_module: pl.LightningModule, own: type[Callback]) -> None:
-    """Raises ValueError, with the way out, for what cannot work beside ``own``, which injects an optimizer."""
+    """Raises ValueError for what does not work beside the callback ``own``, which adds an optimizer."""
     if not pl_module.automatic_optimization:
         raise ValueError(
-            f"{type(pl_module).__name__} uses manual optimization, where no hook surrounds a step; use the optimizer"
-            " MuonClip in configure_optimizers instead of MuonClipCallback"
+            f"{type(pl_module).__name__} uses manual optimization, where Lightning calls no hook around a step; return the"
+            " optimizer MuonClip from configure_optimizers instead of using MuonClipCallback"
         )
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     if sum(isinstance(callback, own) for callback in callbacks) > 1:
@@ -30,26 +30,29 @@ def check_fit(trainer: pl.Trainer, pl_module: pl.LightningModule, own: type[Call
     for callback in callbacks:
         for cls in type(callback).__mro__:
             if reason := _INCOMPATIBLE_CALLBACKS.get(cls.__name__):
-                raise ValueError(f"{cls.__name__} cannot run beside MuonClipCallback: {reason}, or remove one of them")
+                raise ValueError(f"{cls.__name__} does not work with MuonClipCallback: {reason}, or remove one of them")
 
 
 def users_optimizer(trainer: pl.Trainer) -> Optimizer:
-    """The one optimizer that ``configure_optimizers`` returned; raises ValueError for those that do not fit."""
+    """The optimizer that ``configure_optimizers`` returned; raises ValueError if it does not fit."""
     optimizers = trainer.optimizers
     if len(optimizers) != 1 or not optimizers[0].param_groups:
         raise ValueError(
-            "MuonClipCallback needs the one optimizer that configure_optimizers returns, to step what Muon does not;"
-            f" it found {len(optimizers)}. Return torch.optim.AdamW(self.parameters(), ...)"
+            f"MuonClipCallback needs one optimizer for the parameters that Muon does not take, but configure_optimizers"
+            f" returns {len(optimizers)}; return one, such as torch.optim.AdamW(self.parameters(), ...)"
         )
     if isinstance(optimizers[0], Muon):
         raise ValueError(
-            f"configure_optimizers returns {type(optimizers[0]).__name__} already; use either the callback or the optimizer"
+            f"configure_optimizers returns {type(optimizers[0]).__name__}, which orthogonalizes already; use either"
+            " MuonClipCallback or this optimizer"
         )
     if "LBFGS" in (cls.__name__ for cls in type(optimizers[0]).__mro__):
-        raise ValueError("LBFGS evaluates the model many times a step, and Muon would step each time; use AdamW or SGD")
+        raise ValueError(
+            "LBFGS evaluates the model several times per step, and Muon would step each time; use AdamW or SGD"
+        )
     groups = optimizers[0].param_groups
     if any(group.get("maximize") for group in groups):
-        raise ValueError("Muon minimises, but the optimizer has maximize=True; negate the loss instead")
+        raise ValueError("the optimizer has maximize=True, but Muon minimizes; negate the loss instead")
     if scaler_of(trainer) is not None and any(group.get("fused") for group in groups):
         raise ValueError(
             "fused=True unscales gradients inside its own step, after Muon's; pass fused=False in 16-mixed"

@@ -1,4 +1,4 @@
-"""MaxLogitsMixin: per-head maxima of the attention logits as an attribute of a LightningModule."""
+"""MaxLogitsMixin: the largest attention logit of every head as an attribute of a LightningModule."""
 
 from __future__ import annotations
 
@@ -16,12 +16,11 @@ from lightning_muonclip.qk_clip.observe.observer import Observer
 class MaxLogitsMixin(pl.LightningModule):
     """Collects each attention head's largest logit while the module is trained.
 
-    Under a Trainer it attaches itself when fitting starts, shared with a
-    :class:`~lightning_muonclip.MuonClipCallback` if there is one. Outside of a Trainer, call :meth:`observe` once before
-    the first forward.
+    Observation starts with fitting, and is shared with a :class:`~lightning_muonclip.MuonClipCallback` if there is one.
+    Outside of a Trainer, call :meth:`observe` once before the first forward.
 
     Attributes:
-        attention_specs: The user's word on attention modules, by name; ``None`` relies on recognition alone.
+        attention_specs: Layouts of attention modules by name; ``None`` for those that the library knows.
         attention_logits: ``"exact"`` or ``"lse"`` (see :class:`~lightning_muonclip.QKClip`).
 
     Example::
@@ -41,8 +40,8 @@ class MaxLogitsMixin(pl.LightningModule):
     def max_logits(self) -> Tensor:
         """Largest logits on this rank, shape (layers, most heads), on the device.
 
-        Of the step under way; before its first forward, of the step before. ``-inf`` where there is no such head or
-        nothing was seen.
+        They are of the current step, or of the previous one before the first forward. ``-inf`` where a layer has no such
+        head or nothing was recorded.
         """
         return (self._observer or self.observe()).ledger.latest
 
@@ -52,7 +51,7 @@ class MaxLogitsMixin(pl.LightningModule):
         return self.observe().layers
 
     def observe(self) -> Observer:
-        """The observer of this module's attention; attached by the first call.
+        """Starts to observe this module's attention, once, and returns the observer.
 
         Raises:
             ValueError: If there is no attention, or one that cannot be read.
@@ -62,19 +61,19 @@ class MaxLogitsMixin(pl.LightningModule):
         return self._observer
 
     def stop_observing(self) -> None:
-        """Detaches from the attention modules; what was seen stays readable."""
+        """Stops observing; what was recorded stays readable."""
         if self._observer is not None:
             self._observer.close()
 
     def on_fit_start(self) -> None:
-        """Attaches, and ends a window of maxima with every optimizer step. Overriding it? Call ``super()``."""
+        """Starts to observe; every optimizer step starts new maxima. Call ``super()`` if you override it."""
         super().on_fit_start()
         ledger = self.observe().ledger
         for optimizer in self.trainer.optimizers:
-            if not isinstance(optimizer, Muon):  # the callback's steps first, and QK-Clip may still wait for the user's
+            if not isinstance(optimizer, Muon):  # steps first, and QK-Clip may run after the user's optimizer
                 optimizer.register_step_post_hook(lambda *_: ledger.close_step())
 
     def teardown(self, stage: str) -> None:
-        """Detaches when a stage ends. Overriding it? Call ``super()``."""
+        """Stops observing. Call ``super()`` if you override it."""
         super().teardown(stage)
         self.stop_observing()

@@ -1,6 +1,6 @@
-"""Which Lightning strategies MuonClip works under; the only file that knows their names.
+"""The Lightning strategies that MuonClip works under; no other file knows their names.
 
-A strategy is recognised by the names of its classes, so that none of them has to be imported.
+Classes are compared by name, so that none of them has to be imported.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ _SUPPORTED = ("SingleDeviceStrategy", "DDPStrategy", "ModelParallelStrategy")
 
 _REFUSED = {
     "FSDPStrategy": (
-        "FSDP1 flattens matrices into shards that cannot be orthogonalised",
+        "FSDP1 flattens matrices into shards that cannot be orthogonalized",
         "ModelParallelStrategy with fully_shard (FSDP2)",
     ),
     "DeepSpeedStrategy": ("DeepSpeed owns the optimizer and its gradients", "DDP, or ModelParallelStrategy (FSDP2)"),
@@ -21,20 +21,16 @@ _REFUSED = {
 
 
 def restores_optimizers(strategy: object) -> bool:
-    """Whether a strategy saves and restores optimizers itself, by names of parameters: ModelParallelStrategy does."""
+    """Whether a strategy restores optimizers itself, by parameter names, as ModelParallelStrategy does."""
     return not getattr(strategy, "lightning_restore_optimizer", True)
 
 
 def check_strategy(strategy: object) -> None:
-    """Refuses a strategy under which the callback would be wrong.
-
-    Raises:
-        ValueError: With the strategy, the reason, and what to use instead.
-    """
+    """Raises ValueError for a strategy that does not work, with the reason and what to use instead."""
     names = [cls.__name__ for cls in type(strategy).__mro__]
     for name in names:
         if name in _REFUSED:
             reason, instead = _REFUSED[name]
             raise ValueError(f"MuonClipCallback does not work under {names[0]}: {reason}. Use {instead} instead")
     if not any(name in _SUPPORTED for name in names):
-        raise ValueError(f"MuonClipCallback does not know {names[0]}; use one of {', '.join(_SUPPORTED)}")
+        raise ValueError(f"MuonClipCallback does not support {names[0]}; use one of {', '.join(_SUPPORTED)}")

@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import lightning_muonclip.optim.muon as muon_module
+import lightning_muonclip.optim.step as step_module
 from lightning_muonclip import Muon, orthogonalize
 from lightning_muonclip.optim.options import LR_ADJUSTMENTS
 
@@ -278,7 +278,7 @@ class TestStacking:
             shapes.append(tuple(x.shape))
             return orthogonalize(x, **options)
 
-        monkeypatch.setattr(muon_module, "orthogonalize", spy)
+        monkeypatch.setattr(step_module, "orthogonalize", spy)
         return shapes
 
     def test_same_shapes_go_together(self, stacks: list[tuple[int, ...]]) -> None:
@@ -292,7 +292,7 @@ class TestStacking:
         assert sorted(stacks) == [(1, 3, 3), (2, 3, 3)]
 
     def test_stacks_are_bounded(self, stacks: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(muon_module, "STACK_NUMEL", {"cpu": 2 * 12 + 5})
+        monkeypatch.setattr(step_module, "STACK_NUMEL", {"cpu": 2 * 12 + 5})
         params = matrices([(3, 4)] * 5)
         train(Muon(params), params, [0])
         assert stacks == [(2, 3, 4), (2, 3, 4), (1, 3, 4)]
@@ -311,7 +311,7 @@ class TestStacking:
         train(Muon(stacked, LR, dtype=torch.float64), stacked)
         assert max(shape[0] for shape in stacks) == 4
         stacks.clear()
-        monkeypatch.setattr(muon_module, "STACK_NUMEL", {})
+        monkeypatch.setattr(step_module, "STACK_NUMEL", {})
         train(Muon(single, LR, dtype=torch.float64), single)
         assert {shape[0] for shape in stacks} == {1}
         assert_all_close(stacked, single, atol=1e-12)
@@ -388,7 +388,7 @@ class TestHostSynchronisation:
             read(x)
             return orthogonalize(x, **options)
 
-        monkeypatch.setattr(muon_module, "orthogonalize", reading)
+        monkeypatch.setattr(step_module, "orthogonalize", reading)
         assert self.reads() == 3  # one a stack
 
     def test_a_step_needs_no_data(self) -> None:
@@ -529,7 +529,7 @@ class TestKinds:
 
     def test_unknown(self) -> None:
         with pytest.raises(
-            ValueError, match="unknown kind 'moe' of a parameter group; known: matrix, experts, convolution"
+            ValueError, match="unknown kind 'moe' of a parameter group; use one of matrix, experts, convolution"
         ):
             Muon([{"params": matrices(), "kind": "moe"}])
 
@@ -657,13 +657,18 @@ class TestOnTheDevice:
 class TestErrors:
     @pytest.mark.parametrize("shape", [(), (3,), (2, 3, 4), (2, 3, 4, 4)])
     def test_what_is_no_matrix_is_named(self, shape: tuple[int, ...]) -> None:
-        with pytest.raises(ValueError, match=rf"blocks.0.w has shape \({str(shape)[1:-1]}\).*algorithm='adamw'"):
+        with pytest.raises(
+            ValueError,
+            match=rf"blocks.0.w is not.*shape \({str(shape)[1:-1]}\).*algorithm='adamw'",
+        ):
             Muon([("ok", nn.Parameter(torch.ones(2, 2))), ("blocks.0.w", nn.Parameter(torch.ones(shape)))])
-        with pytest.raises(ValueError, match="parameter 1 has shape"):
+        with pytest.raises(ValueError, match="parameter 1 is not a real matrix"):
             Muon([nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(shape))])
 
     def test_complex_matrices(self) -> None:
-        with pytest.raises(ValueError, match=r"w has shape \(2, 2\) and dtype torch.complex64"):
+        with pytest.raises(
+            ValueError, match=r"w is not a real matrix: it has shape \(2, 2\) and dtype torch.complex64"
+        ):
             Muon([("w", nn.Parameter(torch.ones(2, 2, dtype=torch.complex64)))])
 
     def test_a_refused_group_is_not_added(self) -> None:
@@ -685,7 +690,7 @@ class TestErrors:
             ({"eps": -1e-7}, "eps must be >= 0"),
             ({"momentum": -0.1}, r"momentum must be in \[0, 1\), got -0.1"),
             ({"momentum": 1.0}, r"momentum must be in \[0, 1\)"),
-            ({"adjust_lr_fn": "rms"}, "unknown adjust_lr_fn 'rms'; known: original, match_rms_adamw"),
+            ({"adjust_lr_fn": "rms"}, "unknown adjust_lr_fn 'rms'; use one of original, match_rms_adamw"),
             ({"ns_coefficients": "newton"}, "unknown schedule 'newton'"),
             ({"ns_steps": 0}, "ns_steps must be an integer"),
         ],
@@ -699,7 +704,7 @@ class TestErrors:
         [
             ({"dtype": "bf16"}, "floating-point torch.dtype.* got 'bf16'"),
             ({"dtype": torch.int8}, "got torch.int8"),
-            ({"stack_numel": 0}, "stack_numel is a positive integer.* got 0"),
+            ({"stack_numel": 0}, "stack_numel must be a positive integer.* got 0"),
             ({"stack_numel": 1e9}, "got 1000000000.0"),
         ],
     )
@@ -708,7 +713,7 @@ class TestErrors:
             Muon(matrices(), **options)
 
     def test_unknown_algorithm(self) -> None:
-        with pytest.raises(ValueError, match=r"unknown algorithm 'sgd'.*known: muon, adamw"):
+        with pytest.raises(ValueError, match=r"unknown algorithm 'sgd'.*use 'muon' or 'adamw'"):
             Muon([{"params": matrices(), "algorithm": "sgd"}])
 
     @pytest.mark.parametrize("algorithm", ["muon", "adamw"])

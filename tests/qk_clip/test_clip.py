@@ -440,7 +440,7 @@ def test_maxima_of_another_shape_are_refused(maxima: Any) -> None:
     model = Residual(Attention(16, 2), Attention(16, 4))
     before = snapshot(model)
     with QKClip(model) as qk_clip:
-        with pytest.raises(ValueError, match=r"max_logits must have \[2, 4\] heads, one row a layer; got rows of"):
+        with pytest.raises(ValueError, match=r"max_logits has rows of .* one row per layer, of \[2, 4\] heads"):
             qk_clip.step(maxima)
         model(torch.randn(3, 9, 16))
         assert qk_clip.max_logits[0, :2].isfinite().all()
@@ -500,7 +500,7 @@ def test_counts_survive_a_checkpoint() -> None:
         assert state["clips"].tolist() == [[1, 0, 0, 0], [0, 0, 1, 0]]
     with (
         QKClip(model.layers[1]) as qk_clip,
-        pytest.raises(ValueError, match=r"for \(2, 4\) \(layers, heads\), this model has \(1, 4\)"),
+        pytest.raises(ValueError, match=r"have shape \(2, 4\) \(layers, heads\), but the model needs \(1, 4\)"),
     ):
         qk_clip.load_state_dict(state)
 
@@ -685,10 +685,10 @@ def test_a_step_costs_as_many_operations_for_many_layers_as_for_few(layers: int)
         ({"threshold": math.nan}, "threshold must be positive"),
         ({"alpha": -0.1}, r"alpha.* must be in \[0, 1\]; got -0.1"),
         ({"alpha": 1.1}, "alpha"),
-        ({"shared_keys": "mean"}, "unknown shared_keys 'mean'; known: query, group, min_k, compensate"),
-        ({"qk_norm": "gian"}, "unknown qk_norm 'gian'; known: error, monitor, gain"),
-        ({"logits": "guess"}, "unknown logits 'guess'; known: exact, lse, off"),
-        ({"lora": "merge"}, "unknown lora 'merge'; known: monitor, scale"),
+        ({"shared_keys": "mean"}, "unknown shared_keys 'mean'; use one of query, group, min_k, compensate"),
+        ({"qk_norm": "gian"}, "unknown qk_norm 'gian'; use one of error, monitor, gain"),
+        ({"logits": "guess"}, "unknown logits 'guess'; use one of exact, lse, off"),
+        ({"lora": "merge"}, "unknown lora 'merge'; use one of monitor, scale"),
         ({"every_n_steps": 0}, "every_n_steps must be at least 1, got 0"),
     ],
 )

@@ -1,0 +1,180 @@
+"""One step of Muon: momentum, then a step along the orthogonalized update, for many matrices together."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_muonclip.optim.coefficients import resolve_schedule
+from lightning_muonclip.optim.options import LR_ADJUSTMENTS
+from lightning_muonclip.optim.orthogonalize import orthogonalize, working_dtype
+from lightning_muonclip.optim.parts import Parts
+from lightning_muonclip.optim.restarts import cheapest_flops
+from lightning_muonclip.optim.stacking import STACK_NUMEL, directions, directions_of_parts, matrix_shape, stacks
+from lightning_muonclip.parallel.exchange import Exchange, wires
+from lightning_muonclip.parallel.shards import local_box
+from lightning_muonclip.parallel.shared import SharedWeights
+
+
+class Matrix(NamedTuple):
+    """A weight during its step: what this rank holds of it, and the settings of its group.
+
+    Attributes:
+        momentum: ``None`` if another rank keeps it.
+    """
+
+    param: Tensor
+    weight: Tensor
+    grad: Tensor
+    momentum: Tensor | None
+    group: dict[str, Any]
+
+
+class MatrixStep:
+    """How matrices are orthogonalized: in which dtype, how many together, and which parts of them alone.
+
+    Args:
+        dtype: Working dtype of Newton-Schulz; ``None`` is the fastest that the device has in hardware.
+        stack_numel: Most elements that are orthogonalized together; ``None`` is :data:`.stacking.STACK_NUMEL`.
+        parts: The matrices inside a weight that holds several.
+    """
+
+    def __init__(self, dtype: torch.dtype | None, stack_numel: int | None, parts: Mapping[Tensor, Parts]) -> None:
+        self.dtype = dtype
+        self.stack_numel = stack_numel
+        self.parts = parts
+
+    @torch.profiler.record_function("muonclip::muon")
+    def step(self, matrices: Sequence[Matrix], shared: SharedWeights) -> None:
+        """Subtracts the orthogonalized updates from the weights."""
+        here: list[Matrix] = []
+        there: dict[Exchange, dict[int, Matrix]] = {exchange: {} for exchange in shared.exchanges}
+        for matrix in matrices:
+            if place := shared.place(matrix.param):
+                exchange, i = place
+                there[exchange][i] = matrix
+            else:
+                here.append(matrix)
+        for stack in self._stacks(here, [matrix.weight.shape for matrix in here]):  # needs memory for itself alone
+            own = [here[i] for i in stack]
+            self._subtract(own, self._directions(own, updates(own)))
+        for exchange, own_of_it in there.items():
+            if own_of_it:
+                self._step_shared(exchange, own_of_it)
+
+    def flops(self, param: Tensor, group: Mapping[str, Any]) -> float:
+        """The cost of orthogonalizing a weight."""
+        parts = self.parts.get(param)
+        shapes = [matrix_shape(param.shape, group["kind"])]
+        if parts is not None:
+            shapes = [(count, channels, param.shape[1 - parts.dim]) for count, channels in parts.sizes()]
+        schedule = resolve_schedule(group["ns_coefficients"], group["ns_steps"])
+        unit = torch.finfo(self._working_dtype(param.device)).eps / 2
+        return sum(count * cheapest_flops(schedule, m, n, unit) for count, m, n in shapes)
+
+    def _step_shared(self, exchange: Exchange, matrices: Mapping[int, Matrix]) -> None:
+        """The same for matrices that other ranks hold too: each is orthogonalized by its owner rank."""
+        weight = next(iter(matrices.values())).weight
+
+        def local_updates(indices: Sequence[int]) -> list[Tensor]:
+            return updates([matrices[i] for i in indices])
+
+        def orthogonalized(whole: Mapping[int, Tensor]) -> dict[int, Tensor]:
+            indices = list(whole)
+            results: dict[int, Tensor] = {}
+            for stack in self._stacks([matrices[i] for i in indices], [update.shape for update in whole.values()]):
+                own = [indices[k] for k in stack]
+                results |= dict(zip(own, self._directions([matrices[i] for i in own], [whole[i] for i in own])))
+            return results
+
+        def subtract(shards: Mapping[int, Tensor]) -> None:
+            self._subtract([matrices[i] for i in shards], list(shards.values()))
+
+        out, back = wires(self._working_dtype(weight.device), weight.dtype)
+        exchange.run(list(matrices), local_updates, orthogonalized, subtract, out, back)
+
+    def _stacks(self, matrices: Sequence[Matrix], shapes: Sequence[torch.Size]) -> Iterator[list[int]]:
+        if not matrices:
+            return iter(())
+        alike = [(id(m.group), id(self.parts.get(m.param)), m.weight.dtype, m.weight.device) for m in matrices]
+        return stacks(shapes, alike, self._bound(matrices[0].weight.device))
+
+    def _working_dtype(self, device: torch.device) -> torch.dtype:
+        return self.dtype or working_dtype(device)
+
+    def _bound(self, device: torch.device) -> int:
+        return STACK_NUMEL.get(device.type, 0) if self.stack_numel is None else self.stack_numel
+
+    def _directions(self, matrices: Sequence[Matrix], whole: Sequence[Tensor]) -> list[Tensor]:
+        """Orthogonalized updates of whole matrices that are stacked together."""
+        group = matrices[0].group
+        orthogonal = partial(
+            orthogonalize,
+            coefficients=group["ns_coefficients"],
+            steps=group["ns_steps"],
+            eps=group["eps"],
+            dtype=self._working_dtype(whole[0].device),
+        )
+        parts = self.parts.get(matrices[0].param)
+        if parts is not None:
+            return directions_of_parts(whole, parts, orthogonal)
+        return directions(whole, group["kind"], orthogonal, self._bound(whole[0].device))
+
+    def _subtract(self, matrices: Sequence[Matrix], shards: Sequence[Tensor]) -> None:
+        """Steps weights along this rank's shards of their directions."""
+        alike: dict[tuple[int, float], list[tuple[Matrix, Tensor]]] = defaultdict(list)
+        for matrix, direction in zip(matrices, shards):
+            scale = self._scale(matrix)
+            if isinstance(scale, Tensor):
+                direction, scale = direction * scale, 1.0
+            alike[id(matrix.group), scale].append((matrix, direction))
+        for (_, scale), own in alike.items():
+            rate = -scalar(own[0][0].group["lr"]) * scale
+            _add_scaled([matrix.weight for matrix, _ in own], [direction for _, direction in own], rate)
+
+    def _scale(self, matrix: Matrix) -> float | Tensor:
+        name = matrix.group["adjust_lr_fn"] or "original"
+        param, parts = matrix.param, self.parts.get(matrix.param)
+        _, fan_out, fan_in = matrix_shape(param.shape, matrix.group["kind"])
+        if parts is None:
+            return LR_ADJUSTMENTS[name](fan_out, fan_in)
+        factors = parts.factors(name, param.shape[1 - parts.dim], matrix.weight.device)
+        side = local_box(param)[parts.dim]
+        return factors.narrow(parts.dim, side.start, side.stop - side.start)
+
+
+def gain_momentum(matrices: Sequence[Matrix], momentum: float) -> None:
+    """Moves the momentum of the weights of one group towards their gradients."""
+    kept = [(m.momentum, m.grad) for m in matrices if m.momentum is not None]
+    if kept:
+        torch._foreach_lerp_([buffer for buffer, _ in kept], [grad for _, grad in kept], 1 - momentum)
+
+
+def updates(matrices: Sequence[Matrix]) -> list[Tensor]:
+    """What is orthogonalized: the momentum, or Nesterov's."""
+    found: list[Tensor] = []
+    for _, members in groupby(matrices, key=lambda matrix: id(matrix.group)):
+        own = list(members)
+        group, momenta = own[0].group, [m.momentum for m in own if m.momentum is not None]
+        if group["nesterov"]:
+            momenta = list(torch._foreach_lerp([m.grad for m in own], momenta, group["momentum"]))
+        found += momenta
+    return found
+
+
+def scalar(lr: float | Tensor) -> float | Tensor:
+    """A learning rate without dimensions, which is the only tensor that a foreach product takes as a factor."""
+    return lr.reshape(()) if isinstance(lr, Tensor) else lr
+
+
+def _add_scaled(params: list[Tensor], along: list[Tensor], scale: float | Tensor) -> None:
+    if isinstance(scale, Tensor):  # a tensor learning rate must not be read on the host
+        along = list(torch._foreach_mul(along, scale.to(along[0].device)))
+        scale = 1.0
+    torch._foreach_add_(params, along, alpha=scale)

@@ -1,0 +1,67 @@
+"""Options that are declared once are flat keywords everywhere."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lightning_muonclip import Muon, MuonClip, MuonClipCallback, QKClip
+from lightning_muonclip.signatures import share_out, takes_keywords_of
+
+
+class Engine:
+    def __init__(self, size: int, fuel: str = "coal", power: float = 3.0) -> None: ...
+
+
+class Wagon:
+    def __init__(self, size: int = 1, power: float = 0.0, *, roof: bool = False) -> None: ...
+
+
+class Train:
+    @takes_keywords_of(Engine, Wagon, but=("fuel",))
+    def __init__(self, name: str, size: int = 7, **options: object) -> None:
+        self.size, self.options = size, options
+
+
+def test_the_first_class_that_has_a_keyword_declares_it() -> None:
+    train = Train("a", 5, roof=True)
+    assert str(inspect.signature(Train)) == "(name: str, size: int = 7, *, power: float = 3.0, roof: bool = False)"
+    assert (train.size, train.options) == (5, {"power": 3.0, "roof": True})
+    assert share_out(train.options, Engine, Wagon) == [{"power": 3.0}, {"power": 3.0, "roof": True}]
+
+
+@pytest.mark.parametrize("keyword", ["fuel", "rof", "options"])
+def test_an_unknown_keyword_is_refused(keyword: str) -> None:
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{keyword}'"):
+        Train("a", **{keyword: 1})
+
+
+@pytest.mark.parametrize("cls", [MuonClipCallback, MuonClip])
+def test_every_option_of_muon_and_qk_clip_is_a_keyword_with_its_default(cls: type) -> None:
+    objects = {"model", "observer", "process_group", "params", "parts"}
+    own_defaults = {"adjust_lr_fn", "lr", "weight_decay"}  # what the callback follows, and the scale of AdamW's rates
+    found = inspect.signature(cls).parameters
+    for builds in (QKClip, Muon):
+        for name, parameter in inspect.signature(builds).parameters.items():
+            if name not in objects:
+                assert name in own_defaults or found[name].default == parameter.default, name
+
+
+def test_lightning_cli_knows_every_option(tmp_path: Path) -> None:
+    pytest.importorskip("jsonargparse")
+    (tmp_path / "cli.py").write_text(
+        "from lightning.pytorch.cli import LightningCLI\n"
+        "from lightning.pytorch.demos.boring_classes import BoringModel\n"
+        "cli = LightningCLI(BoringModel, run=False)\n"
+        "callback = cli.trainer.callbacks[0]\n"
+        "print(callback._clip_options['qk_norm'], callback._muon_options['momentum'], callback.lr)\n"
+    )
+    callback = ["--trainer.callbacks=lightning_muonclip.MuonClipCallback", "--trainer.callbacks.qk_norm=gain"]
+    options = ["--trainer.callbacks.momentum=0.5", "--trainer.callbacks.lr=0.01", "--trainer.accelerator=cpu"]
+    command = [sys.executable, "cli.py", *callback, *options]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert run.stdout.split()[-3:] == ["gain", "0.5", "0.01"], run.stderr
