@@ -53,7 +53,7 @@ class AttentionModule(Tracked):
                 f"sliding_window must be an integer of at least 1, got {sliding_window!r}; use None for no window"
             )
         if backend not in BACKEND_CHOICES:
-            raise ValueError(f"unknown attention backend {backend!r}; known: {', '.join(BACKEND_CHOICES)}")
+            raise ValueError(f"unknown attention backend {backend!r}; use one of {', '.join(BACKEND_CHOICES)}")
         known = getattr(score_mod, "num_heads", num_attention_heads)
         if known != num_attention_heads:
             raise ValueError(

@@ -72,7 +72,7 @@ def attention(
 
 def _check(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, backend: str) -> None:
     if backend not in BACKEND_CHOICES:
-        raise ValueError(f"unknown backend {backend!r}; known: {', '.join(BACKEND_CHOICES)}")
+        raise ValueError(f"unknown backend {backend!r}; use one of {', '.join(BACKEND_CHOICES)}")
     if not query.ndim == key.ndim == value.ndim == 4:
         raise ValueError(
             "queries, keys and values must have four dimensions, (batch, heads, length, d); got"

@@ -165,7 +165,7 @@ def _read(scaling: Mapping[str, Any], theta: float) -> tuple[str, dict[str, Any]
     given = {key: value for key, value in scaling.items() if value is not None}
     rope_type = given.pop("rope_type", given.pop("type", None))  # older configs call it "type"
     if rope_type not in _TYPES:
-        raise ValueError(f"unknown rope_type {rope_type!r} in rope_scaling; known: {', '.join(_TYPES)}")
+        raise ValueError(f"unknown rope_type {rope_type!r} in rope_scaling; use one of {', '.join(_TYPES)}")
     for key, own in (("rope_theta", theta), ("partial_rotary_factor", 1.0)):
         if given.pop(key, own) != own:
             raise ValueError(

@@ -20,13 +20,13 @@ from lightning_muonclip.experiment.gpt import GPT
 
 
 def schema_of(cls: type, path: str, given: Collection[str] = (), partial: bool = False) -> type:
-    """A dataclass of the arguments of a class, by which OmegaConf checks a node.
+    """A dataclass of the arguments of a class, which OmegaConf uses to check a node.
 
     Args:
         cls: The class.
-        path: Where it is imported from.
-        given: Arguments that the code passes, and no config.
-        partial: Whether the node makes a factory.
+        path: Its import path.
+        given: Arguments that the code passes instead of the config.
+        partial: Whether the node creates a factory.
     """
     keys: list[tuple[str, Any, Any]] = [("_target_", str, path)]
     if partial:
@@ -42,7 +42,7 @@ def schema_of(cls: type, path: str, given: Collection[str] = (), partial: bool =
 
 
 def _scalar_type(annotation: Any) -> Any:
-    """What OmegaConf is to check of an argument: scalars, also where they may be absent."""
+    """The type that OmegaConf checks: scalars and optional scalars; anything else is not checked."""
     for scalar in (bool, int, float, str):
         if annotation in (scalar, scalar | None):
             return scalar if annotation is scalar else Optional[scalar]

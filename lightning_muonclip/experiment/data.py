@@ -145,7 +145,7 @@ class TextDataModule(pl.LightningDataModule):
         super().__init__()
         if isinstance(corpus, str):
             if corpus not in CORPORA:
-                raise ValueError(f"unknown corpus {corpus!r}; known: {', '.join(CORPORA)}")
+                raise ValueError(f"unknown corpus {corpus!r}; use one of {', '.join(CORPORA)}")
             corpus = CORPORA[corpus](**source)
         self.corpus = corpus
         self.batch_size = batch_size

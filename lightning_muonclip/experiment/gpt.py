@@ -42,7 +42,7 @@ class GPT(nn.Module):
     ) -> None:
         super().__init__()
         if mlp not in _MLPS:
-            raise ValueError(f"unknown mlp {mlp!r}; known: {', '.join(_MLPS)}")
+            raise ValueError(f"unknown mlp {mlp!r}; use one of {', '.join(_MLPS)}")
         if sliding_window is not None and not sliding_window:
             raise ValueError(f"sliding_window needs at least one entry, got {sliding_window!r}; use None for no window")
         width = intermediate_size or 4 * hidden_size

@@ -52,7 +52,7 @@ class Schedule:
                     f"coefficients of a Newton-Schulz step must be finite, the first of them not 0; got {entry!r}"
                 )
         if self.norm not in NORMS:
-            raise ValueError(f"unknown norm {self.norm!r}; known: {', '.join(NORMS)}")
+            raise ValueError(f"unknown norm {self.norm!r}; use one of {', '.join(NORMS)}")
 
     def __call__(self, values: Tensor) -> Tensor:
         """Applies the schedule to normalized singular values."""
@@ -201,7 +201,7 @@ def _schedule(coefficients: Coefficients) -> Schedule:
         return coefficients
     if isinstance(coefficients, str):
         if coefficients not in SCHEDULES:
-            raise ValueError(f"unknown schedule {coefficients!r}; known: {', '.join(SCHEDULES)}, or use (a, b, c)")
+            raise ValueError(f"unknown schedule {coefficients!r}; use one of {', '.join(SCHEDULES)}, or (a, b, c)")
         return SCHEDULES[coefficients]
     if isinstance(coefficients, Mapping):
         if not {"polynomials"} <= coefficients.keys() <= {"polynomials", "norm", "steps"}:

@@ -63,7 +63,7 @@ def orthogonalize(
     if not x.is_floating_point():
         raise ValueError(f"orthogonalize needs a real floating-point dtype, got {x.dtype}")
     if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
+        raise ValueError(f"unknown method {method!r}; use one of {', '.join(METHODS)}")
     schedule = resolve_schedule(coefficients, steps)
     if x.numel() == 0:
         return x.clone()

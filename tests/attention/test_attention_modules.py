@@ -418,7 +418,7 @@ def test_a_model_passes_no_window_unless_given_one() -> None:
         ),
         ({"softcap": 0.0}, "softcap must be positive, got 0.0; use None for no cap"),
         ({"softcap": -1.0}, "softcap must be positive, got -1.0"),
-        ({"backend": "flash"}, "unknown attention backend 'flash'; known: auto, eager, sdpa, flex"),
+        ({"backend": "flash"}, "unknown attention backend 'flash'; use one of auto, eager, sdpa, flex"),
         ({"rope_scaling": {"rope_type": "linear"}}, "rope_type 'linear' needs 'factor'"),
     ],
 )

@@ -390,7 +390,7 @@ def test_auto_on_a_cpu_picks_a_trainable_backend(monkeypatch: pytest.MonkeyPatch
 def test_invalid_arguments_are_refused() -> None:
     query, key, value = (x.float() for x in tensors(5, 2, 16, 16, seed=0))
     cases: dict[str, tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any]]] = {
-        "unknown backend 'flash'; known: auto, eager, sdpa, flex": ((query, key, value), {"backend": "flash"}),
+        "unknown backend 'flash'; use one of auto, eager, sdpa, flex": ((query, key, value), {"backend": "flash"}),
         "a multiple of the number of key heads; got 4, 3": ((query, key[:, [0, 0, 0]], value[:, [0, 0, 0]]), {}),
         "queries, keys and values must have shapes": ((query, key[:, :, :4], value[:, :, :4]), {}),
         "no score_mod, soft-cap or sinks; use backend='auto'": (

@@ -119,7 +119,11 @@ def test_scalings_as_configs_have_them() -> None:
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("linear", {"rope_type": "ntk"}, "unknown rope_type 'ntk' in rope_scaling; known: default, linear, dynamic"),
+        (
+            "linear",
+            {"rope_type": "ntk"},
+            "unknown rope_type 'ntk' in rope_scaling; use one of default, linear, dynamic",
+        ),
         ("linear", {"rope_type": None}, "unknown rope_type None"),
         ("linear", {"factor": None}, "rope_type 'linear' needs 'factor' in rope_scaling"),
         ("dynamic", {"original_max_position_embeddings": None}, "needs 'original_max_position_embeddings'"),

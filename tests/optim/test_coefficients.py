@@ -131,7 +131,7 @@ def test_polar_express_converges() -> None:
         ((1.5, float("nan")), None, "must be finite"),
         ("jordan", 2.5, "an integer of at least 1 .* got 2.5"),
         (("abc",), None, "got 'abc'"),
-        ({"polynomials": [JORDAN], "norm": "spectral"}, None, "unknown norm 'spectral'; known: frobenius"),
+        ({"polynomials": [JORDAN], "norm": "spectral"}, None, "unknown norm 'spectral'; use one of frobenius"),
         (
             {"polynomial": [JORDAN]},
             None,

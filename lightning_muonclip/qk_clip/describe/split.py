@@ -18,7 +18,7 @@ MatrixParts = dict[Tensor, tuple[int, list[Tensor]]]
 def check_split(split: str) -> None:
     """Raises ValueError unless ``split`` is known."""
     if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
+        raise ValueError(f"unknown split {split!r}; use one of {', '.join(SPLITS)}")
 
 
 def matrix_parts(model: nn.Module, attention: AttentionModules, split: str) -> MatrixParts:

@@ -152,7 +152,7 @@ def test_parts_that_do_not_cover_their_weight_are_refused() -> None:
     "make", [lambda: MuonClip(SdpaAttention(8, 2), split="q"), lambda: MuonClipCallback(split="q")]
 )
 def test_an_unknown_split_is_refused(make: Any) -> None:
-    with pytest.raises(ValueError, match="unknown split 'q'; known: qkv, heads, none"):
+    with pytest.raises(ValueError, match="unknown split 'q'; use one of qkv, heads, none"):
         make()
 
 
