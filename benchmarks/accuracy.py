@@ -1,7 +1,7 @@
-"""How near every Newton-Schulz schedule comes to the polar factor, by spectrum, dtype and form, and at how many FLOPs.
+"""Accuracy and FLOPs of every Newton-Schulz schedule against the polar factor, by spectrum, dtype and form.
 
-python benchmarks/accuracy.py                   # measures (minutes on one core), prints the tables
-python benchmarks/accuracy.py --docs            # writes them and the pictures into docs/; measures if there are no results
+python benchmarks/accuracy.py                   # measures (minutes on one core) and prints the tables
+python benchmarks/accuracy.py --docs            # writes tables and plots into docs/; measures if there are no results
 python benchmarks/accuracy.py --docs --again    # measures in any case
 """
 
@@ -50,12 +50,12 @@ Results = dict[tuple[Case, str, str, str], dict[str, float]]
 
 
 def all_steps(name: str) -> Schedule:
-    """The named schedule with as many steps as it wants."""
+    """The named schedule with its default number of steps."""
     return SCHEDULES[name].first(None)
 
 
 def measure() -> Results:
-    """All metrics of all schedules; what has a shape of its own comes once."""
+    """All metrics of all schedules; spectra with a fixed shape are measured once."""
     results = {}
     cases = {(name, ratio): x for ratio in RATIOS for name, x in zoo(SIZE, ratio).items()}
     for case, x in cases.items():
@@ -73,7 +73,7 @@ def measure() -> Results:
 
 
 def save(results: Results) -> None:
-    """One row a line."""
+    """Writes one row per line."""
     columns = ["spectrum", "ratio", "schedule", "dtype", "method", *METRICS]
     head = {"benchmark": "accuracy", "size": SIZE, "machine": machine(), "columns": columns}
     rows = [[*case, *key, *(round(row[metric], 6) for metric in METRICS)] for (case, *key), row in results.items()]
@@ -83,20 +83,20 @@ def save(results: Results) -> None:
 
 
 def load() -> Results:
-    """What :func:`save` wrote."""
+    """Reads the file written by :func:`save`."""
     rows = json.loads(RESULT.read_text())["rows"]
     return {((row[0], row[1]), *row[2:5]): dict(zip(METRICS, row[5:])) for row in rows}
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
-    """In Markdown."""
+    """A Markdown table."""
     head = list(head)
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
 def schedules_table(results: Results) -> str:
-    """What every schedule is, and where it takes singular values of normalised matrices."""
+    """The schedules, and their images of normalized singular values."""
     rows = []
     for name in SCHEDULES:
         schedule = all_steps(name)
@@ -120,7 +120,7 @@ def cosine_table(results: Results) -> str:
 
 
 def worst_table(results: Results) -> str:
-    """The worst of the zoo, by schedule and dtype."""
+    """The worst over all spectra, by schedule and dtype."""
     rows = []
     for name in SCHEDULES:
         for dtype in DTYPES:
@@ -148,7 +148,7 @@ def worst_table(results: Results) -> str:
 
 
 def widths_table(results: Results) -> str:
-    """Where 1 % of the largest singular value of a large square Gaussian matrix goes: the quarter circle law."""
+    """The image of 1 % of the largest singular value of a large square Gaussian matrix, by the quarter-circle law."""
     sizes = (256, 1024, 4096, 16384)
     rows = []
     for name in SCHEDULES:
@@ -202,7 +202,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
 
 
 def write_docs(results: Results) -> None:
-    """Replaces what is between the markers of every table."""
+    """Replaces the text between the markers of every table."""
     page = DOCS / "orthogonalization.md"
     text = page.read_text()
     for name, make in TABLES.items():

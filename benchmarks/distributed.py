@@ -1,12 +1,12 @@
-"""Muon's step on many ranks: how evenly its work is shared, what has to be sent, and real processes that send it.
+"""Muon's step on many ranks: balance of work, communication volume, and a measurement with real processes.
 
-python benchmarks/distributed.py               # simulated ranks; --docs also writes the tables and the picture into docs/
-python benchmarks/distributed.py --network 25  # GB/s that a rank sends and receives: assumed, never measured here
+python benchmarks/distributed.py               # simulated ranks; --docs also writes the tables and the plot into docs/
+python benchmarks/distributed.py --network 25  # GB/s that a rank sends and receives: assumed, not measured
 python benchmarks/distributed.py --exchange    # 2 and 4 real processes on this machine, gloo
 
-The simulation knows no more than the shapes of the matrices, the rule by which owners are chosen, and the rates of products
-and copies that this run measures on this device. Products run at that rate whatever their shape, nothing waits for a kernel
-to be launched, and the network has no latency: the times say which part is large, not what a cluster would take.
+The simulation uses only the shapes of the matrices, the assignment of owners, and the rates of products and copies that this
+run measures on this device. It ignores the effect of shapes on these rates, launch overhead and network latency. Its times
+show which part dominates, not what a cluster would take.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from lightning_muonclip.parallel.owners import assign_owners
 
 DOCS = Path(__file__).parents[1] / "docs"
 RANKS = tuple(2**i for i in range(1, 13))
-#: DDP holds every weight on every rank: DeepSeek-V3 is far too large for that.
+#: DDP replicates every weight, for which DeepSeek-V3 is far too large.
 CASES = (
     ("gpt2_small", "DDP"),
     ("gpt2_small", "FSDP2"),
@@ -49,38 +49,38 @@ CASES = (
 )
 ROUTED_TO = 8  # experts of a stack that a token meets: num_experts_per_tok of DeepSeek-V3
 WEIGHT_BYTES = 4  # weights, gradients and states are float32
-LR = 1e-6  # parameters stay what they are, however often they are stepped
+LR = 1e-6  # keeps parameters nearly constant over repeated steps
 
 
 # Simulated ranks ------------------------------------------------------------------------------------------------------
 
 
 class Traffic(NamedTuple):
-    """Bytes that every rank sends and receives, in what precedes the Newton-Schulz iterations and in what follows them."""
+    """Bytes that every rank sends and receives before and after the Newton-Schulz iterations."""
 
     sent: tuple[Tensor, Tensor]
     received: tuple[Tensor, Tensor]
 
     @property
     def seconds_at_one(self) -> float:
-        """At one byte a second each way; a rank sends and receives at the same time, and the busiest one is waited for."""
+        """Time at one byte per second each way, of the busiest rank; sending and receiving overlap."""
         return sum(float(torch.maximum(sent.max(), received.max())) for sent, received in zip(self.sent, self.received))
 
 
 def cost(m: int, n: int) -> float:
-    """FLOPs of orthogonalising one matrix, as Muon counts them when it chooses owners."""
+    """FLOPs of orthogonalizing one matrix, as Muon counts them when it assigns owners."""
     schedule = resolve_schedule(None, None)
     unit = torch.finfo(working_dtype(device())).eps / 2
     return cheapest_flops(schedule, m, n, unit)
 
 
 def wire_bytes() -> int:
-    """Of an element on its way, each way."""
+    """Bytes of one element, in each direction."""
     return min(working_dtype(device()).itemsize, WEIGHT_BYTES)
 
 
 def shares(rows: int, ranks: int) -> Tensor:
-    """How many of so many rows each rank holds when they are sharded; as torch.chunk does, so the last may hold none."""
+    """Rows per rank when sharded as by torch.chunk; the last ranks may hold none."""
     most = -(-rows // ranks)
     return (rows - most * torch.arange(ranks)).clamp(0, most).double()
 
@@ -92,29 +92,29 @@ def weights_of(model: str) -> tuple[list[Shape], list[Shape]]:
 
 
 def training_flops(matrices: Sequence[Shape], stacks: Sequence[Shape]) -> float:
-    """Of the forward and backward pass of one token, by the usual 6 for every weight that it meets."""
+    """FLOPs of the forward and backward of one token, by the usual 6 per active weight."""
     experts = sum(ROUTED_TO * m * n for _, m, n in stacks)
     return 6.0 * (sum(m * n for m, n in matrices) + experts)
 
 
 def expert_loads(stacks: Sequence[Shape], ranks: int) -> Tensor:
-    """FLOPs on every rank for the experts that it holds: they are sharded by experts, and never leave their rank."""
+    """FLOPs on every rank for its own experts, which are sharded by experts and not exchanged."""
     return sum((shares(count, ranks) * cost(m, n) for count, m, n in stacks), torch.zeros(ranks, dtype=torch.float64))
 
 
 def loads(costs: Sequence[float], owners: Sequence[int], own: Tensor) -> Tensor:
-    """FLOPs on every rank, with those that it has anyway."""
+    """FLOPs on every rank, including those of its own experts."""
     return own.index_add(0, torch.tensor(owners), torch.tensor(costs, dtype=torch.float64))
 
 
 def traffic(strategy: str, matrices: Sequence[Shape], owners: Sequence[int], ranks: int) -> Traffic:
-    """What goes to owners and back, matrix by matrix and rank by rank."""
+    """Traffic to the owners and back, matrix by matrix and rank by rank."""
     sent, received = torch.zeros(2, 2, ranks, dtype=torch.float64)
     for (m, n), owner in zip(matrices, owners):
         needed = torch.full((ranks,), float(m)) if strategy == "DDP" else shares(m, ranks)
         others = needed.double() * n * wire_bytes()
         others[owner] = 0.0
-        if strategy != "DDP":  # there the owner has the whole momentum already
+        if strategy != "DDP":  # the owner has the whole momentum already
             sent[0] += others
             received[0, owner] += others.sum()
         sent[1, owner] += others.sum()
@@ -123,9 +123,9 @@ def traffic(strategy: str, matrices: Sequence[Shape], owners: Sequence[int], ran
 
 
 def least_bytes(strategy: str, matrices: Sequence[Shape], ranks: int) -> float:
-    """Of all ranks together, received: one of them has to see each whole matrix, and all get what they hold of the result.
+    """Lower bound of the bytes received by all ranks: one rank sees each whole matrix, all get their part of the result.
 
-    Under FSDP2 everything but the largest shard travels, twice; under DDP the result does, to all ranks but one.
+    Under FSDP2, everything but the largest shard is sent, twice. Under DDP, the result is sent to all ranks but one.
     """
     if strategy == "DDP":
         return sum(float(m * n) for m, n in matrices) * (ranks - 1) * wire_bytes()
@@ -133,14 +133,14 @@ def least_bytes(strategy: str, matrices: Sequence[Shape], ranks: int) -> float:
 
 
 def whole_everywhere(strategy: str, matrices: Sequence[Shape], stacks: Sequence[Shape], ranks: int) -> float:
-    """Bytes that a rank receives where every rank orthogonalises everything: whole matrices, in their own dtype."""
+    """Bytes that a rank receives if every rank orthogonalizes everything: whole matrices, in their own dtype."""
     if strategy == "DDP":
         return 0.0
     return sum(float(torch.Size(shape).numel()) for shape in (*matrices, *stacks)) * (1 - 1 / ranks) * WEIGHT_BYTES
 
 
 def simulate(model: str, strategy: str, ranks: int, network: float) -> dict[str, Any]:
-    """One model on so many ranks."""
+    """One model on a number of ranks."""
     matrices, stacks = weights_of(model)
     costs = [cost(m, n) for m, n in matrices]
     own = expert_loads(stacks, ranks)
@@ -193,7 +193,7 @@ def simulate(model: str, strategy: str, ranks: int, network: float) -> dict[str,
 
 
 def tables(cases: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """Markdown, a column for every number of ranks."""
+    """Markdown tables with a column per number of ranks."""
 
     def rows(cells: Callable[[dict[str, Any]], dict[str, str]], kinds: Sequence[tuple[str, str]]) -> str:
         ranks = sorted({case["ranks"] for case in cases})
@@ -208,8 +208,8 @@ def tables(cases: Sequence[dict[str, Any]]) -> dict[str, str]:
     def balance(case: dict[str, Any]) -> dict[str, str]:
         even = {name: f"{value:.2f}" for name, value in case["largest_over_mean"].items()}
         return even | {
-            "less work than everything": f"{case['less_work_than_everything']:.1f}",
-            "as much work as tokens": _short(case["tokens"]),
+            "reduction of work": f"{case['less_work_than_everything']:.1f}",
+            "equivalent tokens": _short(case["tokens"]),
         }
 
     def exchanged(case: dict[str, Any]) -> dict[str, str]:
@@ -224,7 +224,7 @@ def tables(cases: Sequence[dict[str, Any]]) -> dict[str, str]:
         shown = {name: _short(value) for name, value in own.items() if not name.endswith("alone")}
         return shown | {"Muon over AdamW": f"{own['Muon'] / own['AdamW']:.1f}"}
 
-    once = [case for case in CASES if case[1] == "FSDP2"]  # under DDP work is shared alike
+    once = [case for case in CASES if case[1] == "FSDP2"]  # DDP distributes work in the same way
     return {"balance": rows(balance, once), "bytes": rows(exchanged, CASES), "seconds": rows(step, CASES)}
 
 
@@ -232,8 +232,8 @@ def _rates(network: float) -> str:
     own, dtype = machine(), str(working_dtype(device())).removeprefix("torch.")
     return (
         f"Rates: {own['device']}, {own['threads']} thread, torch {own['torch']}: {_rate_of_products() / 1e9:.0f} GFLOP/s of"
-        f" {dtype} products and {copy_rate() / 1e9:.1f} GB/s of copies, both measured; a network of {network:g} GB/s a rank,"
-        " each way, is **assumed**. No GPU has measured any of this yet, and no cluster has."
+        f" {dtype} products and {copy_rate() / 1e9:.1f} GB/s of copies, both measured; a network of {network:g} GB/s per"
+        " rank and direction is **assumed**. Not measured on GPUs or clusters yet."
     )
 
 
@@ -246,7 +246,7 @@ def _short(value: float) -> str:
 
 
 def draw(cases: Sequence[dict[str, Any]], network: float, path: Path) -> None:
-    """Evenness, bytes and modelled time against the number of ranks."""
+    """Plots balance, bytes and modeled time against the number of ranks."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -282,7 +282,7 @@ def draw(cases: Sequence[dict[str, Any]], network: float, path: Path) -> None:
 
 
 def write_docs(parts: dict[str, str]) -> None:
-    """Puts tables between their marks in docs/distributed.md."""
+    """Inserts tables between their markers in docs/distributed.md."""
     path = DOCS / "distributed.md"
     page = path.read_text()
     for name, table in parts.items():
@@ -296,26 +296,26 @@ def write_docs(parts: dict[str, str]) -> None:
 
 
 class Everyone(LoopMuon):
-    """Every rank gathers and orthogonalises everything."""
+    """Every rank gathers and orthogonalizes everything."""
 
     def subtract(self, p: Tensor, update: Tensor, lr: float) -> None:
         """On every rank alike."""
         p.add_(_laid_out_as(p, orthogonalize(_whole(update))), alpha=-lr)
 
 
-#: Operators of torch's collectives that are none.
+#: Operators in torch's namespaces of collectives that are not collectives.
 SEND_NOTHING = ("wait_tensor", "wrap_tensor", "barrier")
 
 
 class Collectives(TorchDispatchMode):
-    """Every collective of this process, and the bytes that this rank receives by each from the others."""
+    """Counts the collectives of this process, and the bytes that this rank receives from others in each."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[tuple[str, float]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Runs an operation, and takes note of it."""
+        """Runs and counts an operation."""
         name = str(func).removesuffix(".default")
         if name.startswith(("c10d.", "_c10d_functional.")) and not any(kind in name for kind in SEND_NOTHING):
             self.calls.append((name, self._received(name.partition(".")[2], args)))
@@ -377,7 +377,7 @@ def rank_main(rank: int, ranks: int, port: int, strategy: str, layers: int, roun
         "AdamW": AdamW(params, lr=LR, foreach=True),
     }
     seconds: dict[str, list[float]] = {name: [] for name in optimizers}
-    for i in range(rounds + 2):  # owners are agreed upon in the first step
+    for i in range(rounds + 2):  # owners are assigned in the first step
         for name, optimizer in optimizers.items():
             dist.barrier()
             start = time.perf_counter()
@@ -396,7 +396,7 @@ def rank_main(rank: int, ranks: int, port: int, strategy: str, layers: int, roun
 
 
 def exchange(ranks: int, strategy: str, layers: int, rounds: int) -> dict[str, Any]:
-    """So many processes; bytes are those of all ranks together."""
+    """Runs the processes; bytes are summed over all ranks."""
     import torch.multiprocessing as mp
 
     results = mp.get_context("spawn").SimpleQueue()

@@ -1,7 +1,6 @@
-"""Times functions side by side: they take turns, so that whatever else the machine does slows all of them alike.
+"""Times functions in turn, so that other load on the machine affects all of them equally.
 
-A row may have a floor: the seconds that its work needs at the least, at the rates of products and of copies that the same
-run measures on the same device.
+A row may have a floor: the minimum time for its work at the rates of products and copies measured in the same run.
 """
 
 from __future__ import annotations
@@ -20,15 +19,15 @@ import torch
 
 RESULTS = Path(__file__).parent / "results"
 
-#: A function that has taken so many seconds takes no more turns.
+#: A function takes no more turns after this many seconds.
 PATIENCE = 60.0
 
-#: FLOPs a second of products, by dtype, as far as this run has needed them.
+#: FLOPs per second of products by dtype, measured on demand.
 _MATMUL_RATES: dict[torch.dtype, float] = {}
 
 
 class Work(NamedTuple):
-    """What a function cannot do without: floating-point operations of products in a dtype, and bytes read and written."""
+    """The minimum work of a function: floating-point operations of products in a dtype, and bytes read and written."""
 
     flops: float
     bytes: float
@@ -42,7 +41,7 @@ class Work(NamedTuple):
 
 
 def device() -> torch.device:
-    """Where benchmarks run: on a GPU if there is one."""
+    """The device of the benchmarks: a GPU if there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -51,7 +50,7 @@ def side_by_side(
 ) -> dict[str, list[float]]:
     """Seconds of every call, by name; every round calls each function once.
 
-    A function that is so slow that its warm-up would use up its patience is measured from its first call on.
+    A function too slow for its warm-up is measured from its first call.
     """
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     spent = dict.fromkeys(functions, 0.0)
@@ -93,7 +92,7 @@ def report(
     work: Mapping[str, Work | None] | None = None,
     **setting: Any,
 ) -> dict[str, Any]:
-    """Compares, and writes what comes out as a benchmark's only case."""
+    """Compares functions and saves the result as the only case of a benchmark."""
     return save(benchmark, peer=peer, setting=setting, results=compare(seconds, peer, work))
 
 
@@ -107,7 +106,7 @@ def save(benchmark: str, **content: Any) -> dict[str, Any]:
 
 
 def skip_failing(functions: Mapping[str, Callable[[], Any]]) -> dict[str, Callable[[], Any]]:
-    """Those that can be called here, and have been once; the others are named, and why."""
+    """Calls every function once and returns those that work; prints why the others are skipped."""
     able = {}
     for name, function in functions.items():
         try:
@@ -121,25 +120,25 @@ def skip_failing(functions: Mapping[str, Callable[[], Any]]) -> dict[str, Callab
 
 
 def matmul_rate(dtype: torch.dtype) -> float:
-    """FLOPs a second of a large square product on this device."""
+    """FLOPs per second of a large square product on this device."""
     if dtype not in _MATMUL_RATES:
         n = 8192 if device().type == "cuda" else 1024
         a, b = (torch.randn(n, n, device=device()).to(dtype) for _ in range(2))
-        # Where a dtype has no fast path, one of the two can be several times slower.
+        # Without a fast path for the dtype, one of the two can be several times slower.
         _MATMUL_RATES[dtype] = 2 * n**3 / min(_best(lambda: a @ b), _best(lambda: a @ b.mT))
     return _MATMUL_RATES[dtype]
 
 
 @functools.cache
 def copy_rate() -> float:
-    """Bytes a second, read and written, of a copy that no cache holds."""
+    """Bytes per second, read and written, of a copy larger than any cache."""
     source = torch.zeros(2**28 if device().type == "cuda" else 2**25, device=device())
     target = torch.zeros_like(source)
     return 2 * source.nbytes / _best(lambda: target.copy_(source))
 
 
 def machine() -> dict[str, Any]:
-    """What the figures hold for."""
+    """The machine and versions that the results hold for."""
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
@@ -152,14 +151,14 @@ def machine() -> dict[str, Any]:
 
 
 def _ratio(own: Sequence[float], peer: Sequence[float]) -> float:
-    """Of calls in the same round, where each has made all."""
+    """Ratio of calls in the same round, if both functions completed all rounds."""
     if len(own) == len(peer):
         return statistics.median(a / b for a, b in zip(own, peer))
     return statistics.median(own) / statistics.median(peer)
 
 
 def _rates() -> dict[str, float]:
-    """What floors were made of."""
+    """The rates behind the floors."""
     products = {f"matmul_{str(dtype).removeprefix('torch.')}": rate / 1e9 for dtype, rate in _MATMUL_RATES.items()}
     return {f"{name}_gflops": round(rate, 1) for name, rate in products.items()} | {
         "copy_gbytes": round(copy_rate() / 1e9, 1)
@@ -167,7 +166,7 @@ def _rates() -> dict[str, float]:
 
 
 def _best(function: Callable[[], Any]) -> float:
-    """Seconds of the fastest of some calls: a rate is what a device can do."""
+    """Seconds of the fastest of several calls, for peak rates."""
     first = _time(function)
     return min([first] + [_time(function) for _ in range(20 if first < 0.1 else 2)])
 
@@ -182,7 +181,7 @@ def _time(function: Callable[[], Any]) -> float:
 
 
 def _clock() -> Callable[[], float]:
-    """One thread of a CPU is timed by itself: what other processes take from it is not counted."""
+    """The clock: process time for a single CPU thread, which excludes other processes; else wall time."""
     return time.process_time if device().type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
 
 

@@ -1,4 +1,4 @@
-"""What it costs to see every head's largest logit, beside the attention that has it: ``python benchmarks/max_logits.py``."""
+"""Cost of per-head maximum logits relative to the attention itself: ``python benchmarks/max_logits.py``."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def one_length(batch: int, heads: int, length: int, dim: int, dtype: torch.dtype
 
 
 def flex(attend: Callable[..., Callable[[], None]], dim: int) -> dict[str, Callable[[], Any]]:
-    """FlexAttention, which finds the largest logits on its way unless a score_mod changes them first."""
+    """FlexAttention, which returns the maximum logits unless a score_mod changes them first."""
 
     def through(track: str | None, softcap: float | None = None) -> Callable[..., Tensor]:
         options: dict[str, Any] = {"scale": dim**-0.5, "backend": "flex", "track": track, "softcap": softcap}

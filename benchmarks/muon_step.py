@@ -1,11 +1,11 @@
-"""The optimizer's step on the hidden matrices of models: ours against torch's, a plain loop, AdamW, and installed peers.
+"""The optimizer step on the hidden matrices of models: ours against torch's, a plain loop, AdamW, and installed peers.
 
 python benchmarks/muon_step.py
 python benchmarks/muon_step.py --sets gpt2_medium --layers 2
 python benchmarks/muon_step.py --no-bf16-hardware    # as on a CPU that multiplies no bfloat16
 
-Costs of a layer do not depend on how many there are, so on a CPU one layer of a large model is measured. A ratio above 1 is
-slower than our Muon as it comes.
+The cost per layer does not depend on the number of layers, so on a CPU one layer of a large model is measured. A ratio above
+1 is slower than our default Muon.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ from lightning_muonclip.optim.orthogonalize import working_dtype
 from lightning_muonclip.optim.restarts import cheapest_flops
 
 PEER = "Muon"
-LR = 1e-6  # parameters stay what they are, however often they are stepped
+LR = 1e-6  # keeps parameters nearly constant over repeated steps
 SETS = {
     "cpu": ("tiny", "gpt2_small", "moe_small"),
     "cuda": ("tiny", "gpt2_small", "gpt2_medium", "llama_1b", "moe"),
 }
 
-#: On a CPU a larger set is measured by one layer.
+#: On a CPU, larger sets are measured by one layer.
 MOST_ON_CPU = 2**24
 
-#: What holds torch, oneDNN and MKL to AVX2, on processors of any vendor. oneDNN's bfloat16 is the slow part of such a CPU,
-#: MKL's float32 the fast one: without the last, float32 would keep AVX-512 and flatter us.
+#: Limits torch, oneDNN and MKL to AVX2, on processors of any vendor. On such a CPU, oneDNN's bfloat16 is slow and MKL's
+#: float32 fast. Without the last variable, float32 would keep AVX-512, which would favor us.
 AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 
 
@@ -66,7 +66,7 @@ def ours(params: list[Parameter], **options: Any) -> Muon:
 
 
 def step_of(optimizer: Optimizer) -> Callable[[], Any]:
-    """Its step, gradients put back each time: some peers drop or change them, as a training step may let them."""
+    """Its step, with gradients restored each time: some peers drop or modify them."""
     grads = [(p, p.grad) for group in optimizer.param_groups for p in group["params"]]
 
     def step() -> None:
@@ -78,7 +78,7 @@ def step_of(optimizer: Optimizer) -> Callable[[], Any]:
 
 
 def steps(params: list[Parameter]) -> dict[str, Callable[[], Any]]:
-    """All that can step these parameters here, each with a state of its own."""
+    """All available optimizers for these parameters, each with its own state."""
     functions = {"Muon": step_of(ours(params)), "Muon, jordan": step_of(ours(params, ns_coefficients="jordan"))}
     if working_dtype(device()) is not torch.float32:
         functions["Muon, jordan, float32"] = step_of(ours(params, ns_coefficients="jordan", dtype=torch.float32))
@@ -92,7 +92,7 @@ def steps(params: list[Parameter]) -> dict[str, Callable[[], Any]]:
 
 
 def work(name: str, params: Sequence[Tensor]) -> Work | None:
-    """What a step needs at the least: products, and every number of weight, gradient and state read and written once."""
+    """The minimum work of a step: its products, and weights, gradients and states read and written once."""
     nbytes = float(sum(p.nbytes for p in params))
     if name.startswith("AdamW"):
         return Work(0.0, 7 * nbytes)
@@ -116,7 +116,7 @@ def work(name: str, params: Sequence[Tensor]) -> Work | None:
 
 
 def transient_memory(step: Callable[[], Any]) -> int:
-    """The most bytes alive at once of what a step makes and does not keep."""
+    """Peak bytes of the temporaries of a step."""
     if device().type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -128,7 +128,7 @@ def transient_memory(step: Callable[[], Any]) -> int:
 
 
 class Allocations(TorchDispatchMode):
-    """The most bytes that were alive at once of what operations have made."""
+    """Tracks the peak bytes of the results of operations."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -136,7 +136,7 @@ class Allocations(TorchDispatchMode):
         self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Runs an operation, and counts the storages that are new."""
+        """Runs an operation and counts new storages."""
         out = func(*args, **(kwargs or {}))
         known = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         for tensor in tree_leaves(out):
@@ -151,7 +151,7 @@ class Allocations(TorchDispatchMode):
 
 def case(name: str, own: ParameterSet, layers: int, rounds: int) -> dict[str, Any]:
     """All optimizers on one set."""
-    gc.collect()  # what is left of the set before
+    gc.collect()  # memory of the previous set
     params = parameters(own.layer * layers)
     hidden = sum(p.nbytes for p in params)
     print(f"\n{name}, {layers} of {own.layers} layers, {hidden / 2**20:.1f} MiB of hidden matrices")
@@ -204,7 +204,7 @@ def main() -> None:
 
 
 def _deferred(make: Callable[[list[Parameter]], Optimizer], params: list[Parameter]) -> Callable[[], Any]:
-    """A peer's step; it is made at the first call, where it may fail."""
+    """A peer's step. The optimizer is created at the first call, which may fail."""
     made: list[Callable[[], Any]] = []
 
     def step() -> None:

@@ -1,6 +1,6 @@
-"""Orthogonalising by shape: every method of ours against plain Newton-Schulz, torch's and whatever peer is installed.
+"""Orthogonalization by shape: our methods against plain Newton-Schulz, torch's, and installed peers.
 
-python benchmarks/orthogonalize.py           # the table, a case a shape
+python benchmarks/orthogonalize.py           # the table, a case per shape
 python benchmarks/orthogonalize.py --plot    # docs/orthogonalize_time.png from the results
 """
 
@@ -27,7 +27,7 @@ PICTURE = Path(__file__).parents[1] / "docs" / "orthogonalize_time.png"
 
 SIZES = {"cpu": (64, 128, 256, 512, 768, 1024), "cuda": (64, 128, 256, 512, 768, 1024, 2048, 4096)}
 RATIOS = (1, 2, 4, 8)
-#: Batches as models have them: attention's matrices of all layers, and a stack of experts.
+#: Typical batches: attention matrices of all layers, and a stack of experts.
 BATCHES = {"cpu": ((16, 128, 128), (8, 352, 512)), "cuda": ((48, 768, 768), (96, 1024, 1024), (64, 1408, 2048))}
 
 #: Ours by name: the schedule and the form.
@@ -41,7 +41,7 @@ OURS = {
 
 
 def work(name: str, batch: int, m: int, n: int) -> Work | None:
-    """What a method needs at the least; of a peer's schedule we know nothing."""
+    """The minimum work of a method; unknown for a peer's schedule."""
     small, large = sorted((m, n))
     nbytes = 2.0 * 4 * batch * m * n
     if name in OURS:
@@ -77,7 +77,7 @@ def case(batch: int, m: int, n: int, rounds: int, peers: dict[str, Callable[...,
 
 
 def draw(kind: str) -> None:
-    """Time against size, a curve a method, a panel an aspect ratio."""
+    """Plots time against size, a curve per method and a panel per aspect ratio."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""Hidden matrices of real models, by shape: what Muon gets of them, biases, norms, embeddings and heads left out."""
+"""Shapes of the hidden matrices of real models, without biases, norms, embeddings and heads."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ DEEPSEEK_V3_ATTENTION: tuple[Shape, ...] = (
     (7168, 128 * 128),
 )
 
-#: Whole models whose layers are not all alike: the matrices of every kind of layer, and how many layers of it.
+#: Whole models with several kinds of layers: the matrices of each kind, and its number of layers.
 MODELS: dict[str, tuple[ParameterSet, ...]] = {
     "gpt2_small": (PARAMETER_SETS["gpt2_small"],),
     # hidden_size 4096, intermediate_size 11008, 32 layers: LLaMA, arXiv 2302.13971, and its config.json.

@@ -1,4 +1,4 @@
-"""Who else orthogonalises: a plain loop, torch, and packages that may be installed; what is absent is skipped by name."""
+"""Other implementations: a plain loop, torch, and packages that may be installed; absent ones are skipped."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-#: Of a batch of matrices, shape (batch, m, n).
+#: Orthogonalizes a batch of matrices, shape (batch, m, n).
 Orthogonalizer: TypeAlias = Callable[[Tensor], Any]
 MakeOptimizer: TypeAlias = Callable[[list[Parameter]], Optimizer]
 
@@ -18,7 +18,7 @@ JORDAN = (3.4445, -4.7750, 2.0315)
 
 
 def newton_schulz(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Jordan's five steps on one matrix, as everybody writes them."""
+    """Jordan's five steps on one matrix, in the usual form."""
     a, b, c = JORDAN
     is_tall = x.shape[0] > x.shape[1]
     y = x.to(dtype)
@@ -31,7 +31,7 @@ def newton_schulz(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class LoopMuon(Optimizer):
-    """Muon as a loop over weights; a subclass says how to subtract an update."""
+    """Muon as a loop over weights; a subclass defines how to subtract an update."""
 
     def __init__(self, params: Iterable[Any], lr: float) -> None:
         super().__init__(params, {"lr": lr, "momentum": 0.95, "weight_decay": 0.1})
@@ -48,12 +48,12 @@ class LoopMuon(Optimizer):
                 self.subtract(p, update, group["lr"])
 
     def subtract(self, p: Tensor, update: Tensor, lr: float) -> None:
-        """Orthogonalises an update and subtracts it from its weight."""
+        """Orthogonalizes an update and subtracts it from its weight."""
         raise NotImplementedError
 
 
 class PlainMuon(LoopMuon):
-    """In one working dtype; a stack of experts is a loop too."""
+    """Plain Muon in one working dtype, also looping over experts."""
 
     def __init__(self, params: Iterable[Parameter], lr: float, dtype: torch.dtype = torch.float32) -> None:
         super().__init__(params, lr)
@@ -73,7 +73,7 @@ def each(function: Callable[[Tensor], Any]) -> Orthogonalizer:
 
 
 def single_matrices(params: Sequence[Parameter]) -> list[Parameter]:
-    """For who takes no stacks: every expert a parameter of its own, that shares its memory."""
+    """Splits stacks for optimizers without support: one parameter per expert, sharing memory."""
     single = []
     for p in params:
         if p.ndim == 2:

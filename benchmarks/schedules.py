@@ -1,7 +1,7 @@
-"""Which Newton-Schulz schedule trains best, and at what cost: the demo with each, at its own best learning rate of Muon.
+"""Trains the demo with each Newton-Schulz schedule at its own best learning rate of Muon, and compares loss and cost.
 
-python benchmarks/schedules.py            # hours on one core; a run that is in the results already is not repeated
-python benchmarks/schedules.py --draw     # the table and the picture from what is there
+python benchmarks/schedules.py            # hours on one core; runs that are in the results are not repeated
+python benchmarks/schedules.py --draw     # the table and the plot from existing results
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from lightning_muonclip.optim.coefficients import SCHEDULES, Schedule
 from lightning_muonclip.optim.minimax import minimax_schedule
 from lightning_muonclip.optim.restarts import cheapest_flops
 
-#: A schedule decides how far Muon steps, so it is Muon's rate that has to suit it; AdamW keeps one that suits it.
-#: With one rate for both, what looks like the better schedule is the one whose best rate is nearer to AdamW's.
+#: A schedule affects the size of Muon's steps, so Muon's rate is tuned for it while AdamW keeps its own. With one rate for
+#: both, the schedule whose best rate is closer to AdamW's would look better.
 ADAMW_RATE = 0.02
 RATES = (0.005, 0.01, 0.02, 0.04)
 SEEDS = (0, 1, 2)
@@ -32,7 +32,7 @@ PICTURE = Path(__file__).parents[1] / "docs" / "schedules.png"
 
 
 def schatten4(steps: int, low: float) -> Schedule:
-    """Ours, with so many steps from that singular value."""
+    """Our schedule with ``steps`` steps from the singular value ``low``."""
     return minimax_schedule(steps, low, norm="schatten4", safety=1.02, cushion=0.05)
 
 
@@ -71,7 +71,7 @@ def train(schedule: Schedule, rate: float, seed: int) -> float:
 
 
 def run(results: dict[str, Any], names: list[str], rates: list[float], seeds: list[int]) -> None:
-    """Fills in what is missing: every rate for the first seed, then the other seeds at the best rate and its neighbours."""
+    """Runs what is missing: every rate for the first seed, then the other seeds at the best rate and its neighbors."""
     for seed in seeds:
         for rate in rates:
             for name in names:
@@ -104,7 +104,7 @@ def draw(results: dict[str, Any]) -> None:
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    print("| schedule | best rate | validation loss, mean of seeds | range | MFLOPs a step |\n|---|---|---|---|---|")
+    print("| schedule | best rate | validation loss, mean of seeds | range | MFLOPs per step |\n|---|---|---|---|---|")
     for name, by_rate in results["losses"].items():
         rates = sorted(float(rate) for rate in by_rate if by_rate[rate])
         left.plot(rates, [by_rate[str(rate)]["0"] for rate in rates], ".-", label=name)

@@ -1,4 +1,4 @@
-"""Matrices of many spectra, each from a seed, and how well they were orthogonalised: what benchmarks and tests share."""
+"""Matrices with many spectra, each from a seed, and metrics of their orthogonalization; shared by benchmarks and tests."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from lightning_muonclip.experiment.corpora import StandardLibrary
 from lightning_muonclip.experiment.data import TextDataModule
 from lightning_muonclip.experiment.gpt import GPT
 
-#: Singular values below it, relative to the largest, are rounding of float32 matrices: they have no polar factor.
+#: Singular values below this, relative to the largest, are rounding errors of float32 and have no polar factor.
 NOISE = 1e-7
 
-#: Singular values above it, relative to the largest, have to come out near 1.
+#: Singular values above this, relative to the largest, must end up close to 1.
 MATTERS = 0.01
 
-#: Names of the zoo; the last two are real.
+#: Names of the spectra; the last two are from training.
 SPECTRA = (
     "Gaussian",
     "Marchenko-Pastur 1:4",
@@ -74,7 +74,7 @@ def zoo(n: int = 192, ratio: int = 1) -> dict[str, Tensor]:
 
 @cache
 def momenta(steps: int = 24, seed: int = 0) -> dict[str, Tensor]:
-    """What Muon orthogonalises in an attention and an MLP of the demo's GPT, after so many steps of training."""
+    """The matrices that Muon orthogonalizes in an attention and an MLP of the demo's GPT, after some steps of training."""
     data = TextDataModule(StandardLibrary(max_bytes=2**20), batch_size=4, seed=seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -93,7 +93,7 @@ def momenta(steps: int = 24, seed: int = 0) -> dict[str, Tensor]:
 
 
 class Reference:
-    """The singular value decomposition of a matrix in float64, and what an orthogonalised one is measured by."""
+    """The singular value decomposition of a matrix in float64, and the metrics of its orthogonalization."""
 
     def __init__(self, x: Tensor) -> None:
         self.u, self.s, self.vh = torch.linalg.svd(x.double(), full_matrices=False)

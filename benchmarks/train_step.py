@@ -1,4 +1,4 @@
-"""Whole training steps, and what of them Muon and QK-Clip are: ``python benchmarks/train_step.py``."""
+"""Whole training steps, and the share of Muon and QK-Clip: ``python benchmarks/train_step.py``."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ class Size:
     length: int
 
     def model(self, device: str) -> nn.Module:
-        """Equal weights at every call."""
+        """The same weights at every call."""
         torch.manual_seed(0)
         attention = functools.partial(Attention, num_attention_heads=self.heads)
         return GPT(attention, self.vocabulary, self.hidden, self.layers).to(device)
 
     def tokens(self, device: str) -> Tensor:
-        """A batch, with one token more to predict."""
+        """A batch with one more token, to be predicted."""
         return torch.randint(self.vocabulary, (self.batch, self.length + 1), device=device)
 
 
@@ -48,7 +48,7 @@ SIZES = {
 
 
 class TorchMuon:
-    """``torch.optim.Muon`` for hidden matrices and AdamW for the rest, as its users write it."""
+    """``torch.optim.Muon`` for hidden matrices and AdamW for the rest, in the usual way."""
 
     def __init__(self, model: nn.Module) -> None:
         hidden, rest = ([p for _, p in group["params"]] for group in split_params(model))
@@ -66,7 +66,7 @@ class TorchMuon:
 
 
 def training_step(size: Size, device: str, make: Callable[[nn.Module], Optimizer | TorchMuon]) -> Callable[[], None]:
-    """Forward, backward and step of a model of its own; in bfloat16 on a GPU."""
+    """Forward, backward and step of a separate model; in bfloat16 on a GPU."""
     model, tokens = size.model(device), size.tokens(device)
     optimizer = make(model)
     forward = torch.compile(model) if device == "cuda" else model
@@ -83,7 +83,7 @@ def training_step(size: Size, device: str, make: Callable[[nn.Module], Optimizer
 
 
 def steps_alone(size: Size, device: str) -> dict[str, Callable[[], object]]:
-    """What is Muon's and what is QK-Clip's of a step, with every head clipped."""
+    """The shares of Muon and of QK-Clip in a step, with every head clipped."""
     model = size.model(device)
     [muon] = [group for group in split_params(model) if group["name"] == "muon"]
     for _, p in muon["params"]:

@@ -1,8 +1,8 @@
-"""Hugging Face's BERT, untouched, trained by a plain LightningModule: the callback is all that MuonClip needs.
+"""Trains an unmodified Hugging Face BERT in a plain LightningModule; MuonClip needs only the callback.
 
     python examples/hugging_face_bert.py
 
-A small BERT learns to tell whether a sequence holds a certain token; half of every sequence is padding.
+A small BERT learns whether a sequence contains a certain token. Half of every sequence is padding.
 """
 
 import lightning.pytorch as pl

@@ -1,4 +1,4 @@
-"""Hugging Face's Llama, untouched, trained by a plain LightningModule: the callback is all that MuonClip needs.
+"""Trains an unmodified Hugging Face Llama in a plain LightningModule; MuonClip needs only the callback.
 
     python examples/hugging_face_llama.py
 

@@ -1,9 +1,9 @@
-"""The Lightning door: one callback, and nothing else changes.
+"""MuonClip in Lightning: add one callback, change nothing else.
 
     python examples/lightning_finetune.py
 
-A classifier of sequences with plain PyTorch attention, as one might find it anywhere: MuonClip finds the attention by its
-projections' names and watches the call of scaled_dot_product_attention.
+A sequence classifier with custom attention in plain PyTorch. MuonClip recognizes the attention by the names of its
+projections and intercepts its call of scaled_dot_product_attention.
 """
 
 import lightning.pytorch as pl
@@ -32,7 +32,7 @@ class SelfAttention(nn.Module):
 
 
 class LitClassifier(pl.LightningModule):
-    """Is the sum of the tokens even?"""
+    """Classifies whether the sum of the tokens is even."""
 
     def __init__(self) -> None:
         super().__init__()

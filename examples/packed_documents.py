@@ -1,9 +1,9 @@
-"""Packed sequences: several documents a row, each of which sees only itself, in alternating local and global layers.
+"""Packed sequences: several documents per row, each attending only to itself, in alternating local and global layers.
 
     python examples/packed_documents.py
 
-The rows are short files of Python's standard library, byte by byte. On a GPU attention is FlexAttention, which skips what a
-mask hides; on a CPU it is torch's own.
+The documents are short files of Python's standard library, byte by byte. On a GPU, attention uses FlexAttention, which skips
+masked blocks; on a CPU it uses SDPA.
 """
 
 import functools
@@ -20,7 +20,7 @@ from lightning_muonclip.experiment.gpt import GPT
 
 
 def pack(texts: list[bytes], length: int) -> TensorDataset:
-    """Rows of tokens and of the number of each token's document; what is cut off goes on in the next row."""
+    """Rows of tokens and of their document ids; a document that is cut off continues in the next row."""
     tokens = torch.frombuffer(bytearray(b"".join(texts)), dtype=torch.uint8).long()
     documents = torch.repeat_interleave(torch.arange(len(texts)), torch.tensor([len(text) for text in texts]))
     rows = len(tokens) // length
@@ -36,7 +36,7 @@ class LitPacked(pl.LightningModule):
     def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
         tokens, documents = batch
         logits = self.model(tokens, mask=AttentionMask(documents=documents))
-        inside = documents[:, 1:] == documents[:, :-1]  # the first token of a document cannot be foretold
+        inside = documents[:, 1:] == documents[:, :-1]  # the first token of a document is unpredictable
         loss = F.cross_entropy(logits[:, :-1][inside], tokens[:, 1:][inside])
         self.log("loss", loss, prog_bar=True)
         return loss

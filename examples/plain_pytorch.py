@@ -1,4 +1,4 @@
-"""The plain-PyTorch door: one optimizer for the whole model, no Lightning in the loop.
+"""MuonClip in plain PyTorch: one optimizer for the whole model.
 
 python examples/plain_pytorch.py
 """

@@ -1,9 +1,9 @@
-"""timm's vision transformer, untouched, trained by a plain LightningModule: the callback is all that MuonClip needs.
+"""Trains an unmodified timm vision transformer in a plain LightningModule; MuonClip needs only the callback.
 
     pip install timm scikit-learn
     python examples/timm_vit.py
 
-A small ViT learns to read the digits of scikit-learn, 8 x 8 pixels each.
+A small ViT learns to classify the 8 x 8 digits of scikit-learn.
 """
 
 import lightning.pytorch as pl

@@ -1,4 +1,4 @@
-"""MaxLogits: the largest attention logit of every head as a torchmetrics metric."""
+"""MaxLogits: per-head maximum attention logits as a torchmetrics metric."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torchmetrics import Metric
 
 
 class MaxLogits(Metric):
-    """Keeps each head's largest attention logit over all updates and ranks.
+    """Per-head maximum attention logits over all updates and ranks.
 
     As input to ``forward`` and ``update`` the metric accepts:
 
-    - ``max_logits`` (:class:`~torch.Tensor`): shape ``(layers, heads)``, as ``MaxLogitsMixin.max_logits``,
-      ``QKClip.max_logits`` or the result of a step has it; ``-inf`` where a head was not seen.
+    - ``max_logits`` (:class:`~torch.Tensor`): shape ``(layers, heads)``, as in ``MaxLogitsMixin.max_logits``,
+      ``QKClip.max_logits`` or the result of a step; ``-inf`` where a head was not seen.
 
     As output of ``forward`` and ``compute`` the metric returns:
 
@@ -24,12 +24,12 @@ class MaxLogits(Metric):
 
     Args:
         num_layers: Number of attention layers.
-        num_heads: Most heads that a layer has.
-        threshold: Drawn as a dashed line in a trajectory; clipped heads are marked in a heat map.
+        num_heads: Largest number of heads in any layer.
+        threshold: A dashed line in a trajectory; a heat map marks the heads above it as clipped.
         kwargs: Further arguments of :class:`torchmetrics.Metric`.
 
     Raises:
-        ValueError: If an update has another shape.
+        ValueError: If an update has a different shape.
 
     Example:
         >>> metric = MaxLogits(num_layers=1, num_heads=2)
@@ -52,10 +52,10 @@ class MaxLogits(Metric):
         self.add_state("maxima", default=nothing_seen, dist_reduce_fx="max")
 
     def update(self, max_logits: Tensor) -> None:
-        """Takes the maxima of another step, shape ``(layers, heads)``."""
+        """Updates the maxima with those of one step, shape ``(layers, heads)``."""
         if max_logits.shape != self.maxima.shape:
             raise ValueError(
-                f"MaxLogits was made for {tuple(self.maxima.shape)} (layers, heads), got {tuple(max_logits.shape)}"
+                f"max_logits must have shape {tuple(self.maxima.shape)} (layers, heads), got {tuple(max_logits.shape)}"
             )
         self.maxima = torch.maximum(self.maxima, max_logits.detach().to(self.maxima))
 
@@ -67,9 +67,9 @@ class MaxLogits(Metric):
         """Draws a heat map of layers and heads, or the trajectory of every head over several values.
 
         Args:
-            val: ``None`` draws :meth:`compute`; one value of shape ``(layers, heads)`` is a heat map; a sequence of them,
-                or a tensor of shape ``(steps, layers, heads)``, is a trajectory.
-            ax: Matplotlib axes to draw into; ``None`` makes new ones.
+            val: A value of shape ``(layers, heads)`` for a heat map, or a sequence of values (or a tensor of shape
+                ``(steps, layers, heads)``) for a trajectory. Defaults to :meth:`compute`.
+            ax: Matplotlib axes to draw into. Defaults to new ones.
 
         Returns:
             The figure and the axes.
@@ -109,7 +109,7 @@ def _draw_trajectory(values: Tensor, threshold: float | None, axes: Any) -> None
     axes.legend(fontsize="small", ncols=2)
 
 
-#: Readable on any colour of the map.
+#: Readable on any color of the map.
 _LABEL = {"boxstyle": "round", "color": "black", "alpha": 0.6}
 
 

@@ -1,7 +1,7 @@
-"""Maximal update parametrization (muP): hyperparameters that are tuned on a narrow model carry over to a wide one.
+"""Maximal update parametrization (muP): hyperparameters tuned on a narrow model transfer to a wide one.
 
-A model is compared with the same model at its base width. What has grown tells the class of every parameter, and the class
-tells how its init, its learning rate and its output scale with the growth; at the base width nothing changes.
+A model is compared with the same model at its base width. The dimensions that have grown determine the class of every
+parameter, and the class determines how its init, learning rate and output scale. At the base width nothing changes.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ _TRANSPOSED = (nn.Embedding, nn.EmbeddingBag, nn.ConvTranspose1d, nn.ConvTranspo
 
 @dataclass(frozen=True, eq=False)
 class ParamClass:
-    """How parameters of one class scale with the growth m of the width: exponents of m.
+    """How the parameters of one class scale with the growth m of the width; all numbers are exponents of m.
 
     Args:
-        name: Of the class.
-        init: Of the initial spread.
-        multiplier: Of the factor on what the module makes of its input.
-        adamw: Of AdamW's learning rate.
-        muon: Of Muon's learning rate, by its ``adjust_lr_fn``. They make the spectral norm of an update that of the
+        name: Name of the class.
+        init: Exponent of the initial standard deviation.
+        multiplier: Exponent of the factor on the module's output.
+        adamw: Exponent of AdamW's learning rate.
+        muon: Exponents of Muon's learning rate, one per ``adjust_lr_fn``. They give updates the spectral norm of the
             spectral condition, sqrt(fan_out / fan_in).
-        eps: Of AdamW's epsilon, which is to gradients as it was at the base width.
+        eps: Exponent of AdamW's epsilon, which keeps its ratio to the gradients.
 
     Source: AdamW: Yang et al., Tensor Programs V, arXiv 2203.03466, table 8, and for epsilon CompleteP, arXiv 2505.01618.
-        Muon: the spectral condition, Yang, Simon and Bernstein, arXiv 2310.17813. Weight decay is no column of the table: it
-        is divided by what the learning rate is multiplied with, so that their product stays, as torch couples them.
+        Muon: the spectral condition, Yang, Simon and Bernstein, arXiv 2310.17813. Weight decay is divided by the factor on
+        the learning rate, so that their product, which torch's decoupled decay uses, stays the same.
     """
 
     name: str
@@ -57,14 +57,14 @@ class ParamClass:
     eps: float = -1.0
 
     def rates(self, growth: float) -> dict[str, float]:
-        """Factors on the learning rate: of AdamW, and of Muon by its ``adjust_lr_fn``."""
+        """Factors on the learning rates of AdamW and of Muon, the latter by ``adjust_lr_fn``."""
         exponents = (self.adamw, *self.muon)
         return dict(zip(("adamw", *_ADJUSTMENTS), (growth**exponent for exponent in exponents)))
 
 
 _ADJUSTMENTS = ("original", "match_rms_adamw", "spectral_unclamped")
 
-#: Nothing of it grows.
+#: No dimension grows.
 FINITE = ParamClass("finite", eps=0.0)
 #: Biases and gains.
 VECTOR = ParamClass("vector")
@@ -72,15 +72,15 @@ VECTOR = ParamClass("vector")
 INPUT = ParamClass("input")
 #: Both grow.
 HIDDEN = ParamClass("hidden", init=-0.5, adamw=-1.0, muon=(0.0, -0.5, 0.0))
-#: Only fan-in grows, at the end of the model: heads. The multiplier stands for a smaller init and learning rate.
+#: Only fan-in grows, at the end of the model: output heads. The multiplier replaces a smaller init and learning rate.
 OUTPUT = ParamClass("output", multiplier=-1.0, muon=(0.5, 0.0, 1.0))
-#: Only fan-in grows, within the model: latents, routers, the one key of MQA. As a head, without a multiplier.
+#: Only fan-in grows, within the model: latents, routers, the single key of MQA. Like OUTPUT, without the multiplier.
 BOTTLENECK = ParamClass("bottleneck", init=-1.0, adamw=-1.0, muon=(-0.5, -1.0, 0.0))
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How one parameter scales: its class, the growth of its width, and for CompleteP that of its depth."""
+    """How one parameter scales: its class, the growth of the width and, for CompleteP, the growth of the depth."""
 
     kind: ParamClass
     growth: float
@@ -88,7 +88,7 @@ class Scale:
 
     @property
     def rates(self) -> dict[str, float]:
-        """Factors on the learning rate: of AdamW, and of Muon by its ``adjust_lr_fn``."""
+        """Factors on the learning rates of AdamW and of Muon, the latter by ``adjust_lr_fn``."""
         return self.kind.rates(self.growth)
 
     @property
@@ -98,22 +98,22 @@ class Scale:
 
 
 class Multiplier:
-    """A hook that multiplies what goes into a module, or as a forward hook what comes out of it."""
+    """A hook that multiplies the input of a module or, as a forward hook, its output."""
 
     def __init__(self, factor: float) -> None:
         self.factor = factor
 
     def __call__(self, module: nn.Module, args: Any, output: Tensor | None = None) -> Any:
-        """Called by torch."""
+        """The hook."""
         return (args[0] * self.factor, *args[1:]) if output is None else output * self.factor
 
 
 class Parametrization:
-    """A model in muP; made by :func:`parametrize`.
+    """A model in muP, created by :func:`parametrize`.
 
     Attributes:
         model: The model.
-        scales: How every parameter scales, by name.
+        scales: The scale of every parameter, by name.
     """
 
     def __init__(self, model: nn.Module, scales: dict[str, Scale]) -> None:
@@ -124,19 +124,20 @@ class Parametrization:
         self._scaling: dict[str, tuple[float, float]] = {}
 
     def apply(self, optimizer: OptimizerT) -> OptimizerT:
-        """Splits an optimizer's groups by class and scales learning rate, weight decay and epsilon of each, in place.
+        """Splits the groups of an optimizer by class and scales their learning rate, weight decay and epsilon, in place.
 
-        It takes AdamW and its like, Muon, and both in one optimizer. A group says under ``"mup"`` by what its learning rate
-        was multiplied, and by what Muon's would be: :class:`~lightning_muonclip.MuonClipCallback` reads it there.
+        Supports optimizers with AdamW's hyperparameters, Muon, and both in one optimizer. Each group stores the factors on
+        its learning rate, for AdamW and for Muon, under ``"mup"``, where :class:`~lightning_muonclip.MuonClipCallback` reads
+        them.
 
         Args:
-            optimizer: Fresh: before its first step, and before any scheduler.
+            optimizer: A fresh optimizer: before its first step, and before any scheduler is attached.
 
         Returns:
             The optimizer.
 
         Raises:
-            ValueError: If it is not fresh, owns parameters of another model, or is neither Muon nor of AdamW's kind.
+            ValueError: If the optimizer is not fresh, owns parameters of another model, or is neither Muon nor like AdamW.
         """
         names = {param: name for name, param in self.model.named_parameters()}
         groups: list[dict[str, Any]] = []
@@ -144,14 +145,15 @@ class Parametrization:
         for group in optimizer.param_groups:
             if optimizer.state or "initial_lr" in group or "mup" in group:
                 raise ValueError(
-                    "muP scales a fresh optimizer: call apply() once, before its first step and any scheduler"
+                    f"muP needs a fresh optimizer, but this {type(optimizer).__name__} has a state, a scheduler or muP"
+                    " already; call apply() once, before the first step and before any scheduler"
                 )
             members: dict[Scale, list[int]] = defaultdict(list)
             for i, param in enumerate(group["params"]):
                 if param not in names:
                     raise ValueError(
-                        f"{type(optimizer).__name__} owns a parameter of shape {tuple(param.shape)} that is not of the model"
-                        " in muP; call parametrize with the module that holds all of them"
+                        f"{type(optimizer).__name__} owns a parameter of shape {tuple(param.shape)} that is not part of the"
+                        " model in muP; call parametrize with the module that holds all parameters"
                     )
                 members[self.scales[names[param]]].append(i)
             for scale, indices in members.items():
@@ -168,12 +170,12 @@ class Parametrization:
 
     @torch.no_grad()
     def export(self) -> dict[str, Tensor]:
-        """Weights with which the plain model, without muP, gives the same outputs; those of the model stay.
+        """A state dict with which the plain model, without muP, gives the same outputs. The model does not change.
 
-        A head that is tied to an embedding has weights of its own there: load them into a model that does not tie them.
+        A head that is tied to an embedding gets its own weights: load them into a model that does not tie them.
 
         Raises:
-            ValueError: If the queries of an attention whose heads have grown cannot be found or scaled.
+            ValueError: If the query weights of an attention whose heads have grown cannot be found or scaled.
         """
         state = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
         for name, factor in (self._heads | self._residual).items():
@@ -184,8 +186,8 @@ class Parametrization:
         for name, (scaling, plain) in self._scaling.items():
             if name not in specs or (specs[name][1].qk_norm and not specs[name][1].gains):
                 raise ValueError(
-                    f"muP multiplies the logits of {name!r} by {scaling:.4g}, not {plain:.4g}, but no"
-                    " weight can be found that would take this up: describe it with register_attention"
+                    f"cannot export {name!r}: muP scales its logits by {scaling:.4g} instead of {plain:.4g}, and the query"
+                    " weights that should absorb this are unknown; describe the module with register_attention"
                 )
             module, spec = specs[name]
             factor = scaling / plain
@@ -199,14 +201,15 @@ class Parametrization:
     def _scale_attention(self, name: str, module: nn.Module, base: nn.Module) -> None:
         if isinstance(module, nn.MultiheadAttention) and module.head_dim != base.head_dim:
             raise ValueError(
-                f"{name} is an nn.MultiheadAttention, whose scale cannot be set: let the number of its heads grow, not them"
+                f"{name} is an nn.MultiheadAttention with a head_dim of {module.head_dim}, but {base.head_dim} in the base,"
+                " and its logit scale cannot be set; increase the number of its heads instead"
             )
         plain, at_base = getattr(module, "scaling", None), getattr(base, "scaling", None)
         if not isinstance(plain, float) or not isinstance(at_base, float):
             return
         head_dim, base_head_dim = getattr(module, "head_dim", None), getattr(base, "head_dim", None)
         growth = (at_base / plain) ** 2
-        if isinstance(head_dim, int) and isinstance(base_head_dim, int):  # whose scale may be one of its own (Gemma 2)
+        if isinstance(head_dim, int) and isinstance(base_head_dim, int):  # the scale may not follow head_dim (Gemma 2)
             growth = head_dim / base_head_dim
         if plain != at_base / growth:
             module.scaling = at_base / growth  # type: ignore[assignment]
@@ -233,21 +236,21 @@ _in_mup: WeakSet[nn.Module] = WeakSet()
 
 @torch.no_grad()
 def parametrize(model: nn.Module, base: nn.Module, residual: Sequence[str] = ()) -> Parametrization:
-    """Puts a freshly initialised model into muP, in place.
+    """Puts a freshly initialized model into muP, in place.
 
-    Weights get the spread that the base's have, times the factor of their class; the logits of attention whose heads have
-    grown are multiplied by sqrt(d_base) / d instead of 1 / sqrt(d), by the attribute ``scaling`` of our modules and of
-    Hugging Face's; what goes into an output head is divided by the growth of the width. Then give the optimizer to
-    :meth:`Parametrization.apply`. To go on from a checkpoint, do the same and load the weights.
+    Weights get the standard deviation of the base's weights, times the factor of their class. Attention whose heads have
+    grown scales its logits by sqrt(d_base) / d instead of 1 / sqrt(d), through the attribute ``scaling`` of our modules and
+    of Hugging Face's. The input of an output head is divided by the growth of the width. Pass the optimizer to
+    :meth:`Parametrization.apply` afterwards. To resume from a checkpoint, do the same and load the weights.
 
     Args:
         model: The model.
-        base: The same model, freshly initialised, at the width whose hyperparameters are to carry over.
-        residual: Patterns of modules that write into the residual stream, such as ``("*.o_proj", "*.down_proj")``: what they
-            write is divided by the growth of the depth (CompleteP). Then the base may also have fewer layers.
+        base: The same model, freshly initialized, at the width at which the hyperparameters were tuned.
+        residual: Patterns of modules that write into the residual stream, such as ``("*.o_proj", "*.down_proj")``. Their
+            outputs are divided by the growth of the depth (CompleteP), and the base may have fewer layers.
 
     Raises:
-        ValueError: If the two do not correspond, or it is in muP already.
+        ValueError: If the models do not correspond, or if one is in muP already.
 
     Source: Yang et al., Tensor Programs V, arXiv 2203.03466; CompleteP, arXiv 2505.01618, with its alpha = 1.
 
@@ -265,10 +268,10 @@ def parametrize(model: nn.Module, base: nn.Module, residual: Sequence[str] = ())
     hooks = [hook for m in model.modules() for hook in (*m._forward_pre_hooks.values(), *m._forward_hooks.values())]
     if base in _in_mup:
         raise ValueError(
-            "the base is in muP itself; make it anew, at the width whose hyperparameters are to carry over"
+            "the base is in muP itself; create a fresh one, at the width at which the hyperparameters were tuned"
         )
-    if model in _in_mup or any(isinstance(hook, Multiplier) for hook in hooks):  # which copies keep
-        raise ValueError("this model is in muP already; parametrize a fresh one")
+    if model in _in_mup or any(isinstance(hook, Multiplier) for hook in hooks):  # copies of a model keep its hooks
+        raise ValueError("the model is in muP already; parametrize a fresh one")
     depth, blocks = _depth(model, base, residual)
     owners = dict(model.named_modules())
     base_modules, base_params = _Counterparts(dict(base.named_modules())), _Counterparts(dict(base.named_parameters()))
@@ -277,8 +280,8 @@ def parametrize(model: nn.Module, base: nn.Module, residual: Sequence[str] = ())
         counterpart = base_params.find(name, residual)
         if counterpart.ndim != param.ndim or counterpart.is_meta:
             raise ValueError(
-                f"{name} has shape {tuple(param.shape)}, but {tuple(counterpart.shape)} in the base, on"
-                f" {counterpart.device}: the base is the same model, initialised, only narrower"
+                f"the base does not correspond to the model: {name} has shape {tuple(param.shape)}, in the base"
+                f" {tuple(counterpart.shape)} on {counterpart.device}; use the same model, initialized, at a smaller width"
             )
         owner, _, leaf = name.rpartition(".")
         kind, growth = _classify(name, param.shape, counterpart.shape, owners[owner], leaf)
@@ -303,7 +306,9 @@ def parametrize(model: nn.Module, base: nn.Module, residual: Sequence[str] = ())
 def _scaled(group: dict[str, Any], scale: Scale, optimizer: str) -> dict[str, Any]:
     is_muon = group.get("algorithm", "muon" if "adjust_lr_fn" in group else "adamw") == "muon"
     if not is_muon and "betas" not in group:
-        raise ValueError(f"muP knows the learning rates of Muon and of AdamW's kind, not of {optimizer}")
+        raise ValueError(
+            f"muP supports Muon and optimizers with AdamW's hyperparameters, not {optimizer}; use one of them"
+        )
     rates = scale.rates
     rate = rates[(group["adjust_lr_fn"] or "original") if is_muon else "adamw"]
     own = {"lr": group["lr"] * rate, "weight_decay": group["weight_decay"] / rate, "mup": rates}
@@ -332,7 +337,7 @@ def _classify(name: str, shape: torch.Size, base: torch.Size, owner: nn.Module, 
 
 
 class _Counterparts:
-    """What corresponds to a name in the base: the same name, or with fewer layers that of another layer."""
+    """Finds the counterpart of a name in the base: the same name or, in a shallower base, that of another layer."""
 
     def __init__(self, own: Mapping[str, Any]) -> None:
         self._own = own
@@ -344,13 +349,13 @@ class _Counterparts:
         if residual and _pattern(name) in self._by_pattern:
             return self._by_pattern[_pattern(name)]
         raise ValueError(
-            f"the base has no {name!r}: it is the same model, only narrower; to let the depth grow too, name the modules"
+            f"the base has no {name!r}; use the same model at a smaller width or, to scale the depth too, list the modules"
             " that write into the residual stream, such as residual=('*.o_proj', '*.down_proj')"
         )
 
 
 def _depth(model: nn.Module, base: nn.Module, residual: Sequence[str]) -> tuple[float, tuple[str, ...]]:
-    """The growth of the depth, and what names of parameters of residual blocks start with."""
+    """The growth of the depth, and the name prefixes of parameters in residual blocks."""
     writers = [name for name, _ in model.named_modules() if _matches(name, residual)]
     for pattern in residual:
         if not any(fnmatchcase(name, pattern) for name in writers):

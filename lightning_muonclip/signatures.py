@@ -11,14 +11,14 @@ _Init = TypeVar("_Init", bound=Callable[..., None])
 
 
 def takes_keywords_of(*classes: type, but: Collection[str] = ()) -> Callable[[_Init], _Init]:
-    """Gives a constructor that ends in ``**options`` the keywords of the classes that it builds.
+    """Adds the keywords of the classes that a constructor builds to its signature, in place of ``**options``.
 
-    Only the class that acts on an option declares it, and yet the option is a flat keyword of the constructor: for
-    ``help``, for Hydra and for LightningCLI. The constructor finds all of them in ``options``, defaults included.
+    Each option is declared only by the class that acts on it, but is still a flat keyword of the constructor for ``help``,
+    Hydra and LightningCLI. The constructor receives all of them in ``options``, including defaults.
 
     Args:
-        classes: What the constructor builds (see :func:`share_out`).
-        but: Keywords of these classes that the constructor fills in itself.
+        classes: The classes that the constructor builds (see :func:`share_out`).
+        but: Keywords of these classes that the constructor passes itself.
 
     Example:
         >>> class Engine:
@@ -53,6 +53,6 @@ def takes_keywords_of(*classes: type, but: Collection[str] = ()) -> Callable[[_I
 
 
 def share_out(options: Mapping[str, Any], *classes: type) -> list[dict[str, Any]]:
-    """For each class, those of the options that its constructor takes."""
+    """The options that each class's constructor takes."""
     taken = [inspect.signature(cls).parameters for cls in classes]
     return [{name: value for name, value in options.items() if name in parameters} for parameters in taken]

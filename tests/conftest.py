@@ -1,10 +1,10 @@
-"""Settings of all tests."""
+"""Settings for all tests."""
 
 from __future__ import annotations
 
 import os
 
-# Before torch is imported: several threads a process only fight over the cores of a small machine.
+# Before torch is imported: several threads per process only compete for the cores of a small machine.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest

@@ -1,4 +1,4 @@
-"""A tiny transformer as a user would write one, and a Trainer that leaves nothing behind."""
+"""A tiny transformer as a user would write it, and a Trainer that writes no files."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def tiny_gpt(layers: int = 2, heads: int = 2, **attention: Any) -> GPT:
 
 
 class LitTiny(pl.LightningModule):
-    """A LightningModule that knows nothing of MuonClip."""
+    """A LightningModule without any reference to MuonClip."""
 
     def __init__(
         self, model: nn.Module, optimizer: Callable[[Any], torch.optim.Optimizer], schedule: bool = False

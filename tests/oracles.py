@@ -1,4 +1,4 @@
-"""What QK-Clip must see and do, by brute force in float64; and attention as somebody else would write it."""
+"""Brute-force oracles in float64 for what QK-Clip observes and does, and third-party attention to test it on."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _rms_norm(x: Tensor, norm: Any) -> Tensor:
 def queries_and_keys(
     module: nn.Module, x: Tensor, head_dim: int, positions: Tensor | None = None, theta: float = 10000.0
 ) -> tuple[Tensor, Tensor]:
-    """Rotated queries and keys of a module with Llama's parameters, float64, from nothing but its weights."""
+    """Rotated queries and keys of a module with Llama's parameters, in float64, computed from its weights alone."""
     positions = torch.arange(x.shape[1])[None] if positions is None else positions
     both = []
     for name, norm in (("q_proj", "q_norm"), ("k_proj", "k_norm")):
@@ -76,7 +76,7 @@ def queries_and_keys(
 def latent_queries_and_keys(
     module: Any, x: Tensor, positions: Tensor | None = None, theta: float = 10000.0
 ) -> tuple[Tensor, Tensor]:
-    """The same for latent attention, whose rotated pairs are neighbours."""
+    """Rotated queries and keys of latent attention, whose rotated pairs are adjacent."""
     x = x.double()
     positions = torch.arange(x.shape[1])[None] if positions is None else positions
     nope, rope, value = module.qk_nope_head_dim, module.qk_rope_head_dim, module.v_head_dim
@@ -99,7 +99,7 @@ def latent_queries_and_keys(
 
 
 def module_max_logits(module: Any, x: Tensor, visible: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
-    """Largest logits of ``Attention`` or ``MultiheadLatentAttention``, float64; causal unless told otherwise."""
+    """Maximum logits of ``Attention`` or ``MultiheadLatentAttention``, float64; causal by default."""
     if hasattr(module, "kv_b_proj"):
         query, key = latent_queries_and_keys(module, x, positions)
     else:
@@ -111,7 +111,7 @@ def module_max_logits(module: Any, x: Tensor, visible: Tensor | None = None, pos
 def policy_factors(
     maxima: Sequence[float], threshold: float, alpha: float, groups: int, shared_keys: str
 ) -> tuple[list[float], list[float]]:
-    """Factors of query heads and key heads, one head at a time, from the words of the K2 report and its variants."""
+    """Factors of query heads and key heads, one head at a time, following the K2 report and its variants."""
     gamma = [threshold / s if math.isfinite(s) and s > threshold else 1.0 for s in maxima]
     size = len(gamma) // groups
     if size == 1:
@@ -134,7 +134,7 @@ def policy_factors(
 
 
 class SdpaAttention(nn.Module):
-    """Attention of a library that has never heard of QK-Clip: no rotation, causal, grouped keys."""
+    """Attention of a library without any reference to QK-Clip: no rotation, causal, grouped keys."""
 
     def __init__(self, hidden_size: int, num_heads: int, num_kv_heads: int | None = None, bias: bool = True) -> None:
         super().__init__()
@@ -187,7 +187,7 @@ class Residual(nn.Module):
 
 @torch.no_grad()
 def enlarge(model: nn.Module, factor: float = 4.0) -> None:
-    """Makes logits large, and no two parameters alike: random biases and norm gains too."""
+    """Makes logits large and all parameters different, including biases and norm gains."""
     for param in model.parameters():
         if param.ndim > 1:
             param.mul_(factor)

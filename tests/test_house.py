@@ -1,4 +1,4 @@
-"""What CONTRIBUTING.md and pyproject.toml say of the folders is what is there."""
+"""CONTRIBUTING.md and pyproject.toml list the real folders."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def folders(path: Path) -> set[str]:
 
 def described() -> set[str]:
     """Paths in the tree of CONTRIBUTING.md, by its indentation."""
-    tree = (ROOT / "CONTRIBUTING.md").read_text().split("## The house")[1].split("```")[1]
+    tree = (ROOT / "CONTRIBUTING.md").read_text().split("## Layout")[1].split("```")[1]
     parents: list[str] = []
     found = set()
     for indent, name, purpose in re.findall(r"^( *)(\S+?)/?(?: {2,}(\S.*))?$", tree.strip("\n"), re.MULTILINE):
@@ -51,7 +51,7 @@ def test_every_package_and_config_folder_is_installed() -> None:
 
 
 def test_tests_mirror_the_package() -> None:
-    apart = {"distributed", "families", "vision"}  # processes, and other libraries
+    apart = {"distributed", "families", "vision"}  # several processes, and other libraries
     for path in (ROOT / "tests").rglob("test_*.py"):
         folder = path.parent.relative_to(ROOT / "tests")
         assert folder.parts[:1] in [(name,) for name in apart] or (PACKAGE / folder).is_dir(), path

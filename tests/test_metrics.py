@@ -1,4 +1,4 @@
-"""MaxLogits against a loop, over processes, and as pictures."""
+"""MaxLogits against a loop, in several processes, and its plots."""
 
 from __future__ import annotations
 
@@ -69,13 +69,13 @@ def test_takes_any_dtype_and_keeps_no_graph() -> None:
 @pytest.mark.parametrize("shape", [(3,), (3, 2), (1, 3), (2, 4), (1, 2, 3), ()])
 def test_another_shape_is_refused(shape: tuple[int, ...]) -> None:
     metric = MaxLogits(2, 3)
-    with pytest.raises(ValueError, match=r"made for \(2, 3\) \(layers, heads\), got") as error:
+    with pytest.raises(ValueError, match=r"must have shape \(2, 3\) \(layers, heads\), got") as error:
         metric.update(torch.zeros(shape))
     assert str(shape) in str(error.value)
     assert metric.maxima.isneginf().all()
 
 
-def test_the_state_is_in_no_checkpoint_but_travels_with_the_metric() -> None:
+def test_the_state_is_in_no_checkpoint_but_pickles_with_the_metric() -> None:
     metric = MaxLogits(2, 3, threshold=100.0)
     metric.update(torch.ones(2, 3))
     assert metric.state_dict() == {}

@@ -1,1 +1,1 @@
-"""Attention modules that report their largest logits: MHA, GQA, MQA and latent attention. Plain PyTorch."""
+"""Attention modules that report their maximum logits: MHA, GQA, MQA and latent attention."""

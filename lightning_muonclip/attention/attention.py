@@ -1,4 +1,4 @@
-"""Multi-head attention with separate projections: MHA, GQA and MQA by the number of key heads."""
+"""Attention with separate projections: MHA, GQA or MQA, depending on the number of key heads."""
 
 from __future__ import annotations
 
@@ -21,25 +21,27 @@ class Attention(AttentionModule):
     Args:
         hidden_size: Width of the residual stream.
         num_attention_heads: Number of query heads.
-        num_key_value_heads: Number of key and value heads: as many as queries is MHA (``None``), fewer is GQA, 1 is MQA.
-        head_dim: Channels a head; ``None`` is ``hidden_size / num_attention_heads``.
+        num_key_value_heads: Number of key and value heads. Defaults to ``num_attention_heads`` (MHA); fewer is GQA, 1 is
+            MQA.
+        head_dim: Channels per head. Defaults to ``hidden_size / num_attention_heads``.
         attention_bias: Whether the projections have a bias.
-        qk_norm: RMS-normalises every query and key head after its projection, as Qwen3 does.
-        rope_theta: Base of the rotary wavelengths; ``None`` does not rotate, for a ``score_mod`` that knows distances.
+        qk_norm: Applies RMSNorm to every query and key head after its projection, as Qwen3 does.
+        rope_theta: Base of the rotary wavelengths. ``None`` disables rotation, for a ``score_mod`` that encodes distances.
         rms_norm_eps: Epsilon of ``qk_norm``.
-        output_bias: Whether the output projection has a bias; ``None`` follows ``attention_bias`` (Qwen2 has none there).
+        output_bias: Whether the output projection has a bias. Defaults to ``attention_bias`` (Qwen2 has none there).
         rope_scaling: See :class:`~lightning_muonclip.attention.rotary.RotaryEmbedding`.
-        sliding_window: See :class:`~lightning_muonclip.attention.base.AttentionModule`, as for the next two.
-        softcap: Bound of the logits.
-        sinks: Whether heads have a learnt logit without a value.
-        scaling: Factor on the dot products; ``None`` is ``head_dim ** -0.5`` (Gemma 2: ``query_pre_attn_scalar ** -0.5``).
+        sliding_window: See :class:`~lightning_muonclip.attention.base.AttentionModule`.
+        softcap: See :class:`~lightning_muonclip.attention.base.AttentionModule`.
+        sinks: See :class:`~lightning_muonclip.attention.base.AttentionModule`.
+        scaling: Factor on the dot products. Defaults to ``head_dim ** -0.5`` (Gemma 2: ``query_pre_attn_scalar ** -0.5``).
         score_mod: See :class:`~lightning_muonclip.attention.base.AttentionModule`.
-        backend: Likewise.
+        backend: See :func:`~lightning_muonclip.attention.core.attention`.
 
-    Under tensor parallelism (queries, keys and values by columns, outputs by rows) it attends with the heads of its rank.
+    Under tensor parallelism (queries, keys and values sharded by columns, the output projection by rows), the module attends
+    with the heads of its rank.
 
     Raises:
-        ValueError: If the sizes do not divide, or an option is out of range.
+        ValueError: If the sizes are not divisible, or an option is out of range.
 
     Example:
         >>> import torch
@@ -69,13 +71,18 @@ class Attention(AttentionModule):
     ) -> None:
         if head_dim is None and hidden_size % num_attention_heads:
             raise ValueError(
-                f"hidden_size {hidden_size} is not divisible by {num_attention_heads} heads; give head_dim"
+                f"hidden_size {hidden_size} is not divisible by {num_attention_heads} heads; set head_dim explicitly"
             )
         num_key_value_heads = num_key_value_heads or num_attention_heads
         if num_attention_heads % num_key_value_heads:
-            raise ValueError(f"{num_attention_heads} heads cannot share {num_key_value_heads} key heads evenly")
+            raise ValueError(
+                "num_attention_heads must be a multiple of num_key_value_heads; got"
+                f" {num_attention_heads} and {num_key_value_heads}"
+            )
         if rope_theta is None and rope_scaling is not None:
-            raise ValueError("rope_scaling stretches a rotation, but rope_theta=None has none; give only one of them")
+            raise ValueError(
+                "rope_scaling has no effect with rope_theta=None; set rope_theta or leave rope_scaling out"
+            )
         head_dim = head_dim or hidden_size // num_attention_heads
         scaling = head_dim**-0.5 if scaling is None else float(scaling)
         super().__init__(num_attention_heads, scaling, sliding_window, softcap, sinks, score_mod, backend)
@@ -92,18 +99,18 @@ class Attention(AttentionModule):
 
     @property
     def head_weight(self) -> Tensor:
-        """That of the queries."""
+        """The weight of the query projection."""
         return self.q_proj.weight
 
     def forward(
         self, hidden_states: Tensor, *, mask: AttentionMask | None = None, position_ids: Tensor | None = None
     ) -> Tensor:
-        """Attends within the sequence.
+        """Self-attention.
 
         Args:
             hidden_states: Shape ``(batch, length, hidden_size)``.
-            mask: ``None`` is causal.
-            position_ids: Shape ``(batch, length)`` or ``(1, length)``; ``None`` is 0, 1, 2, ...
+            mask: Defaults to a causal mask.
+            position_ids: Shape ``(batch, length)`` or ``(1, length)``. Defaults to 0, 1, 2, ...
 
         Returns:
             Tensor of the shape of ``hidden_states``.
@@ -113,14 +120,14 @@ class Attention(AttentionModule):
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         if self.q_norm is not None and self.k_norm is not None:
-            query = _normalise(query, self.q_norm, self.q_proj.weight, self.num_attention_heads)
-            key = _normalise(key, self.k_norm, self.k_proj.weight, self.num_key_value_heads)
+            query = _normalize(query, self.q_norm, self.q_proj.weight, self.num_attention_heads)
+            key = _normalize(key, self.k_norm, self.k_proj.weight, self.num_key_value_heads)
         if self.rotary is not None:
             cos, sin = self.rotary(positions(hidden_states, position_ids))
             query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         return self.attend(query, key, value, mask)
 
 
-def _normalise(x: Tensor, norm: nn.RMSNorm, weight: Tensor, heads: int) -> Tensor:
+def _normalize(x: Tensor, norm: nn.RMSNorm, weight: Tensor, heads: int) -> Tensor:
     gain = for_own_heads(norm.weight, weight, heads, x.shape[1])
     return norm(x) if gain is norm.weight else F.rms_norm(x, norm.normalized_shape, gain, norm.eps)

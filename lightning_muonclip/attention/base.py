@@ -1,4 +1,4 @@
-"""What attention modules have in common: all that happens between rotated queries and keys and the output."""
+"""Base class of the attention modules: everything between the rotated queries and keys and the output."""
 
 from __future__ import annotations
 
@@ -16,22 +16,23 @@ from lightning_muonclip.parallel.heads import first_head, for_own_heads
 
 
 class AttentionModule(Tracked):
-    """Attends with queries, keys and values that a subclass makes, and projects by its ``o_proj``.
+    """Attends with the queries, keys and values of a subclass, and applies its ``o_proj``.
 
     Args:
-        num_attention_heads: Number of query heads, on all ranks.
+        num_attention_heads: Number of query heads on all ranks.
         scaling: Factor on the dot products.
-        sliding_window: A query sees only what is less than so many tokens away, itself included, in any mask; ``None`` is
-            any distance.
-        softcap: Logits are ``softcap * tanh(logit / softcap)``, as in Gemma 2 (arXiv 2408.00118); ``None`` are as they are.
-        sinks: Whether every head has a learnt logit that takes part in the softmax and has no value, as in GPT-OSS
+        sliding_window: A query sees only keys less than this many tokens away, whatever the mask. ``None`` means any
+            distance.
+        softcap: Replaces logits by ``softcap * tanh(logit / softcap)``, as in Gemma 2 (arXiv 2408.00118). ``None`` disables
+            it.
+        sinks: Whether every head has a learned logit that takes part in the softmax but has no value, as in GPT-OSS
             (arXiv 2508.10925) and StreamingLLM (arXiv 2309.17453).
-        score_mod: What else is done to a logit before it is masked, in FlexAttention's signature (see
+        score_mod: A modification of the logits, applied before the mask, in FlexAttention's signature (see
             :mod:`~lightning_muonclip.attention.score_mods`).
-        backend: Which kernel attends (see :func:`~lightning_muonclip.attention.core.attention`).
+        backend: The attention kernel (see :func:`~lightning_muonclip.attention.core.attention`).
 
     Raises:
-        ValueError: If the window is empty, the soft-cap not positive, or the backend unknown.
+        ValueError: If the window is empty, the soft-cap is not positive, or the backend is unknown.
     """
 
     o_proj: nn.Linear
@@ -49,16 +50,15 @@ class AttentionModule(Tracked):
         super().__init__()
         if sliding_window is not None and (not isinstance(sliding_window, int) or sliding_window < 1):
             raise ValueError(
-                f"a sliding_window of {sliding_window} lets no query see even itself; give a whole number of at least 1, or"
-                " None for none"
+                f"sliding_window must be an integer of at least 1, got {sliding_window!r}; use None for no window"
             )
         if backend not in BACKEND_CHOICES:
-            raise ValueError(f"unknown attention backend {backend!r}; known: {', '.join(BACKEND_CHOICES)}")
+            raise ValueError(f"unknown attention backend {backend!r}; use one of {', '.join(BACKEND_CHOICES)}")
         known = getattr(score_mod, "num_heads", num_attention_heads)
         if known != num_attention_heads:
             raise ValueError(
-                f"the score_mod is for {known} heads, the attention has {num_attention_heads}; give it num_heads="
-                f"{num_attention_heads}"
+                f"the score_mod is for {known} heads, but the attention has {num_attention_heads}; create it with"
+                f" num_heads={num_attention_heads}"
             )
         self.num_attention_heads = num_attention_heads
         self.scaling = scaling
@@ -71,20 +71,20 @@ class AttentionModule(Tracked):
 
     @property
     def head_weight(self) -> Tensor:
-        """The weight whose rows are the channels of the heads: tensor parallelism deals it out to the ranks."""
+        """The weight whose rows are the channels of the heads, which tensor parallelism shards."""
         raise NotImplementedError
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask | None) -> Tensor:
-        """Attends with the heads of this rank, reports the largest logits, and projects.
+        """Attends with the heads of this rank, reports the maximum logits, and projects.
 
         Args:
             query: Shape ``(batch, heads, length, d)``, rotated.
             key: Shape ``(batch, key_heads, length, d)``, rotated.
             value: Shape ``(batch, key_heads, length, d_v)``.
-            mask: ``None`` is causal.
+            mask: Defaults to a causal mask.
 
         Returns:
-            Shape ``(batch, length, hidden_size)``.
+            Tensor of shape ``(batch, length, hidden_size)``.
         """
         mask = checked(mask)
         if self.sliding_window is not None:
@@ -105,7 +105,7 @@ class AttentionModule(Tracked):
         return self.o_proj(output.transpose(1, 2).flatten(2))
 
     def _for_own_heads(self, mask: AttentionMask, local: int) -> tuple[AttentionMask, ScoreMod | None, Tensor | None]:
-        """Mask, score_mod and sinks as this rank's heads see them, which it counts from 0."""
+        """Mask, score_mod and sinks for the heads of this rank, which are counted from 0."""
         heads = self.num_attention_heads
         first = None if local == heads else first_head(self.head_weight, 0, heads, local)
         if first is None:

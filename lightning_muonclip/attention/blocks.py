@@ -1,4 +1,4 @@
-"""Blocks of FlexAttention: sequences are filled up to whole ones, and a BlockMask lists those in which a pair is visible."""
+"""Blocks of FlexAttention: padding of sequences to whole blocks, and the BlockMask of causality and a window."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from lightning_muonclip.attention.mask_mods import MaskMod
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
-#: Queries and keys of a block.
+#: Queries and keys per block.
 BLOCK = 128
 
 
 def filled(length: int) -> int:
-    """Tokens of a sequence that is filled up to whole blocks."""
+    """The length of a sequence padded to whole blocks."""
     return -(-length // BLOCK) * BLOCK
 
 
 def clamped(q: Tensor, k: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Indices of tokens that are there, for those that have been filled up."""
+    """Indices with those of padding tokens clamped to the last real token."""
     return q.clamp(max=length - 1), k.clamp(max=length - 1)
 
 
 def band(causal: bool, window: int | None, length: int, device: torch.device, mask_mod: MaskMod) -> BlockMask:
-    """The BlockMask of causality and a window, from the distances in a block instead of all of its pairs."""
+    """The BlockMask of causality and a window, from the distances between blocks rather than from all pairs."""
     from torch.nn.attention.flex_attention import BlockMask
 
     block = torch.arange(filled(length) // BLOCK, device=device)
@@ -44,6 +44,6 @@ def band(causal: bool, window: int | None, length: int, device: torch.device, ma
 
 
 def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """How many blocks of each row are chosen, and a list that begins with those; int32, shape (1, 1, rows[, columns])."""
+    """Count of chosen blocks per row, and block indices with the chosen ones first; int32, (1, 1, rows[, columns])."""
     chosen = blocks[None, None].to(torch.int32)
     return chosen.sum(-1, dtype=torch.int32), chosen.argsort(stable=True, dim=-1, descending=True).to(torch.int32)

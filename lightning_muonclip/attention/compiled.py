@@ -1,4 +1,4 @@
-"""FlexAttention's functions, which are only fast when they are compiled: each once for all modules."""
+"""Compiles the functions of FlexAttention, each once for all modules."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from typing import Any
 
 import torch
 
-#: Most graphs of a function in a process: one for every shape, kind of mask and of score_mod. Torch's own limit of 8 is less
-#: than a model with two windows needs.
+#: Recompile limit per function: every shape, kind of mask and score_mod needs a graph. A model with two windows already
+#: exceeds torch's default of 8.
 GRAPHS = 256
 
 
 def fast(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function as a part of the graph that is being traced, or else compiled."""
+    """The function itself while a graph is being traced, else its compiled form."""
     return function if torch.compiler.is_compiling() else compiled(function)
 
 
 @functools.cache
 def compiled(function: Callable[..., Any], backend: str = "inductor") -> Callable[..., Any]:
-    """The function compiled.
+    """The compiled function.
 
-    Not dynamic: numbers that a score_mod refers to would become symbols, which it cannot hold. And not beyond the limit:
-    FlexAttention would go on without its kernel, many times slower.
+    Without dynamic shapes, since a score_mod cannot hold the symbols that its numbers would become. Past the recompile limit
+    it fails, since FlexAttention would silently fall back to running without its kernel, many times slower.
 
     Raises:
         torch._dynamo.exc.FailOnRecompileLimitHit: On a call that needs more graphs than :data:`GRAPHS`.

@@ -1,4 +1,4 @@
-"""Scaled dot-product attention that also tells each head's largest logit: one function, three backends."""
+"""Scaled dot-product attention that also returns per-head maximum logits: one function, three backends."""
 
 from __future__ import annotations
 
@@ -29,33 +29,33 @@ def attention(
     track: str | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention of all heads within a sequence.
+    """Self-attention of all heads.
 
-    Logits are the scaled dot products; they are soft-capped, then given to ``score_mod``, then masked.
+    Logits are the scaled dot products. They are soft-capped, then passed to ``score_mod``, then masked.
 
     Args:
         query: Shape ``(batch, heads, length, d)``.
-        key: Shape ``(batch, key_heads, length, d)``; every run of ``heads / key_heads`` query heads shares a key head.
+        key: Shape ``(batch, key_heads, length, d)``. Every ``heads / key_heads`` consecutive query heads share a key head.
         value: Shape ``(batch, key_heads, length, d_v)``.
         scale: Factor on the dot products.
-        mask: ``None`` is causal.
-        score_mod: What is done to logits, in the signature of FlexAttention.
-        softcap: Cap of the logits, see :func:`~lightning_muonclip.attention.score_mods.SoftCap`.
-        sinks: A logit for every query head, shape ``(heads,)``, that takes part in the softmax and has no value (GPT-OSS).
-        track: ``None`` does not measure the logits, ``"exact"`` does, ``"lse"`` takes the kernel's log-sum-exp as an upper
-            bound where it can be had, and measures elsewhere.
-        backend: ``"flex"`` (FlexAttention, which has no backward on CPUs), ``"sdpa"`` (torch's fused kernels: no
-            ``score_mod``, soft-cap or sinks), ``"eager"`` (plain operations and whole logit matrices, the reference), or
-            ``"auto"``: flex on a CUDA device, else sdpa where it can, else eager.
+        mask: Defaults to a causal mask.
+        score_mod: A modification of the logits, in FlexAttention's signature.
+        softcap: Cap of the logits, see :class:`~lightning_muonclip.attention.score_mods.SoftCap`.
+        sinks: One logit per query head, shape ``(heads,)``, that takes part in the softmax but has no value (GPT-OSS).
+        track: ``None`` does not measure the logits. ``"exact"`` does. ``"lse"`` uses the kernel's log-sum-exp as an upper
+            bound where it is available, and measures elsewhere.
+        backend: ``"flex"`` (FlexAttention, no backward on CPUs), ``"sdpa"`` (torch's fused kernels, without ``score_mod``,
+            soft-cap or sinks), ``"eager"`` (plain operations on whole logit matrices, the reference), or ``"auto"``: flex on
+            a CUDA device, else sdpa where it applies, else eager.
 
     Returns:
-        Output of shape ``(batch, heads, length, d_v)``, and the per-head maxima of shape ``(heads,)``, float32, or ``None``.
-        Maxima are of the scaled dot products over the visible pairs, before soft-cap, ``score_mod`` and sinks: of what a
-        factor on the weights scales (see :func:`~lightning_muonclip.kernels.max_logits.max_logits`).
+        Output of shape ``(batch, heads, length, d_v)``, and the per-head maxima, float32 of shape ``(heads,)``, or ``None``.
+        Maxima are those of the scaled dot products over the visible pairs, before soft-cap, ``score_mod`` and sinks, since
+        that is what scaling the weights scales (see :func:`~lightning_muonclip.kernels.max_logits.max_logits`).
 
     Raises:
-        ValueError: If shapes do not fit, the backend is unknown or cannot do what is asked, or the mask is for another
-            batch, length or device.
+        ValueError: If shapes do not match, if the backend is unknown or does not support the arguments, or if the mask is
+            for another batch, length or device.
     """
     _check(query, key, value, sinks, backend)
     mask = checked(mask)
@@ -63,7 +63,7 @@ def attention(
         check_cap(softcap)
         score_mod = chain(functools.partial(capped, softcap), score_mod)
     if not query.numel():
-        backend = "eager"  # the kernels are not made for nothing
+        backend = "eager"  # the kernels do not take empty tensors
     elif backend == "auto":
         plain = "eager" if score_mod is not None or sinks is not None else "sdpa"
         backend = "flex" if _fits_flex(query, value) else plain
@@ -72,33 +72,35 @@ def attention(
 
 def _check(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, backend: str) -> None:
     if backend not in BACKEND_CHOICES:
-        raise ValueError(f"unknown backend {backend!r}; known: {', '.join(BACKEND_CHOICES)}")
+        raise ValueError(f"unknown backend {backend!r}; use one of {', '.join(BACKEND_CHOICES)}")
     if not query.ndim == key.ndim == value.ndim == 4:
         raise ValueError(
-            f"queries, keys and values have four dimensions each: (batch, heads, length, d); got {query.ndim},"
-            f" {key.ndim} and {value.ndim}"
+            "queries, keys and values must have four dimensions, (batch, heads, length, d); got"
+            f" {query.ndim}, {key.ndim} and {value.ndim}"
         )
     heads, key_heads = query.shape[1], key.shape[1]
     if not key_heads or heads % key_heads:
-        raise ValueError(f"{heads} query heads cannot share {key_heads} key heads evenly")
+        raise ValueError(
+            f"the number of query heads must be a multiple of the number of key heads; got {heads}, {key_heads}"
+        )
     shapes = query.shape[0], key_heads, query.shape[2]
     if key.shape[:3] != shapes or value.shape[:3] != shapes or query.shape[3] != key.shape[3]:
         raise ValueError(
-            "queries, keys and values are of one sequence: (batch, heads, length, d), (batch, key_heads, length, d) and"
+            "queries, keys and values must have shapes (batch, heads, length, d), (batch, key_heads, length, d) and"
             f" (batch, key_heads, length, d_v); got {tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}"
         )
     if sinks is not None and sinks.shape != (heads,):
-        raise ValueError(f"sinks are one logit for each of {heads} query heads; got shape {tuple(sinks.shape)}")
+        raise ValueError(f"sinks must have shape ({heads},), one logit per query head; got {tuple(sinks.shape)}")
 
 
 def _fits_flex(query: Tensor, value: Tensor) -> bool:
-    # Its kernels multiply tiles of at least 16 channels, and know no float64.
+    # The kernels need at least 16 channels and do not support float64.
     is_large = min(query.shape[-1], value.shape[-1]) >= 16
     return query.device.type == "cuda" and _has_kernels() and is_large and query.dtype is not torch.float64
 
 
 def _find_kernels() -> bool:
-    """Whether triton is there, and runs on the GPU: from Volta on."""
+    """Whether Triton is installed and supports the GPU (Volta or later)."""
     return importlib.util.find_spec("triton") is not None and torch.cuda.get_device_capability() >= (7, 0)
 
 

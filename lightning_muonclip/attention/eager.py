@@ -1,4 +1,4 @@
-"""Attention by plain operations, whole logit matrices and all: the reference, which trains anywhere with any score_mod."""
+"""Reference attention by plain operations on whole logit matrices; trains on any device with any score_mod."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _largest(logits: Tensor, counted: Tensor) -> Tensor:
 
 
 def _softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
-    """Of every row, a sink beside it; zeros where a row sees nothing."""
+    """Softmax of every row together with its sink; zeros for a row that sees nothing."""
     blind = scores.isneginf().all(-1, keepdim=True)
     scores = scores.masked_fill(blind, 0.0)
     if sinks is not None:

@@ -16,30 +16,30 @@ from lightning_muonclip.parallel.heads import for_own_heads, split_heads
 
 
 class MultiheadLatentAttention(AttentionModule):
-    """Attention whose keys and values are made from one small latent; parameters as in Hugging Face DeepSeek-V3.
+    """Attention whose keys and values come from one small latent; parameters as in Hugging Face DeepSeek-V3.
 
-    A query or key head has two parts: one without rotation, made from the latent, and a rotated one, whose key is shared
-    by all heads. Under tensor parallelism (``q_proj``, ``q_b_proj`` and ``kv_b_proj`` by columns, ``o_proj`` by rows, the
-    rest replicated) it attends with the heads of its rank.
+    A query or key head has two parts: one without rotation, and a rotated one whose key is shared by all heads. Under tensor
+    parallelism (``q_proj``, ``q_b_proj`` and ``kv_b_proj`` sharded by columns, ``o_proj`` by rows, the rest replicated), the
+    module attends with the heads of its rank.
 
     Args:
         hidden_size: Width of the residual stream.
         num_attention_heads: Number of heads.
         kv_lora_rank: Width of the latent of keys and values.
-        qk_nope_head_dim: Channels a head without rotation.
-        qk_rope_head_dim: Rotated channels a head.
-        v_head_dim: Channels of a value head.
-        q_lora_rank: Width of the latent of queries; ``None`` projects queries directly.
+        qk_nope_head_dim: Channels per head without rotation.
+        qk_rope_head_dim: Rotated channels per head.
+        v_head_dim: Channels per value head.
+        q_lora_rank: Width of the latent of queries. ``None`` projects queries directly.
         attention_bias: Whether the down-projections and the output projection have a bias.
         rope_theta: Base of the rotary wavelengths.
         rms_norm_eps: Epsilon of the norms of the latents.
-        rope_scaling: See :class:`~lightning_muonclip.attention.rotary.RotaryEmbedding`; with YaRN's ``mscale_all_dim`` the
-            scale of the logits grows too.
-        sliding_window: See :class:`~lightning_muonclip.attention.base.AttentionModule`, as for the rest.
-        softcap: Bound of the logits.
-        sinks: Whether heads have a learnt logit without a value.
-        score_mod: What is done to a logit before it is masked.
-        backend: Which kernel attends.
+        rope_scaling: See :class:`~lightning_muonclip.attention.rotary.RotaryEmbedding`. YaRN's ``mscale_all_dim`` also
+            scales the logits.
+        sliding_window: See :class:`~lightning_muonclip.attention.base.AttentionModule`.
+        softcap: See :class:`~lightning_muonclip.attention.base.AttentionModule`.
+        sinks: See :class:`~lightning_muonclip.attention.base.AttentionModule`.
+        score_mod: See :class:`~lightning_muonclip.attention.base.AttentionModule`.
+        backend: See :func:`~lightning_muonclip.attention.core.attention`.
 
     Raises:
         ValueError: If an option is out of range.
@@ -96,18 +96,18 @@ class MultiheadLatentAttention(AttentionModule):
 
     @property
     def head_weight(self) -> Tensor:
-        """That of keys and values, which is there with a latent of queries and without."""
+        """The up-projection of keys and values, which exists with and without a latent of queries."""
         return self.kv_b_proj.weight
 
     def forward(
         self, hidden_states: Tensor, *, mask: AttentionMask | None = None, position_ids: Tensor | None = None
     ) -> Tensor:
-        """Attends within the sequence.
+        """Self-attention.
 
         Args:
             hidden_states: Shape ``(batch, length, hidden_size)``.
-            mask: ``None`` is causal.
-            position_ids: Shape ``(batch, length)`` or ``(1, length)``; ``None`` is 0, 1, 2, ...
+            mask: Defaults to a causal mask.
+            position_ids: Shape ``(batch, length)`` or ``(1, length)``. Defaults to 0, 1, 2, ...
 
         Returns:
             Tensor of the shape of ``hidden_states``.

@@ -1,4 +1,4 @@
-"""What a key must be for a query to see it, as functions in the signature of FlexAttention's ``mask_mod``."""
+"""Rules of visibility, as functions in the signature of FlexAttention's ``mask_mod``."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: ``mask_mod(b, h, q_idx, kv_idx) -> visible``, FlexAttention's: indices of batch, query head, query and key. It is called
-#: with tensors that broadcast, and by FlexAttention with scalars.
+#: ``mask_mod(b, h, q_idx, kv_idx) -> visible``, with the indices of batch, query head, query and key. FlexAttention calls it
+#: with scalars, this library with tensors that broadcast.
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def indices(batch: int, heads: int, length: int, device: torch.device | None) -> tuple[Tensor, ...]:
-    """Of batch, head, query and key: four tensors that broadcast to ``(batch, heads, length, length)``."""
+    """Indices of batch, head, query and key: four tensors that broadcast to ``(batch, heads, length, length)``."""
     sizes = batch, heads, length, length
     return tuple(
         torch.arange(size, device=device).view([-1 if i == dim else 1 for i in range(4)])
@@ -25,15 +25,15 @@ def indices(batch: int, heads: int, length: int, device: torch.device | None) ->
 
 
 def near(window: int) -> MaskMod:
-    """Less than so many tokens away."""
+    """Visible if less than ``window`` tokens away."""
     return lambda b, h, q, k: (q - k).abs() < window
 
 
-# Tensors have a row a sequence, or one for all.
+# Tensors have one row per sequence, or a single row for all.
 
 
 def real(padding: Tensor, counted: bool) -> MaskMod:
-    """No padding; to be counted neither the query."""
+    """Visible if the key is not padding; with ``counted``, only if the query is not padding either."""
 
     def is_real(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         row = b if len(padding) > 1 else 0
@@ -43,7 +43,7 @@ def real(padding: Tensor, counted: bool) -> MaskMod:
 
 
 def same_document(documents: Tensor) -> MaskMod:
-    """Of one document, which is none if its number is negative."""
+    """Visible within a document; a negative id is padding."""
 
     def is_same(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         row = b if len(documents) > 1 else 0
@@ -54,29 +54,29 @@ def same_document(documents: Tensor) -> MaskMod:
 
 
 def causal_after(prefix: Tensor) -> MaskMod:
-    """Not later, or among the first tokens."""
+    """Visible if not later, or within the prefix."""
     return lambda b, h, q, k: (k <= q) | (k < prefix[b if len(prefix) > 1 else 0])
 
 
 def visible_in_all(mods: Sequence[MaskMod]) -> MaskMod:
-    """What each of some functions shows."""
+    """The intersection of several functions."""
     if len(mods) == 1:
         return mods[0]
     return lambda b, h, q, k: functools.reduce(operator.and_, [boolean(mod(b, h, q, k)) for mod in mods])
 
 
 def visible_in_any(mods: Sequence[MaskMod]) -> MaskMod:
-    """What at least one of some functions shows."""
+    """The union of several functions."""
     return lambda b, h, q, k: functools.reduce(operator.or_, [boolean(mod(b, h, q, k)) for mod in mods])
 
 
 def boolean(visible: Any) -> Tensor:
-    """What a function gave.
+    """The result of a mask_mod, checked.
 
     Raises:
-        ValueError: If that is not a boolean tensor.
+        ValueError: If it is not a boolean tensor.
     """
     if not isinstance(visible, Tensor) or visible.dtype is not torch.bool:
         kind = visible.dtype if isinstance(visible, Tensor) else type(visible).__name__
-        raise ValueError(f"a mask_mod must give a boolean tensor, True where a key is visible; got {kind}")
+        raise ValueError(f"a mask_mod must return a boolean tensor, True where a key is visible; got {kind}")
     return visible

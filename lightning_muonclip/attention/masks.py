@@ -1,4 +1,4 @@
-"""Which key each query may see."""
+"""AttentionMask: which keys each query may see."""
 
 from __future__ import annotations
 
@@ -30,29 +30,31 @@ T = TypeVar("T")
 
 
 class AttentionMask:
-    """Visibility of keys: a pair is visible if everything that is given allows it.
+    """An attention mask: a pair is visible if every given condition allows it.
 
-    Masks combine with ``&`` and ``|``. Make one a batch and give it to every layer: what a backend needs (a dense mask, a
-    BlockMask, nothing but causality) is built once, and does not follow later changes of its tensors. In a compiled model
-    every layer would build its own BlockMask of padding, documents and the like: call :meth:`block_mask` before.
+    Masks combine with ``&`` and ``|``. Create one mask per batch and pass it to every layer: whatever a backend needs (a
+    dense mask, a BlockMask, or just causality) is built once. Later changes of its tensors have no effect. In a compiled
+    model, every layer would build its own BlockMask of padding or documents; call :meth:`block_mask` beforehand to avoid
+    that.
 
-    A query that sees nothing gets zeros, and no gradient.
+    A query that sees nothing gets an output of zeros and no gradient.
 
     Args:
         causal: A query sees no later key.
-        padding: Boolean, shape ``(batch, length)``; ``True`` is a real token. Padded keys are seen by no query, and what
-            padded queries see is attended to but does not count for QK-Clip.
-        window: A query sees only what is less than so many tokens away, itself included; ``None`` is any distance.
-        documents: Integers, shape ``(batch, length)``: the document of every token, which sees no other document. A negative
-            one is padding, which sees nothing and is seen by no query.
-        prefix: Integers, shape ``(batch,)``: so many tokens of a sequence are seen by all in spite of causality
-            (prefix-LM).
-        mask_mod: Anything else: a function of the indices of batch, head, query and key, written for tensors that broadcast.
-        either: Visible in at least one mask of each of these; what ``|`` makes.
+        padding: Boolean, shape ``(batch, length)``; ``True`` is a real token. Padded keys are hidden from every query.
+            Padded queries attend, but do not count for QK-Clip.
+        window: A query sees only keys less than this many tokens away. ``None`` means any distance.
+        documents: Integer document ids of shape ``(batch, length)``. A token sees only its own document. A negative id
+            marks padding, which sees nothing and is hidden from everything.
+        prefix: Integers, shape ``(batch,)``: this many leading tokens of a sequence are visible to all of its queries
+            despite causality (prefix-LM).
+        mask_mod: Any other condition, as a function of the indices of batch, head, query and key, for tensors that
+            broadcast.
+        either: Groups of alternatives, made by ``|``: a pair must be visible in at least one mask of each group.
 
     Raises:
-        ValueError: If ``padding`` is not a boolean matrix, ``documents`` or ``prefix`` are not integers of their shape, the
-            window is empty, or a prefix is given without causality.
+        ValueError: If ``padding`` is not a boolean matrix, if ``documents`` or ``prefix`` are not integers of the stated
+            shape, if the window is empty, or if a prefix is given without causality.
 
     Example:
         >>> keep = torch.tensor([[True, True, False]])
@@ -78,24 +80,26 @@ class AttentionMask:
         either: tuple[tuple[AttentionMask, ...], ...] = (),
     ) -> None:
         if not isinstance(causal, bool):
-            raise ValueError(f"causal is True or False; got {_told(causal)}: name the arguments, such as padding=...")
+            raise ValueError(
+                f"causal must be True or False, got {_describe(causal)}; pass masks by keyword, such as padding=..."
+            )
         if padding is not None and not (_is_tensor(padding, 2) and padding.dtype is torch.bool):
             raise ValueError(
-                f"padding must be boolean of shape (batch, length), True for real tokens; got {_told(padding)}"
+                f"padding must be boolean of shape (batch, length), True for real tokens; got {_describe(padding)}"
             )
         if window is not None and (not isinstance(window, int | torch.SymInt) or window < 1):
-            raise ValueError(
-                f"a window of {window} lets no query see even itself; give a whole number of at least 1, or None"
-            )
+            raise ValueError(f"window must be an integer of at least 1, got {window!r}; use None for any distance")
         if documents is not None and not _is_integers(documents, 2):
             raise ValueError(
-                f"documents must be integers of shape (batch, length), one id a token; got {_told(documents)}"
+                f"documents must be integers of shape (batch, length), one id per token; got {_describe(documents)}"
             )
         if prefix is not None and not _is_integers(prefix, 1):
-            raise ValueError(f"prefix must be integers of shape (batch,), one length a sequence; got {_told(prefix)}")
+            raise ValueError(
+                f"prefix must be integers of shape (batch,), one length per sequence; got {_describe(prefix)}"
+            )
         if prefix is not None and not causal:
-            raise ValueError("a prefix is what is seen in spite of causality, but causal=False hides nothing from it")
-        # No dataclass: Lightning and torch take those apart, to cast what is in them.
+            raise ValueError("prefix needs causal=True; without causality every token sees the prefix anyway")
+        # Not a dataclass: Lightning and torch take dataclasses apart to cast their fields.
         self.causal = causal
         self.padding = padding
         self.window = window
@@ -114,7 +118,7 @@ class AttentionMask:
         for name, join in (("padding", torch.logical_and), ("documents", None), ("prefix", torch.minimum)):
             one, two = getattr(self, name), getattr(other, name)
             if name == "prefix" and self.causal and other.causal and (one is None or two is None):
-                own[name] = None  # causality alone hides more
+                own[name] = None  # plain causality is stricter
             elif one is None or two is None or one is two:
                 own[name] = two if one is None else one
             elif join is not None and one.shape == two.shape:
@@ -131,8 +135,8 @@ class AttentionMask:
         )
 
     def __or__(self, other: AttentionMask) -> AttentionMask:
-        """Visible in one or both."""
-        # What both say stays outside: backends can make more of it there.
+        """Visible in at least one."""
+        # Shared conditions stay outside of the union, where backends can exploit them.
         both = [name for name in ("padding", "documents") if getattr(self, name) is getattr(other, name)]
         both += ["window"] * (self.window == other.window)
         shared: dict[str, Any] = {name: getattr(self, name) for name in both}
@@ -149,16 +153,16 @@ class AttentionMask:
         return {**self.__dict__, "_derived": {}, "_built": {}}
 
     def to(self, device: torch.device | str) -> AttentionMask:
-        """The same with its tensors on a device; those that a ``mask_mod`` refers to stay where they are."""
+        """A copy with its tensors on a device. Tensors that a ``mask_mod`` refers to stay where they are."""
         moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in self._tensors().items()}
         return self._but(**moved, either=self._each(lambda mask: mask.to(device)))
 
     def within(self, window: int) -> AttentionMask:
-        """Visible here and in a window: the same mask at every call, so that layers share what is built."""
+        """This mask limited to a window. Repeated calls return the same object, so that layers share what is built."""
         return self._derive(("window", window), lambda: self & AttentionMask(causal=False, window=window))
 
     def from_head(self, first: int) -> AttentionMask:
-        """For heads that are counted from ``first`` on, as on a rank of tensor parallelism."""
+        """This mask for heads counted from ``first``, as on a rank of tensor parallelism."""
         return self._derive(("head", first), lambda: self._from_head(first)) if first else self
 
     def _from_head(self, first: int) -> AttentionMask:
@@ -175,21 +179,21 @@ class AttentionMask:
         heads: int = 1,
         counted: bool = False,
     ) -> Tensor | None:
-        """Boolean mask, or ``None`` where causality alone says it all.
+        """The boolean mask, or ``None`` if causality is the only condition.
 
         Args:
-            length: Tokens of a sequence.
-            device: Where the sequence is; ``None`` is where the mask's tensors are.
-            batch: Number of sequences; ``None`` is that of the padding, the documents or the prefix, else 1.
+            length: Number of tokens per sequence.
+            device: Device of the sequences. Defaults to that of the mask's tensors.
+            batch: Number of sequences. Defaults to that of the padding, documents or prefix, else 1.
             heads: Number of query heads.
-            counted: Only the pairs whose logits count for QK-Clip: padded queries have none.
+            counted: Include only pairs that count for QK-Clip, which excludes padded queries.
 
         Returns:
-            Shape ``(batch or 1, heads or 1, length or 1, length)``: 1 where all are alike.
+            Tensor of shape ``(batch or 1, heads or 1, length or 1, length)``; 1 where a dimension broadcasts.
 
         Raises:
-            ValueError: If the padding, the documents or the prefix are for another length or batch, or on another device,
-                or a ``mask_mod`` does not give booleans.
+            ValueError: If the padding, documents or prefix are for another length or batch, or on another device, or if a
+                ``mask_mod`` does not return booleans.
         """
         batch, device = self._checked(length, device, batch)
         window = None if self.window is None or self.window >= length else self.window
@@ -203,9 +207,9 @@ class AttentionMask:
     def block_mask(
         self, length: int, device: torch.device | None = None, *, batch: int | None = None, heads: int = 1
     ) -> BlockMask | None:
-        """The mask for FlexAttention, of a sequence that is filled up to a multiple of 128; ``None`` hides nothing.
+        """The BlockMask for sequences padded to a multiple of 128, or ``None`` if it hides nothing.
 
-        Args and errors are those of :meth:`dense`.
+        Arguments and errors are those of :meth:`dense`.
         """
         from torch.nn.attention.flex_attention import create_block_mask
 
@@ -216,7 +220,7 @@ class AttentionMask:
             return None
 
         def inside(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            # What fills up is hidden; a function that looks up a table must not be asked for it.
+            # Padding tokens are hidden; clamping keeps functions that index a table within its bounds.
             return (k < length) if mod is None else mod(b, h, *clamped(q, k, length)) & (k < length)
 
         chosen = mod if mod is not None and whole == length else inside
@@ -225,9 +229,9 @@ class AttentionMask:
             return self._once("band", (length, device), lambda: band(self.causal, self.window, length, device, chosen))
 
         def build() -> BlockMask:
-            alike = boolean(chosen(*indices(batch, heads, 1, device))).shape  # 1 where sequences or heads are
+            alike = boolean(chosen(*indices(batch, heads, 1, device))).shape  # 1 where sequences or heads broadcast
             rows, columns = (None if size == 1 else size for size in ((1,) * 4 + alike)[-4:-2])
-            # On a GPU without writing whole masks on the way.
+            # Compiled, a GPU does not materialize the dense mask.
             create = fast(create_block_mask) if device.type == "cuda" else create_block_mask
             return create(chosen, rows, columns, whole, whole, str(device), BLOCK)
 
@@ -236,7 +240,8 @@ class AttentionMask:
     def tiles(self, length: int, device: torch.device | None, *, batch: int, heads: int) -> dict[str, Any]:
         """The pairs that count, as arguments of :func:`~lightning_muonclip.kernels.max_logits.max_logits`.
 
-        Dense is only what causality, a window and documents cannot say: they tell which tiles need no look.
+        Causality, the window and documents are passed as such, because they let the kernel skip tiles; only the remaining
+        conditions become a dense mask.
         """
         batch, device = self._checked(length, device, batch)
         rest = None
@@ -253,11 +258,11 @@ class AttentionMask:
 
     @property
     def pads_in_part(self) -> bool:
-        """Whether it depends on the key if a query counts: to one part of a ``|`` it is padding, to another it is not."""
+        """Whether a query may count for some keys only, because it is padding in one part of a ``|`` but not in another."""
         return any(mask.padding is not None for mask in self._parts() if mask is not self)
 
     def _real_documents(self) -> Tensor | None:
-        """The document of every token, negative for padding; ``None`` where all are of one."""
+        """The document id of every token, negative for padding; ``None`` if there is only one document."""
         if self.padding is None:
             return self.documents
         one = torch.zeros_like(self.padding, dtype=torch.long) if self.documents is None else self.documents.long()
@@ -272,7 +277,7 @@ class AttentionMask:
         return boolean(mod(*indices(batch, heads, length, device)))
 
     def _mod(self, counted: bool = False) -> MaskMod | None:
-        """All of it as one function; ``None`` if it hides nothing."""
+        """The whole mask as one function; ``None`` if it hides nothing."""
         mods = list(self._mods(counted))
         return visible_in_all(mods) if mods else None
 
@@ -301,14 +306,14 @@ class AttentionMask:
         return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
     def _parts(self) -> Iterator[AttentionMask]:
-        """This mask and all that it is made of."""
+        """This mask and, recursively, its alternatives."""
         yield self
         for alternatives in self.either:
             for mask in alternatives:
                 yield from mask._parts()
 
     def _checked(self, length: int, device: torch.device | None, batch: int | None) -> tuple[int, torch.device]:
-        """Batch and device, those of the mask's tensors where they are not given."""
+        """Checks the mask's tensors; returns batch and device, which default to those of the tensors."""
         given = [item for mask in self._parts() for item in mask._tensors().items()]
         if batch is None:
             batch = max((tensor.shape[0] for _, tensor in given), default=1)
@@ -317,12 +322,12 @@ class AttentionMask:
         for name, tensor in given:
             name += " are" if name == "documents" else " is"
             if tensor.ndim == 2 and tensor.shape[1] != length:
-                raise ValueError(f"{name} for {tensor.shape[1]} tokens, the sequence has {length}")
+                raise ValueError(f"{name} for {tensor.shape[1]} tokens, but the sequence has {length}")
             if tensor.shape[0] not in (1, batch):
-                raise ValueError(f"{name} for {tensor.shape[0]} sequences, the batch has {batch}")
+                raise ValueError(f"{name} for {tensor.shape[0]} sequences, but the batch has {batch}")
             if tensor.device != device:
                 raise ValueError(
-                    f"{name} on {tensor.device}, the sequence on {device}; move the mask with mask.to(...)"
+                    f"{name} on {tensor.device}, but the sequence is on {device}; move the mask with mask.to(...)"
                 )
         return batch, device
 
@@ -337,15 +342,15 @@ class AttentionMask:
         return self._derived[key]
 
     def _once(self, kind: Any, key: Any, build: Callable[[], T]) -> T:
-        """What is built for a batch, kept for its further layers: the last of a kind."""
+        """Builds a value once per batch and caches it for the other layers; keeps the last value of each kind."""
         made, value = self._built.get(kind, (None, None))
         if torch.compiler.is_compiling():
-            # What a graph makes stays in it; and only a BlockMask is worth the guard on what was made before.
+            # Tensors of a graph must not leave it. Of the cached values, only a BlockMask is worth a guard.
             return value if kind == "block" and made is not None and made[0] == key else build()
-        now = key, torch.is_inference_mode_enabled()  # whose tensors cannot take part in training
+        now = key, torch.is_inference_mode_enabled()  # inference tensors cannot be used in training
         if made != now:
             value = build()
-            # Not what has no values: estimators run models on tensors of another type.
+            # Fake tensors are not cached: estimators run models on them.
             if type(getattr(value, "kv_indices", value)) is Tensor:
                 self._built[kind] = now, value
         return value
@@ -353,22 +358,22 @@ class AttentionMask:
 
 _FIELDS = tuple(inspect.signature(AttentionMask).parameters)
 
-#: For all attention that is given no mask.
+#: The default mask.
 CAUSAL = AttentionMask()
 
 
 def checked(mask: AttentionMask | None) -> AttentionMask:
-    """The mask, or causality where there is none.
+    """The mask, or a causal one by default.
 
     Raises:
-        ValueError: If it is no AttentionMask.
+        ValueError: If it is not an AttentionMask.
     """
     if mask is None:
         return CAUSAL
     if not isinstance(mask, AttentionMask):
         raise ValueError(
-            f"a mask must be an AttentionMask, not a {type(mask).__name__}: AttentionMask(padding=keep) with True for real"
-            " tokens, or AttentionMask(causal=False, mask_mod=lambda b, h, q, k: visible[b, h, q, k]) for any pairs"
+            f"mask must be an AttentionMask, got {type(mask).__name__}; use AttentionMask(padding=keep), True for real"
+            " tokens, or AttentionMask(causal=False, mask_mod=lambda b, h, q, k: visible[b, h, q, k])"
         )
     return mask
 
@@ -381,5 +386,5 @@ def _is_integers(x: Tensor, ndim: int) -> bool:
     return _is_tensor(x, ndim) and not x.dtype.is_floating_point and x.dtype is not torch.bool
 
 
-def _told(x: object) -> str:
+def _describe(x: object) -> str:
     return f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else repr(x)

@@ -1,4 +1,4 @@
-"""Rotary position embedding (RoPE), Su et al., arXiv 2104.09864, and its ways to longer sequences than it was trained on."""
+"""Rotary position embedding (RoPE), Su et al., arXiv 2104.09864, and its scalings for longer sequences."""
 
 from __future__ import annotations
 
@@ -12,37 +12,37 @@ from torch import Tensor, nn
 
 
 class RotaryEmbedding(nn.Module):
-    """Angles of every position, for :func:`rotate`.
+    """The angles of every position, for :func:`rotate`.
 
     Args:
-        dim: Number of channels that are rotated; even.
+        dim: Number of rotated channels; even.
         theta: Base of the wavelengths.
-        scaling: How wavelengths are stretched for longer sequences, with the keys of Hugging Face: a ``rope_type`` of
-            ``"linear"``, ``"dynamic"``, ``"yarn"`` or ``"llama3"``, ``factor``, ``original_max_position_embeddings`` (where
-            theirs lacks it, it is ``max_position_embeddings`` of the config), and what else the type takes. ``None`` or
-            ``"default"`` does not stretch. The dynamic type goes by the largest position of each forward and remembers none.
+        scaling: How wavelengths are scaled for longer sequences, with Hugging Face's keys: a ``rope_type`` of ``"linear"``,
+            ``"dynamic"``, ``"yarn"`` or ``"llama3"``, ``factor``, ``original_max_position_embeddings`` (if the config lacks
+            it, use its ``max_position_embeddings``), and the other options of the type. ``None`` or ``"default"`` does not
+            scale. The dynamic type depends on the largest position of the current forward only.
 
     Raises:
-        ValueError: If ``dim`` is odd, or ``scaling`` has an unknown type, lacks a key, or has one that is unknown or out of
-            range.
+        ValueError: If ``dim`` is odd, or if ``scaling`` has an unknown type, lacks a key, or has a key that is unknown or
+            out of range.
     """
 
     def __init__(self, dim: int, theta: float = 10000.0, scaling: Mapping[str, Any] | None = None) -> None:
         super().__init__()
         if dim % 2:
-            raise ValueError(f"rotary embedding turns pairs of channels, so their number must be even; got {dim}")
+            raise ValueError(f"the number of rotated channels must be even; got {dim}")
         self.dim = dim
         self.theta = theta
         self.rope_type, self.options = _read(scaling or {"rope_type": "default"}, theta)
 
     @property
     def logit_factor(self) -> float:
-        """What DeepSeek multiplies its logits by besides: the square of what YaRN makes of ``mscale_all_dim``, or 1."""
+        """DeepSeek's extra factor on the logits: the square of YaRN's scale for ``mscale_all_dim``, else 1."""
         return _mscale(self.options.get("factor", 1.0), self.options.get("mscale_all_dim") or 0.0) ** 2
 
     def forward(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines, float32, shape ``(batch, 1, length, dim)``, of positions of shape ``(batch, length)``."""
-        # Made anew each time: a buffer of frequencies would lose its precision in ``module.bfloat16()``.
+        """Cosines and sines, float32 of shape ``(batch, 1, length, dim)``, of positions of shape ``(batch, length)``."""
+        # Computed in every forward: a buffer of frequencies would lose precision in ``module.bfloat16()``.
         frequencies, factor = _TYPES[self.rope_type](self.dim, self.theta, position_ids, **self.options)
         angles = position_ids.unsqueeze(-1).float() * frequencies
         angles = torch.cat([angles, angles], dim=-1).unsqueeze(1)
@@ -51,25 +51,25 @@ class RotaryEmbedding(nn.Module):
 
 
 def positions(hidden_states: Tensor, position_ids: Tensor | None) -> Tensor:
-    """Those given, or 0, 1, 2, ... for all sequences, shape ``(1, length)``."""
+    """The given positions, or 0, 1, 2, ... for all sequences, shape ``(1, length)``."""
     if position_ids is not None:
         return position_ids
     return torch.arange(hidden_states.shape[1], device=hidden_states.device)[None]
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns channel i together with channel ``i + dim/2``, shape ``(batch, heads, length, dim)`` (Llama's pairing)."""
+    """Rotates channels i and ``i + dim/2`` of a tensor of shape ``(batch, heads, length, dim)`` (Llama's pairing)."""
     first, second = x.chunk(2, dim=-1)
     return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
 
 
 def rotate_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns neighbouring channels together (DeepSeek's pairing); the result lists all first, then all second ones."""
+    """Rotates adjacent channels (DeepSeek's pairing). The result has all first channels, then all second ones."""
     return rotate(x.unflatten(-1, (-1, 2)).mT.flatten(-2), cos, sin)
 
 
-# Each type gives the frequencies, shape (dim / 2,), and a factor on cosines and sines; its keywords are the keys of the
-# scaling. Operations come in the order of Hugging Face's: at position 100000 a last digit of a frequency is seen.
+# Each type returns the frequencies, shape (dim / 2,), and a factor on cosines and sines. Its keywords are the keys of the
+# scaling. Operations keep Hugging Face's order: at position 100000 the last digit of a frequency matters.
 
 
 def _periods(dim: int, theta: float | Tensor, like: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ def _default(dim: int, theta: float | Tensor, position_ids: Tensor) -> tuple[Ten
 
 
 def _linear(dim: int, theta: float, position_ids: Tensor, *, factor: float) -> tuple[Tensor, float]:
-    """All positions closer together: Chen et al., arXiv 2306.15595."""
+    """Position interpolation: Chen et al., arXiv 2306.15595."""
     return _default(dim, theta, position_ids)[0] / factor, 1.0
 
 
@@ -109,10 +109,10 @@ def _yarn(
     mscale_all_dim: float | None = None,
     truncate: bool = True,
 ) -> tuple[Tensor, float]:
-    """Linear for wavelengths beyond the original length, none for short ones: Peng et al., arXiv 2309.00071."""
+    """Scales wavelengths beyond the original length and keeps short ones: Peng et al., arXiv 2309.00071."""
 
     def channel(turns: float) -> float:
-        """The pair of channels that turns so often within the original length."""
+        """The pair of channels that makes this many turns within the original length."""
         return dim * math.log(original_max_position_embeddings / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
     low, high = channel(beta_fast), channel(beta_slow)
@@ -143,7 +143,7 @@ def _llama3(
     low_freq_factor: float,
     high_freq_factor: float,
 ) -> tuple[Tensor, float]:
-    """As YaRN, with a ramp over frequencies: Llama 3.1, arXiv 2407.21783, and ``apply_scaling`` of its reference code."""
+    """YaRN with a ramp over frequencies: Llama 3.1, arXiv 2407.21783, and ``apply_scaling`` of its reference code."""
     frequencies, _ = _default(dim, theta, position_ids)
     turns = original_max_position_embeddings / (2 * math.pi / frequencies)
     kept = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)
@@ -163,28 +163,30 @@ _ORDERED = (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast"))
 def _read(scaling: Mapping[str, Any], theta: float) -> tuple[str, dict[str, Any]]:
     """The type and all its options."""
     given = {key: value for key, value in scaling.items() if value is not None}
-    rope_type = given.pop("rope_type", given.pop("type", None))  # as older configs have it
+    rope_type = given.pop("rope_type", given.pop("type", None))  # older configs call it "type"
     if rope_type not in _TYPES:
-        raise ValueError(f"unknown rope_type {rope_type!r} in rope_scaling; known: {', '.join(_TYPES)}")
+        raise ValueError(f"unknown rope_type {rope_type!r} in rope_scaling; use one of {', '.join(_TYPES)}")
     for key, own in (("rope_theta", theta), ("partial_rotary_factor", 1.0)):
         if given.pop(key, own) != own:
-            raise ValueError(f"{key} of rope_scaling is {scaling[key]}, here it is {own}; leave it out of rope_scaling")
+            raise ValueError(
+                f"{key} in rope_scaling is {scaling[key]}, but here it is {own}; leave it out of rope_scaling"
+            )
     known = inspect.signature(_TYPES[rope_type]).parameters.values()
     keys = {key.name: key.default for key in known if key.kind is key.KEYWORD_ONLY}
     for key in given:
         if key not in keys:
             takes = ", ".join(keys) or "none"
-            raise ValueError(f"rope_type {rope_type!r} takes no {key!r} in rope_scaling; it takes {takes}")
+            raise ValueError(f"unknown key {key!r} in rope_scaling of rope_type {rope_type!r}; known: {takes}")
     options = keys | given
     for key, value in options.items():
         if value is inspect.Parameter.empty:
             raise ValueError(
-                f"rope_type {rope_type!r} needs {key!r} in rope_scaling; given: {', '.join(given) or 'none'}"
+                f"rope_type {rope_type!r} needs {key!r} in rope_scaling, got: {', '.join(given) or 'none'}"
             )
         least = int(key in ("factor", "original_max_position_embeddings"))
         if value is not None and (not isinstance(value, (int, float)) or not value >= least):
-            raise ValueError(f"{key} of rope_scaling must be a number of at least {least}; got {value!r}")
+            raise ValueError(f"{key} in rope_scaling must be a number of at least {least}; got {value!r}")
     for low, high in _ORDERED:
         if low in options and options[low] >= options[high]:
-            raise ValueError(f"{low} of rope_scaling must be below {high}; got {options[low]} and {options[high]}")
+            raise ValueError(f"{low} in rope_scaling must be below {high}; got {options[low]} and {options[high]}")
     return rope_type, options

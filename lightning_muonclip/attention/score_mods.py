@@ -1,4 +1,4 @@
-"""What may be done to a logit before the softmax, in the signature of FlexAttention's ``score_mod``."""
+"""Modifications of the logits before the softmax, in the signature of FlexAttention's ``score_mod``."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-#: ``score_mod(score, b, h, q_idx, kv_idx) -> score``: indices of batch, query head, query and key. It is called with tensors
-#: that broadcast, and by FlexAttention with scalars.
+#: ``score_mod(score, b, h, q_idx, kv_idx) -> score``, with the indices of batch, query head, query and key. FlexAttention
+#: calls it with scalars, this library with tensors that broadcast.
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-# Modules, and their numbers whole: of a module torch.compile takes those for constants, while others become symbols as soon
-# as there are two of them, which a score_mod of FlexAttention cannot hold.
+# Modules with integer attributes: torch.compile treats these as constants. Other numbers become symbols once there are two
+# values of them, and a score_mod of FlexAttention cannot hold symbols.
 
 
 class SoftCap(nn.Module):
-    """``cap * tanh(score / cap)``: no logit passes the cap, as in Gemma 2 (arXiv 2408.00118, section 2).
+    """``cap * tanh(score / cap)``, which keeps logits below the cap, as in Gemma 2 (arXiv 2408.00118, section 2).
 
     Raises:
         ValueError: If the cap is not positive.
@@ -35,30 +35,30 @@ class SoftCap(nn.Module):
 
 
 def check_cap(cap: float) -> None:
-    """Refuses a cap.
+    """Checks a soft-cap.
 
     Raises:
         ValueError: If it is not positive.
     """
     if not cap > 0:
-        raise ValueError(f"a soft-cap of {cap} leaves no logit; give a positive number, or None for no cap")
+        raise ValueError(f"softcap must be positive, got {cap}; use None for no cap")
 
 
 def capped(cap: float, score: Tensor, *_: Tensor) -> Tensor:
-    """What :class:`SoftCap` does to a logit."""
+    """The function of :class:`SoftCap`."""
     return cap * torch.tanh(score / cap)
 
 
 class Alibi(nn.Module):
-    """Attention with linear biases: every head takes its own slope times the distance off a logit.
+    """Attention with linear biases (ALiBi): every head subtracts its slope times the distance from the logits.
 
-    Slopes are ``2 ** (-8 (h + 1) / n)`` for the first n heads, n the largest power of two; further heads lie between them.
+    The first n heads, n the largest power of two, have slopes ``2 ** (-8 (h + 1) / n)``; those of further heads lie between.
 
     Args:
-        num_heads: Query heads of the attention, on all ranks.
+        num_heads: Number of query heads on all ranks.
 
     Raises:
-        ValueError: If there is no head.
+        ValueError: If ``num_heads`` is less than 1.
 
     Source: Press et al., arXiv 2108.12409, section 3.
 
@@ -74,7 +74,7 @@ class Alibi(nn.Module):
         if num_heads < 1:
             raise ValueError(f"num_heads must be at least 1; got {num_heads}")
         self.num_heads = num_heads
-        # No buffer of slopes, which would lose its precision in ``module.bfloat16()``.
+        # The slopes are not a buffer, which would lose precision in ``module.bfloat16()``.
         self.main = 2 ** math.floor(math.log2(num_heads))
 
     def forward(self, score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -84,16 +84,16 @@ class Alibi(nn.Module):
 
 
 class RelativeBias(nn.Module):
-    """A learnt bias for every head and every bucket of distances, as in T5; near distances have buckets of their own.
+    """A learned bias per head and bucket of distances, as in T5. Each near distance has its own bucket.
 
     Args:
-        num_heads: Query heads of the attention, on all ranks.
-        num_buckets: Number of biases a head.
-        max_distance: All that is farther shares a bucket.
-        bidirectional: Whether later keys have buckets of their own; else they share that of distance 0.
+        num_heads: Number of query heads on all ranks.
+        num_buckets: Number of biases per head.
+        max_distance: Distances from here on share a bucket.
+        bidirectional: Whether later keys have their own buckets; otherwise they share that of distance 0.
 
     Raises:
-        ValueError: If there are too few buckets, or more for near distances than there are distances.
+        ValueError: If there are too few buckets, or ``max_distance`` is not beyond the near distances.
 
     Source: Raffel et al., arXiv 1910.10683, section 2.1.
     """
@@ -107,11 +107,11 @@ class RelativeBias(nn.Module):
             raise ValueError(f"num_buckets must be at least {4 if bidirectional else 2}; got {num_buckets}")
         if max_distance <= near:
             raise ValueError(
-                f"of {num_buckets} buckets {near} are for near distances, which must be less than max_distance; got"
+                f"max_distance must be above {near}, the number of near distances of {num_buckets} buckets; got"
                 f" {max_distance}"
             )
         self.num_heads = num_heads
-        # An embedding, named as in Hugging Face: Muon and muP know that it is no matrix that multiplies.
+        # An embedding, named as in Hugging Face, so that Muon and muP do not treat it as a hidden weight.
         self.relative_attention_bias = nn.Embedding(num_buckets, num_heads)
         nn.init.zeros_(self.relative_attention_bias.weight)
         self.max_distance = max_distance
@@ -137,12 +137,12 @@ class RelativeBias(nn.Module):
 
 
 def chain(first: ScoreMod, second: ScoreMod | None) -> ScoreMod:
-    """One after the other."""
+    """Applies ``first``, then ``second``."""
     if second is None:
         return first
     return lambda score, b, h, q, k: second(first(score, b, h, q, k), b, h, q, k)
 
 
 def from_head(score_mod: ScoreMod, first: int) -> ScoreMod:
-    """For heads that are counted from ``first`` on, as on a rank of tensor parallelism."""
+    """A score_mod for heads counted from ``first``, as on a rank of tensor parallelism."""
     return lambda score, b, h, q, k: score_mod(score, b, h + first, q, k)

@@ -1,4 +1,4 @@
-"""Typed configuration: every key that a run understands, and an error with the nearest right one for every other."""
+"""Typed configuration: the keys of a run, and errors that suggest the nearest key for an unknown one."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from omegaconf.errors import OmegaConfBaseException
 from lightning_muonclip import Attention, MultiheadLatentAttention, MuonClipCallback
 from lightning_muonclip.experiment.gpt import GPT
 
-# OmegaConf reads these annotations at run time and knows Optional, not the bar, on Python 3.10.
+# OmegaConf reads these annotations at run time; on Python 3.10 it does not support X | None.
 # ruff: noqa: UP045
 
 
 def schema_of(cls: type, path: str, given: Collection[str] = (), partial: bool = False) -> type:
-    """A dataclass of the arguments of a class, by which OmegaConf checks a node.
+    """A dataclass of the arguments of a class, which OmegaConf uses to check a node.
 
     Args:
         cls: The class.
-        path: Where it is imported from.
-        given: Arguments that the code passes, and no config.
-        partial: Whether the node makes a factory.
+        path: Its import path.
+        given: Arguments that the code passes instead of the config.
+        partial: Whether the node creates a factory.
     """
     keys: list[tuple[str, Any, Any]] = [("_target_", str, path)]
     if partial:
@@ -42,7 +42,7 @@ def schema_of(cls: type, path: str, given: Collection[str] = (), partial: bool =
 
 
 def _scalar_type(annotation: Any) -> Any:
-    """What OmegaConf is to check of an argument: scalars, also where they may be absent."""
+    """The type that OmegaConf checks: scalars and optional scalars; anything else is not checked."""
     for scalar in (bool, int, float, str):
         if annotation in (scalar, scalar | None):
             return scalar if annotation is scalar else Optional[scalar]
@@ -75,7 +75,7 @@ class ScheduleConfig:
 
 @dataclass
 class TrainConfig:
-    """A whole run of ``muonclip-train``. Data, optimizer, trainer, loggers and callbacks are objects by ``_target_``."""
+    """A run of ``muonclip-train``. Data, optimizer, trainer, loggers and callbacks are instantiated from ``_target_``."""
 
     name: str = "run"
     seed: int = 0
@@ -111,7 +111,7 @@ class CoordCheckConfig:
 # Arithmetic for configs: ${muonclip.floordiv:${trainer.devices},2}
 OmegaConf.register_new_resolver("muonclip.floordiv", operator.floordiv, replace=True)
 
-#: Which schemas may stand where, innermost first; a node whose ``_target_`` is another one belongs to somebody else.
+#: The schemas by config path, innermost first. A node with another ``_target_`` is not checked.
 _SCHEMAS: tuple[tuple[str, type], ...] = (
     ("muonclip", MuonClipConfig),
     ("lit", ScheduleConfig),
@@ -120,23 +120,23 @@ _SCHEMAS: tuple[tuple[str, type], ...] = (
     ("model", ModelConfig),
 )
 
-#: Groups that only override others and leave no key of their own.
+#: Config groups that only override others and have no key of their own.
 _GROUPS = ("experiment", "hparams_search")
 
 
 class ConfigError(ValueError):
-    """A mistake in the configuration, said in one line."""
+    """A mistake in the configuration, reported in one line."""
 
 
 def check_config(config: DictConfig, schema: type = TrainConfig) -> None:
-    """Checks names and types of everything that has a schema.
+    """Checks the names and types of all keys that have a schema.
 
     Args:
         config: A composed config.
-        schema: Of the whole.
+        schema: The schema of the whole config.
 
     Raises:
-        ConfigError: Names the key, where it stands, and the nearest right one or what is wrong with its value.
+        ConfigError: With the full key, and the nearest known key or what is wrong with the value.
     """
     for path, own in _SCHEMAS:
         node = OmegaConf.select(config, path)
@@ -159,7 +159,7 @@ def _check_node(node: DictConfig, schema: type, path: str) -> None:
 
 
 def unknown_key(path: str, known: Iterable[str]) -> str:
-    """Says that the key at ``path`` is unknown, and which one of those known there was probably meant."""
+    """An error message for the unknown key at ``path`` that suggests the nearest known one."""
     parent, _, key = path.rpartition(".")
     known = sorted(name for name in known if not name.startswith("_"))
     if not parent:
@@ -167,5 +167,5 @@ def unknown_key(path: str, known: Iterable[str]) -> str:
     if not known:
         return f"{path!r} cannot be set: {parent!r} is null in this configuration"
     nearest = difflib.get_close_matches(key, known, n=1)
-    hint = f"did you mean {nearest[0]!r}?" if nearest else f"known here: {', '.join(known)}"
+    hint = f"did you mean {nearest[0]!r}?" if nearest else f"known: {', '.join(known)}"
     return f"unknown key {path!r}; {hint}"

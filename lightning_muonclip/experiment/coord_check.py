@@ -1,4 +1,4 @@
-"""``muonclip-coord-check``: whether activations stay the same size as the width grows, in muP and without."""
+"""``muonclip-coord-check``: checks whether activations keep their size as the width grows, with and without muP."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from lightning_muonclip.optim.muon import Muon
 from lightning_muonclip.optim.routing import split_params
 from lightning_muonclip.tables import table
 
-#: Mean size of an activation: by its name, for every width, at every step.
+#: Mean absolute value of activations: by name, for every width, at every step.
 Sizes = dict[str, list[list[float]]]
 
 
 @dataclass(frozen=True)
 class Method:
-    """A way to train: an optimizer, whether the model is in muP, and whether Muon's learning rate is too."""
+    """A way to train: the optimizer, whether the model is in muP, and whether muP scales Muon's learning rate."""
 
     optimizer: Callable[[nn.Module], Optimizer]
     mup: bool = True
@@ -38,12 +38,12 @@ class Method:
 
 
 def methods(lr: float, muon_lr: float, base_width: int) -> dict[str, Method]:
-    """The methods to compare, by name; at the base width Muon's all take the same step.
+    """The methods to compare, by name. At the base width, all Muon methods take the same step.
 
     Args:
-        lr: AdamW's learning rate.
-        muon_lr: Muon's with ``"spectral_unclamped"``.
-        base_width: The width that they are for.
+        lr: Learning rate of AdamW.
+        muon_lr: Learning rate of Muon with ``"spectral_unclamped"``.
+        base_width: The width at which these rates were tuned.
     """
 
     def adamw(model: nn.Module) -> Optimizer:
@@ -78,18 +78,18 @@ def activation_sizes(
     steps: int,
     seeds: int,
 ) -> Sizes:
-    """Trains a model of every width on one batch and measures the mean size of activations, the seeds' average.
+    """Trains a model of every width on one batch and measures mean absolute activations, averaged over seeds.
 
-    The output head starts from zero: its random part would shrink with the width and hide what is learnt.
+    The output head is initialized to zero: a random part would shrink with the width and hide what is learned.
 
     Args:
-        make: Makes a model of a width, with an ``lm_head``.
+        make: Creates a model of a given width, with an ``lm_head``.
         method: How to train.
         widths: The widths.
-        base_width: That of the model that muP scales from.
+        base_width: The base width of muP.
         batch: Tokens and targets.
         activations: Patterns of the modules whose outputs are measured.
-        steps: Number of steps; the last forward follows the last of them.
+        steps: Number of steps; one more forward follows the last.
         seeds: Number of seeds.
     """
     sizes: Sizes = defaultdict(lambda: [[0.0] * (steps + 1) for _ in widths])
@@ -154,7 +154,7 @@ def slope(widths: Sequence[int], sizes: Sequence[float]) -> float:
 
 
 def slopes_table(widths: Sequence[int], results: Mapping[str, Sizes]) -> str:
-    """Slopes after the last step: a row a method, a column an activation."""
+    """A table of the slopes after the last step, with a row per method and a column per activation."""
     names = list(next(iter(results.values())))
     rows = [
         [method, *(f"{slope(widths, [steps[-1] for steps in sizes[name]]):+.2f}" for name in names)]
@@ -164,7 +164,7 @@ def slopes_table(widths: Sequence[int], results: Mapping[str, Sizes]) -> str:
 
 
 def draw(widths: Sequence[int], results: Mapping[str, Sizes], path: Path) -> None:
-    """Draws size against width: a row a method, a column an activation, a curve a step."""
+    """Plots size against width: a row per method, a column per activation, a curve per step."""
     from matplotlib.figure import Figure
 
     names = list(next(iter(results.values())))
@@ -182,7 +182,7 @@ def draw(widths: Sequence[int], results: Mapping[str, Sizes], path: Path) -> Non
         row[0].set_ylabel(method, fontsize=8)
     for axes, name in zip(grid[0], names):
         axes.set_title(name, fontsize=8)
-    figure.suptitle("Mean size of activations against width; the darker, the later the step", fontsize=9)
+    figure.suptitle("Mean absolute activation against width; later steps are darker", fontsize=9)
     figure.savefig(path, dpi=150)
 
 
@@ -204,7 +204,7 @@ def _hydra_main(config: DictConfig) -> None:
         )
     print(slopes_table(config.widths, results))
     draw(config.widths, results, output_dir() / "coord_check.png")
-    print(f"The picture is {output_dir() / 'coord_check.png'}")
+    print(f"Saved {output_dir() / 'coord_check.png'}")
 
 
 def main() -> None:

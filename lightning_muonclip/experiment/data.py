@@ -1,4 +1,4 @@
-"""Batches for a language model: one LightningDataModule for every corpus, and a train loader that resumes exactly."""
+"""Next-token batches: a LightningDataModule for any corpus, with a train loader that resumes exactly."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ Batch = tuple[Tensor, Tensor]
 
 
 class Windows(Dataset[Batch]):
-    """Windows of a token sequence, cut when they are asked for.
+    """Windows of a token sequence, cut on access.
 
     Args:
         tokens: The sequence, of any integer type and shape (tokens,).
-        starts: Where the windows start, of shape (windows,).
-        block_size: The number of tokens that a model sees.
+        starts: Start of each window, shape (windows,).
+        block_size: Number of tokens per window.
 
     Shapes:
-        - Each item is ``(inputs, targets)``, int64 of shape (block_size,): the targets are the inputs, one token on.
+        - Each item is ``(inputs, targets)``, int64 of shape (block_size,): the targets are the inputs shifted by one.
     """
 
     def __init__(self, tokens: Tensor, starts: Tensor, block_size: int) -> None:
@@ -44,13 +44,13 @@ class Windows(Dataset[Batch]):
 
 
 class ShuffledShard(DistributedSampler[int]):
-    """One rank's share of a shuffle that depends on the seed and the epoch alone, and that may begin in its middle.
+    """One rank's shard of a shuffle that depends only on the seed and the epoch, and that can start in the middle.
 
-    As it is a ``DistributedSampler``, Lightning calls ``set_epoch`` before each epoch and keeps it under DDP, where it
-    would replace any other by one that is seeded with the global seed.
+    Since it is a ``DistributedSampler``, Lightning calls ``set_epoch`` before each epoch and keeps it under DDP, where it
+    would replace any other sampler by one with the global seed.
 
     Attributes:
-        start: How many of this rank's items the next iteration leaves out.
+        start: Number of this rank's items that the next iteration skips.
     """
 
     start = 0
@@ -60,26 +60,26 @@ class ShuffledShard(DistributedSampler[int]):
 
 
 class ResumableLoader(DataLoader[Batch]):
-    """A ``DataLoader`` over a :class:`ShuffledShard` that continues in mid-epoch, at the very next batch.
+    """A ``DataLoader`` over a :class:`ShuffledShard` that resumes in the middle of an epoch, at the next batch.
 
     Lightning saves and restores a train loader that has ``state_dict`` and ``load_state_dict``. The state is the epoch
-    and the number of its batches that have been handed out, so it is the same on every rank (Lightning saves that of
-    rank 0) and does not depend on what the workers have prefetched.
+    and the number of batches returned in it, so it is the same on every rank (Lightning saves that of rank 0) and does not
+    depend on prefetching.
     """
 
-    # Why not torchdata's StatefulDataLoader: with torchdata 0.11 under Lightning 2.6 a checkpoint of an epoch's last
-    # batch resumes without the epoch that follows, and one of a later epoch resumes in a wrong order (with workers, or
-    # with the sampler that Lightning injects).
+    # Not torchdata's StatefulDataLoader: with torchdata 0.11 under Lightning 2.6, a checkpoint of the last batch of an epoch
+    # skips the next epoch, and one of a later epoch resumes in the wrong order (with workers, or with the sampler that
+    # Lightning injects).
 
     _epoch = 0
     _batch = 0
     _resuming = False
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        # As a generator this runs when the first batch is asked for: Lightning calls iter() before it sets the epoch.
-        # (Its overfit_batches puts a sequential sampler here, which has no epoch and always starts at the beginning.)
+        # A generator, so this runs at the first batch: Lightning calls iter() before it sets the epoch. (With
+        # overfit_batches the sampler is sequential, has no epoch and always starts at the beginning.)
         epoch = getattr(self.sampler, "epoch", 0)
-        # A checkpoint of the last batch of an epoch is resumed in the next epoch, at its beginning.
+        # A checkpoint of the last batch of an epoch resumes at the beginning of the next.
         self._batch = self._batch if self._resuming and epoch == self._epoch else 0
         self._epoch, self._resuming = epoch, False
         if isinstance(self.sampler, ShuffledShard):
@@ -90,11 +90,11 @@ class ResumableLoader(DataLoader[Batch]):
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """Returns the position: the epoch, and how many of its batches have been handed out."""
+        """The position: the epoch and the number of batches returned in it."""
         return {"epoch": self._epoch, "batch": self._batch}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Makes the next iteration continue behind the position that :meth:`state_dict` returned."""
+        """Makes the next iteration continue after the position of a :meth:`state_dict`."""
         self._epoch, self._batch, self._resuming = state_dict["epoch"], state_dict["batch"], True
         if isinstance(self.sampler, ShuffledShard):
             self.sampler.set_epoch(self._epoch)
@@ -103,26 +103,26 @@ class ResumableLoader(DataLoader[Batch]):
 class TextDataModule(pl.LightningDataModule):
     """Next-token batches of real text.
 
-    Training batches are shuffled windows that do not overlap, determined by ``seed`` and the epoch, split over the
-    ranks, and resumed exactly from a checkpoint in mid-epoch. Validation is a fixed set of evenly spaced windows.
+    Training batches are shuffled, non-overlapping windows, determined by ``seed`` and the epoch, split over the ranks, and
+    resumed exactly from a checkpoint within an epoch. Validation is a fixed set of evenly spaced windows.
 
     Args:
-        corpus: Where the text comes from; read once, on first use. A corpus, or the name of one in
-            :data:`~lightning_muonclip.experiment.corpora.CORPORA`, which then takes ``source``.
-        batch_size: Windows a batch, on each device.
-        block_size: Tokens a window.
+        corpus: The source of the text, read on first use. A corpus, or the name of one in
+            :data:`~lightning_muonclip.experiment.corpora.CORPORA`, which is then created with ``source``.
+        batch_size: Windows per batch on each device.
+        block_size: Tokens per window.
         seed: Determines the order of the training windows.
-        num_workers: Processes that cut windows; the tokens are in memory, so 0 is fast.
-        val_batches: Batches of validation, over all devices; fewer if the held-out text is too short.
-        source: Arguments of the corpus, if it was given by name.
+        num_workers: Processes that cut windows. The tokens are in memory, so 0 is fast.
+        val_batches: Validation batches over all devices; fewer if the held-out text is too short.
+        source: Arguments of a corpus that is given by name.
 
     Shapes:
-        - Each batch is ``(inputs, targets)``, int64 of shape (batch_size, block_size): the targets are the inputs, one
-          token on.
+        - Each batch is ``(inputs, targets)``, int64 of shape (batch_size, block_size): the targets are the inputs shifted
+          by one.
 
     Raises:
-        ValueError: If there is no corpus of that name; on first use, if the corpus is too small. What the corpus
-            raises, if it cannot be read.
+        ValueError: If there is no corpus of that name, or on first use, if the corpus is too small. Errors of the corpus
+            itself are passed on.
 
     Example::
 
@@ -145,7 +145,7 @@ class TextDataModule(pl.LightningDataModule):
         super().__init__()
         if isinstance(corpus, str):
             if corpus not in CORPORA:
-                raise ValueError(f"unknown corpus {corpus!r}; known: {', '.join(CORPORA)}")
+                raise ValueError(f"unknown corpus {corpus!r}; use one of {', '.join(CORPORA)}")
             corpus = CORPORA[corpus](**source)
         self.corpus = corpus
         self.batch_size = batch_size
@@ -161,19 +161,19 @@ class TextDataModule(pl.LightningDataModule):
         for name, tokens in (("training", text.train), ("validation", text.validation)):
             if len(tokens) <= self.block_size:
                 raise ValueError(
-                    f"{self.corpus!r} is too small: its {name} part has {len(tokens)} tokens, and one window takes "
-                    f"block_size + 1 = {self.block_size + 1}: give more text or a smaller block_size"
+                    f"{self.corpus!r} is too small: its {name} part has {len(tokens)} tokens, but one window needs "
+                    f"block_size + 1 = {self.block_size + 1}; use more text or a smaller block_size"
                 )
         return text
 
     @property
     def vocab_size(self) -> int:
-        """The number of different tokens."""
+        """Size of the vocabulary."""
         return self.text.tokenizer.vocab_size
 
     @property
     def bytes_per_token(self) -> float:
-        """UTF-8 bytes a token: bits a byte are ``nats_per_token / (math.log(2) * bytes_per_token)``."""
+        """UTF-8 bytes per token; bits per byte are ``nats_per_token / (math.log(2) * bytes_per_token)``."""
         return self.text.bytes_per_token
 
     def encode(self, text: str) -> list[int]:
@@ -192,14 +192,14 @@ class TextDataModule(pl.LightningDataModule):
         """
         tokens = self.text.train
         windows = Windows(tokens, torch.arange(0, len(tokens) - self.block_size, self.block_size), self.block_size)
-        # Lightning's own answer to "which share is mine", which under tensor parallelism is not the global rank.
+        # Lightning's own replica and rank: under tensor parallelism, the data-parallel rank is not the global one.
         shard = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
         shard = shard or {"num_replicas": 1, "rank": 0}
         if len(windows) < self.batch_size * shard["num_replicas"]:
             raise ValueError(
                 f"{self.corpus!r} is too small: its training part has {len(windows)} windows of {self.block_size} "
-                f"tokens, and one batch takes {self.batch_size} on each of {shard['num_replicas']} ranks: "
-                "give more text, a smaller block_size or a smaller batch_size"
+                f"tokens, but one batch needs {self.batch_size} on each of {shard['num_replicas']} ranks; "
+                "use more text, a smaller block_size or a smaller batch_size"
             )
         return ResumableLoader(
             windows,
@@ -210,11 +210,11 @@ class TextDataModule(pl.LightningDataModule):
         )
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        """Returns the validation batches, the same ones at each call."""
+        """Returns the validation batches, the same at each call."""
         tokens = self.text.validation
         last = len(tokens) - self.block_size - 1
         count = min(self.val_batches * self.batch_size, last // self.block_size + 1)
-        # float64, as float32 misses positions beyond 16 million tokens.
+        # float64, since float32 skips positions beyond 16 million tokens.
         starts = torch.linspace(0, last, count, dtype=torch.float64).long()
         windows = Windows(tokens, starts, self.block_size)
         return DataLoader(windows, batch_size=self.batch_size, num_workers=self.num_workers)

@@ -1,4 +1,4 @@
-"""A small GPT: RoPE, pre-norm, squared-ReLU or SwiGLU, and whatever attention it is given."""
+"""A small GPT: pre-norm, squared ReLU or SwiGLU, and any attention module."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ class GPT(nn.Module):
     """Decoder-only transformer over tokens.
 
     Args:
-        attention: Makes the attention of a layer from ``hidden_size``, such as
-            ``functools.partial(Attention, num_attention_heads=4)``; it is called with ``mask=``.
+        attention: Creates the attention module of a layer from ``hidden_size``, such as
+            ``functools.partial(Attention, num_attention_heads=4)``; the module is called with ``mask=``.
         vocab_size: Number of tokens; 256 for bytes.
         hidden_size: Width of the residual stream.
         num_hidden_layers: Number of layers.
-        intermediate_size: Width of the MLP; ``None`` is four times ``hidden_size``.
+        intermediate_size: Width of the MLP. Defaults to four times ``hidden_size``.
         mlp: ``"relu2"`` (squared ReLU) or ``"swiglu"``.
-        sliding_window: Handed to ``attention``, one entry a layer, over again where there are more layers: ``[64, None]`` is
-            local and global in turn, as in Gemma 2. ``None`` leaves it to ``attention``.
+        sliding_window: Passed to ``attention``, one entry per layer, repeated as needed: ``[64, None]`` alternates local and
+            global attention, as in Gemma 2. ``None`` leaves it to ``attention``.
 
     Raises:
-        ValueError: If ``mlp`` is unknown, or ``sliding_window`` empty.
+        ValueError: If ``mlp`` is unknown, or if ``sliding_window`` is empty.
     """
 
     def __init__(
@@ -42,9 +42,9 @@ class GPT(nn.Module):
     ) -> None:
         super().__init__()
         if mlp not in _MLPS:
-            raise ValueError(f"unknown mlp {mlp!r}; known: {', '.join(_MLPS)}")
+            raise ValueError(f"unknown mlp {mlp!r}; use one of {', '.join(_MLPS)}")
         if sliding_window is not None and not sliding_window:
-            raise ValueError("sliding_window has an entry for no layer; give at least one, or None")
+            raise ValueError(f"sliding_window needs at least one entry, got {sliding_window!r}; use None for no window")
         width = intermediate_size or 4 * hidden_size
         self.embed_tokens = nn.Embedding(vocab_size, hidden_size)
         windows = [{}] if sliding_window is None else [{"sliding_window": window} for window in sliding_window]
@@ -61,7 +61,7 @@ class GPT(nn.Module):
     def forward(self, tokens: Tensor, mask: AttentionMask | None = None) -> Tensor:
         """Logits of the next token, shape ``(batch, length, vocab_size)``, for tokens of shape ``(batch, length)``.
 
-        A mask of ``None`` is causal.
+        The mask defaults to a causal one.
         """
         hidden_states = self.embed_tokens(tokens)
         for layer in self.layers:
@@ -73,10 +73,10 @@ class GPT(nn.Module):
         """Continues a sequence by sampling.
 
         Args:
-            tokens: The prompt, shape ``(1, at least one)``.
+            tokens: The prompt, shape ``(1, prompt)``, not empty.
             length: Number of tokens to add.
-            context: Most tokens that the model looks back on.
-            generator: Source of randomness, on the CPU.
+            context: Maximum number of tokens that the model sees.
+            generator: Random number generator on the CPU.
 
         Returns:
             Prompt and continuation, shape ``(1, prompt + length)``.
@@ -89,7 +89,7 @@ class GPT(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each behind an RMSNorm and added to the residual stream."""
+    """Attention and MLP, each preceded by an RMSNorm and added to the residual stream."""
 
     def __init__(self, attention: nn.Module, mlp: nn.Module, hidden_size: int) -> None:
         super().__init__()

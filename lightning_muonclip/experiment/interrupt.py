@@ -1,4 +1,4 @@
-"""Ctrl-C ends a run at the end of a batch, with a checkpoint that resumes exactly there."""
+"""Stops a run on Ctrl-C after the current step, with a checkpoint that resumes exactly there."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 
 class StopOnInterrupt(Callback):
-    """At the first Ctrl-C, finishes the batch, saves ``interrupted.ckpt`` and stops; a second one stops at once.
+    """On the first Ctrl-C, finishes the step, saves ``interrupted.ckpt`` and stops; a second one stops at once.
 
-    An interrupt taken in the middle of a step would leave weights of which some have been updated and some have not.
+    An interrupt in the middle of a step would leave some weights updated and others not.
 
     Args:
         dirpath: Folder of the checkpoint.
@@ -23,13 +23,13 @@ class StopOnInterrupt(Callback):
 
     def __init__(self, dirpath: str) -> None:
         self.path = Path(dirpath) / "interrupted.ckpt"
-        #: Whether a Ctrl-C came.
+        #: Whether Ctrl-C was pressed.
         self.interrupted = False
         self._last_step = 0
         self._previous: Any = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Takes over SIGINT."""
+        """Installs the SIGINT handler."""
         self.interrupted = False
         self._last_step = trainer.global_step
         self._previous = signal.signal(signal.SIGINT, self._on_interrupt)
@@ -37,22 +37,22 @@ class StopOnInterrupt(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Saves and stops if an interrupt came, on any rank; between two steps, as half-summed gradients are not saved."""
+        """Saves and stops after an interrupt on any rank; only between steps, since accumulated gradients are not saved."""
         if trainer.global_step == self._last_step:
             return
         self._last_step = trainer.global_step
         self.interrupted = trainer.strategy.reduce_boolean_decision(self.interrupted, all=False)
         if self.interrupted:
             trainer.save_checkpoint(self.path)
-            rank_zero_info(f"Interrupted. To go on from here: ckpt_path={self.path}")
+            rank_zero_info(f"Interrupted. To resume from here: ckpt_path={self.path}")
             trainer.should_stop = True
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Gives SIGINT back."""
+        """Restores the SIGINT handler."""
         self._restore()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Gives SIGINT back."""
+        """Restores the SIGINT handler."""
         self._restore()
 
     def _on_interrupt(self, signum: int, frame: FrameType | None) -> None:

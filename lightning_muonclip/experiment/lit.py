@@ -1,4 +1,4 @@
-"""The LightningModule of the example: a language model as a user of the library would write it."""
+"""The LightningModule of the example application, written as a user of the library would."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lightning_muonclip.experiment.gpt import GPT
 from lightning_muonclip.mup import parametrize
 from lightning_muonclip.trainer.mixin import MaxLogitsMixin
 
-#: Under tensor parallelism a rank has some heads and some neurons: outputs of the first weights, inputs of the second.
+#: Projections that tensor parallelism shards by columns and by rows, so that each rank has some heads and neurons.
 _COLUMNS = ("q_proj", "k_proj", "v_proj", "q_b_proj", "kv_b_proj", "gate_proj", "up_proj")
 _ROWS = ("o_proj", "down_proj")
 
@@ -28,11 +28,11 @@ class LitGPT(MaxLogitsMixin):
 
     Args:
         model: The network.
-        optimizer: Makes the optimizer from parameter groups. MuonClipCallback takes the hidden matrices from it.
-        warmup_steps: Steps of linear warm-up, followed by a cosine down to ``final_lr`` of the peak.
-        final_lr: Share of the peak learning rate that is left at the last step.
+        optimizer: Creates the optimizer from parameter groups. MuonClipCallback takes the hidden matrices out of it.
+        warmup_steps: Steps of linear warm-up, followed by cosine decay.
+        final_lr: Final learning rate as a fraction of the peak.
         compile: Whether to compile the network.
-        base: The network at the width whose hyperparameters are to carry over: puts ``model`` into muP.
+        base: The network at the width at which the hyperparameters were tuned; puts ``model`` into muP.
     """
 
     def __init__(
@@ -54,13 +54,13 @@ class LitGPT(MaxLogitsMixin):
             self.model.compile()
 
     def configure_model(self) -> None:
-        """Shards layer by layer under ModelParallelStrategy."""
+        """Shards the model layer by layer under ModelParallelStrategy."""
         mesh = self.device_mesh
         if mesh is None or hasattr(self.model, "unshard"):
             return
         if mesh["tensor_parallel"].size() > 1:
             parallelize_module(self.model, mesh["tensor_parallel"], _tensor_parallel_plan(self.model))
-        # Also over a single data-parallel rank: optimizers do not take plain tensors beside sharded ones.
+        # Even for a single data-parallel rank: optimizers do not accept plain tensors together with DTensors.
         for layer in self.model.layers:
             fully_shard(layer, mesh=mesh["data_parallel"])
         fully_shard(self.model, mesh=mesh["data_parallel"])
@@ -83,7 +83,7 @@ class LitGPT(MaxLogitsMixin):
         self.log("val/bits_per_byte", self._bits_per_byte(loss), prog_bar=True, sync_dist=True)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """One optimizer, weight decay on matrices only, warm-up and cosine."""
+        """One optimizer with weight decay on matrices only, linear warm-up and cosine decay."""
         matrices = [(name, p) for name, p in self.named_parameters() if p.ndim >= 2]
         vectors = [(name, p) for name, p in self.named_parameters() if p.ndim < 2]
         optimizer = self.make_optimizer([{"params": matrices}, {"params": vectors, "weight_decay": 0.0}])

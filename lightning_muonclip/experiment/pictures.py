@@ -1,4 +1,4 @@
-"""Pictures of a run's attention logits, and of several runs side by side."""
+"""Plots the attention logits of a run, and compares the runs of a sweep."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from lightning_muonclip.trainer.mixin import MaxLogitsMixin
 
 
 class LogitPictures(Callback):
-    """Remembers every head's largest logit at every step; draws ``max_logits.png`` and ``heads.png`` when fitting ends.
+    """Records per-head maximum logits at every step and plots ``max_logits.png`` and ``heads.png`` when fitting ends.
 
     Works for any LightningModule with a :class:`~lightning_muonclip.MaxLogitsMixin`, with or without MuonClipCallback.
-    The history is part of checkpoints, so that the pictures of a resumed run are whole.
+    Checkpoints include the history, so that the plots of a resumed run are complete.
 
     Args:
-        dirpath: Folder of the pictures.
+        dirpath: Folder of the plots.
     """
 
     def __init__(self, dirpath: str) -> None:
         self.dirpath = Path(dirpath)
         self.metric: MaxLogits | None = None
-        #: One tensor of shape (layers, heads) a step.
+        #: One tensor of shape (layers, heads) per step.
         self.history: list[Tensor] = []
         self._last_step = 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Makes the metric; a resumed run fills it with what it has seen before."""
+        """Creates the metric; in a resumed run, fills it with the history."""
         assert isinstance(pl_module, MaxLogitsMixin)
         clip = _muonclip_callback(trainer)
         threshold = clip.qk_clip.threshold if clip is not None and clip.qk_clip is not None else None
@@ -49,7 +49,7 @@ class LogitPictures(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Takes the maxima of the step just made."""
+        """Records the maxima of the last step."""
         assert isinstance(pl_module, MaxLogitsMixin)
         assert self.metric is not None
         if trainer.global_step == self._last_step:
@@ -67,7 +67,7 @@ class LogitPictures(Callback):
         self.history.append(maxima)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Draws."""
+        """Saves the plots."""
         if self.metric is None or not self.history:
             return
         peak = self.metric.compute()
@@ -88,17 +88,17 @@ class LogitPictures(Callback):
 
 
 class CompareRuns(HydraCallback):
-    """After a sweep (``muonclip-train -m ...``), draws the largest logit of every run into one picture."""
+    """After a sweep (``muonclip-train -m ...``), plots the largest logit of every run in one figure."""
 
     def __init__(self) -> None:
         self.runs: list[tuple[list[str], Path]] = []
 
     def on_job_end(self, config: DictConfig, job_return: Any, **kwargs: Any) -> None:
-        """Remembers where the run wrote."""
+        """Remembers the folder of the run."""
         self.runs.append((list(job_return.overrides), Path(job_return.hydra_cfg.hydra.runtime.output_dir)))
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Draws ``max_logits.png`` into the folder of the sweep."""
+        """Saves ``max_logits.png`` in the folder of the sweep."""
         shared = set.intersection(*(set(overrides) for overrides, _ in self.runs)) if self.runs else set()
         curves = {}
         for overrides, path in self.runs:
@@ -121,7 +121,7 @@ def read_curve(path: Path) -> tuple[list[int], list[float]]:
 
 
 def draw_curves(curves: dict[str, tuple[list[int], list[float]]], path: Path) -> None:
-    """Draws one curve a run, on a logarithmic scale, and saves the picture."""
+    """Plots one curve per run on a logarithmic scale and saves the figure."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")

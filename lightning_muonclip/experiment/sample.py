@@ -1,4 +1,4 @@
-"""A short sample of text at the end of a run."""
+"""Writes a sample of generated text at the end of a run."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from lightning_muonclip.experiment.lit import LitGPT
 
 
 class SampleText(Callback):
-    """Continues a prompt when training ends, the same way at every call with the same weights.
+    """Generates a continuation of a prompt when training ends; deterministic for given weights.
 
     Args:
-        path: File to write.
-        prompt: Beginning of the text.
-        length: Number of tokens to add.
+        path: The file to write.
+        prompt: The beginning of the text.
+        length: Number of tokens to generate.
     """
 
     def __init__(self, path: str, prompt: str = "def ", length: int = 200) -> None:
@@ -28,7 +28,7 @@ class SampleText(Callback):
         self.length = length
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Generates on every rank, since a sharded model gathers its weights in each forward, and writes on one."""
+        """Generates on every rank, since a sharded model gathers its weights in each forward; writes on rank 0."""
         data = trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(pl_module, LitGPT)
         assert isinstance(data, TextDataModule)

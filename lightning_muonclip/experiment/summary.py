@@ -1,4 +1,4 @@
-"""The table at the end of a run: how good, how calm, how fast, and where the time went."""
+"""Prints a table at the end of a run: loss, logits, throughput, and the time of Muon and QK-Clip."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from rich.table import Table
 from lightning_muonclip.experiment.pictures import LogitPictures
 from lightning_muonclip.trainer.callback import MuonClipCallback
 
-#: What the library marks for torch.profiler, and what the table calls it.
+#: The library's spans for torch.profiler, and their labels in the table.
 _SPANS = {"muonclip::muon": "Muon", "muonclip::qk_clip": "QK-Clip", "muonclip::max_logits": "tracking"}
 
 
 class RunSummary(Callback):
     """Prints validation bits per byte, peak logit, head-clips, tokens per second, and the time of Muon and QK-Clip.
 
-    Times come from :mod:`torch.profiler` over a few steps in the middle of the warm run.
+    Times come from :mod:`torch.profiler`, over a few batches after warm-up.
 
     Args:
-        profile_from: Batch of this fit at which profiling starts.
-        profile_batches: Number of batches profiled.
+        profile_from: Number of batches before profiling starts.
+        profile_batches: Number of profiled batches.
     """
 
     def __init__(self, profile_from: int = 20, profile_batches: int = 10) -> None:
@@ -40,15 +40,15 @@ class RunSummary(Callback):
         self._profiled: dict[str, float] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Starts from zero."""
+        """Resets the counters."""
         self._batches, self._tokens, self._seconds, self._profiled = 0, 0, 0.0, {}
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Starts the clock, and the profiler when it is time."""
+        """Starts the clock and, at ``profile_from``, the profiler."""
         if self._batches == self.profile_from:
-            # The profiler sees host and device, but slows the host: profiled batches do not count for the speed.
+            # The profiler slows down the host, so profiled batches do not count towards throughput.
             self._profiler = torch.profiler.profile(acc_events=True)
             self._profiler.start()
         self._started = time.perf_counter()
@@ -56,7 +56,7 @@ class RunSummary(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Stops them."""
+        """Stops the clock and the profiler."""
         self._batches += 1
         if self._profiler is None:
             self._seconds += time.perf_counter() - self._started
@@ -70,7 +70,7 @@ class RunSummary(Callback):
         self._print(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Leaves no profiler running."""
+        """Stops the profiler."""
         self._stop_profiler()
 
     def _stop_profiler(self) -> None:
@@ -111,5 +111,7 @@ class RunSummary(Callback):
             for span, name in _SPANS.items():
                 if span in self._profiled:
                     milliseconds = self._profiled[span]
-                    rows.append((f"time in {name}", f"{milliseconds:.2f} ms a batch ({milliseconds / per_batch:.1%})"))
+                    rows.append(
+                        (f"time in {name}", f"{milliseconds:.2f} ms per batch ({milliseconds / per_batch:.1%})")
+                    )
         return rows

@@ -1,4 +1,4 @@
-"""``muonclip-train``: one run, or a sweep, configured by Hydra."""
+"""``muonclip-train``: a run or a sweep, configured by Hydra."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from lightning_muonclip.experiment.lit import LitGPT
 
 
 def train(config: DictConfig) -> float:
-    """Trains as configured, and writes everything that a run leaves behind.
+    """Trains as configured and writes the outputs of the run.
 
     Args:
         config: A composed ``train`` config.
 
     Returns:
-        The metric that ``optimized_metric`` names, for a sweeper; NaN if the run did not log it.
+        The metric named by ``optimized_metric``, for a sweeper; NaN if the run did not log it.
 
     Raises:
-        ConfigError: If the config has an unknown key or a wrong type, or its corpus or checkpoint cannot be read.
+        ConfigError: If the config has an unknown key or a wrong type, or if its corpus or checkpoint cannot be read.
     """
     check_config(config)
     _check_checkpoint(config.ckpt_path)
@@ -51,25 +51,27 @@ def train(config: DictConfig) -> float:
     for logger in trainer.loggers:
         logger.log_hyperparams(OmegaConf.to_container(config, resolve=True))  # type: ignore[arg-type]
     trainer.fit(lit, datamodule=data, ckpt_path=config.ckpt_path)
-    rank_zero_info(f"Everything is in {output_dir()}")
+    rank_zero_info(f"Outputs are in {output_dir()}")
     if _is_interrupted(trainer) and HydraConfig.get().mode == RunMode.MULTIRUN:
-        raise KeyboardInterrupt  # of the sweep
+        raise KeyboardInterrupt  # ends the sweep
     if config.optimized_metric not in trainer.callback_metrics:
         logged = ", ".join(sorted(trainer.callback_metrics))
-        rank_zero_warn(f"optimized_metric={config.optimized_metric} was not logged in this run; logged: {logged}")
+        rank_zero_warn(
+            f"optimized_metric={config.optimized_metric} was not logged, so the run returns NaN; logged: {logged}"
+        )
         return float("nan")
     return float(trainer.callback_metrics[config.optimized_metric])
 
 
 def _build(node: DictConfig, **kwargs: Any) -> Any:
-    # Plain lists and dicts: ListConfig in an optimizer's state could not be loaded with weights_only.
+    # Plain lists and dicts: a ListConfig in an optimizer's state cannot be loaded with weights_only.
     return instantiate(node, _convert_="all", **kwargs)
 
 
 def _check_checkpoint(path: str | None) -> None:
     by_name = path in (None, "best", "last", "hpc") or "://" in str(path)
     if not by_name and not Path(str(path)).exists():
-        raise ConfigError(f"ckpt_path={path} does not exist; give the path of a .ckpt file, from {Path.cwd()}")
+        raise ConfigError(f"ckpt_path={path} does not exist; use the path of a .ckpt file, relative to {Path.cwd()}")
 
 
 def _is_interrupted(trainer: pl.Trainer) -> bool:
@@ -77,7 +79,7 @@ def _is_interrupted(trainer: pl.Trainer) -> bool:
 
 
 def _validated_once(trainer: DictConfig) -> DictConfig:
-    """A run that is shorter than the interval of validation still validates, and so saves, at its end."""
+    """Makes a run that is shorter than the validation interval validate, and thus save, at its end."""
     steps, interval = trainer.get("max_steps"), trainer.get("val_check_interval")
     if isinstance(steps, int) and isinstance(interval, int) and 0 < steps < interval:
         trainer = OmegaConf.merge(trainer, {"val_check_interval": steps})  # type: ignore[assignment]
@@ -97,7 +99,7 @@ def _build_module(config: DictConfig, vocab_size: int) -> LitGPT:
 
 
 def build_model(node: DictConfig, vocab_size: int, hidden_size: int | None = None) -> GPT:
-    """The configured model, or the same one of another width; ``vocab_size`` is for one that is given none."""
+    """The configured model, optionally at another width; ``vocab_size`` applies if the config has none."""
     sizes = {"vocab_size": node.vocab_size or vocab_size}
     if hidden_size is not None:
         sizes["hidden_size"] = hidden_size
@@ -114,9 +116,11 @@ def output_dir() -> Path:
 
 @hydra.main(version_base="1.3", config_path="pkg://lightning_muonclip.conf", config_name="train")
 def _hydra_main(config: DictConfig) -> float:
-    # Lightning starts further ranks by this very command: only the first one looks.
+    # Lightning starts the other ranks with this same command, so only the first process checks.
     if "LOCAL_RANK" not in os.environ and (output_dir() / "metrics.csv").exists():
-        raise ConfigError(f"{output_dir()} holds a run already, which would be overwritten; give another hydra.run.dir")
+        raise ConfigError(
+            f"{output_dir()} already contains a run, which would be overwritten; set another hydra.run.dir"
+        )
     OmegaConf.save(config, output_dir() / "config.yaml", resolve=True)
     return train(config)
 
@@ -127,10 +131,10 @@ def main() -> None:
 
 
 def run_command(name: str, command: Callable[[], Any]) -> None:
-    """Runs a command of Hydra; a mistake in the configuration is one line, with the nearest right key."""
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # hand errors on instead of printing them
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler of the summary starts and stops in silence
-    for message in ("Experiment logs directory", r".*treespec, LeafSpec"):  # true of every run, and of no interest
+    """Runs a Hydra command; reports a mistake in the configuration in one line, with the nearest known key."""
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # raise errors instead of printing them
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # silence the start and stop messages of the profiler
+    for message in ("Experiment logs directory", r".*treespec, LeafSpec"):  # raised in every run
         warnings.filterwarnings("ignore", message)
     try:
         command()

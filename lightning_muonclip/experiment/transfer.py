@@ -1,4 +1,4 @@
-"""Loss against learning rate, one curve a width: whether the best rate of a narrow model is that of a wide one."""
+"""Plots loss against learning rate, one curve per width, to see whether the best rate transfers between widths."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 
 
 class Run(NamedTuple):
-    """How one run of the sweep was trained, and its loss in the end."""
+    """The settings of one run of the sweep, and its final loss."""
 
     optimizer: str
     parametrization: str
@@ -24,13 +24,13 @@ class Run(NamedTuple):
 
 
 class LearningRateTransfer(HydraCallback):
-    """In a sweep (``experiment=mu_transfer``), writes ``transfer.csv`` and draws ``transfer.png`` into its folder."""
+    """Writes ``transfer.csv`` and ``transfer.png`` into the folder of a sweep (``experiment=mu_transfer``)."""
 
     def __init__(self) -> None:
         self.runs: list[Run] = []
 
     def on_job_end(self, config: DictConfig, job_return: Any, **kwargs: Any) -> None:
-        """Adds a run: a sweep that is broken off has drawn what it has."""
+        """Adds a run and updates both files, so that an interrupted sweep keeps its results."""
         optimizer = "AdamW" if config.muonclip is None else "MuonClip"
         parametrization = "standard" if config.base_hidden_size is None else "muP"
         loss = float(job_return.return_value)
@@ -42,7 +42,7 @@ class LearningRateTransfer(HydraCallback):
 
 
 def draw_transfer(runs: Sequence[Run], path: Path) -> None:
-    """A column an optimizer, a row a parametrization, a curve a width; its best run is marked."""
+    """Plots a column per optimizer, a row per parametrization and a curve per width, with its best run marked."""
     from matplotlib.figure import Figure
 
     rows, columns = sorted({run.parametrization for run in runs}), sorted({run.optimizer for run in runs}, reverse=True)

@@ -1,1 +1,1 @@
-"""The few operations whose speed decides everything, each a function of tensors only."""
+"""The operations that dominate run time, as functions of tensors only."""

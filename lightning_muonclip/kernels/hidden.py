@@ -1,5 +1,5 @@
-"""What an additive mask hides."""
+"""The value at which an additive mask hides a pair."""
 
-#: A pair whose additive mask is at most this is hidden. Libraries hide pairs by -inf, by the lowest number of a dtype or by
-#: -1e4, perhaps with a position bias on top. A bias alone does not hide, and a pair with this much of it has no weight.
+#: A pair is hidden where its additive mask is at most this. Libraries hide pairs with -inf, with the lowest value of a dtype
+#: or with -1e4, sometimes plus a position bias. No bias alone reaches this value; a pair that far down has no weight anyway.
 HIDDEN = -9e3

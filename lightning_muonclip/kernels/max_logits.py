@@ -1,7 +1,8 @@
-"""The largest attention logit of every head: ``max(scale · q_i · k_j)`` over the batch and the visible pairs.
+"""Per-head maximum attention logit: ``max(scale · q_i · k_j)`` over the batch and the visible pairs.
 
-No softmax, no values, no gradient, and never the whole logit matrix: a tile of queries and keys at a time, without the tiles
-that no query sees. On a GPU a Triton kernel does it (:mod:`~lightning_muonclip.kernels.max_logits_triton`), elsewhere torch.
+No softmax, no values, no gradient. The logit matrix is never materialized: the maximum is taken tile by tile, and tiles
+without visible pairs are skipped. GPUs run a Triton kernel (:mod:`~lightning_muonclip.kernels.max_logits_triton`), other
+devices plain torch.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from lightning_muonclip.kernels.hidden import HIDDEN
 
 
 class Tiles(NamedTuple):
-    """Queries and keys of a tile, the second a multiple of the first; and how many logits are made at once."""
+    """Queries and keys per tile (the second a multiple of the first), and the number of logits computed at once."""
 
     queries: int
     keys: int
     logits: int
 
 
-#: A CPU's products are fastest on tiles that stay in cache (measured: 64 x 512); a GPU wants few and large ones.
+#: CPUs are fastest on tiles that stay in cache (measured: 64 x 512); GPUs prefer a few large ones.
 TILES = {"cpu": Tiles(64, 512, 2**20)}
 _LARGE_TILES = Tiles(256, 2**14, 2**26)
 
@@ -45,24 +46,24 @@ def max_logits(
 
     Args:
         query: Shape ``(..., heads, L, d)``.
-        key: Shape ``(..., key_heads, S, d)``, the batch broadcastable to that of the queries or the other way round;
-            ``heads`` is a multiple of ``key_heads``, and every run of ``heads / key_heads`` query heads shares a key head.
+        key: Shape ``(..., key_heads, S, d)``; its batch and that of the queries broadcast. ``heads`` is a multiple of
+            ``key_heads``, and every ``heads / key_heads`` consecutive query heads share a key head.
         scale: Factor on the dot products, as attention applies it.
-        is_causal: Query i sees keys 0..i only, as :func:`~torch.nn.functional.scaled_dot_product_attention` has it.
-        window: Query i sees keys ``i - window < j < i + window`` only, as far as causality lets it; ``None`` sees any
+        is_causal: Query i sees only keys 0..i, as in :func:`~torch.nn.functional.scaled_dot_product_attention`.
+        window: Query i sees only keys ``i - window < j < i + window``, further limited by causality. ``None`` means any
             distance.
-        documents: Integers of shape ``(batch, L)``, for self-attention: a pair is visible only within one document. What has
-            a negative one is padding, sees nothing and is seen by nothing.
-        mask: Shape broadcastable to ``(..., heads, L, S)``. Boolean: ``True`` is visible. Floating: an additive mask; a
-            pair is hidden where it is at most :data:`~lightning_muonclip.kernels.hidden.HIDDEN`, and its value is not part
-            of the maximum elsewhere.
+        documents: Integer document ids of shape ``(batch, L)``, for self-attention: a pair is visible only within one
+            document. A negative id marks padding, which sees nothing and is hidden from everything.
+        mask: Shape broadcastable to ``(..., heads, L, S)``. Boolean: ``True`` is visible. Floating point: an additive mask,
+            which hides a pair where it is at most :data:`~lightning_muonclip.kernels.hidden.HIDDEN` and does not enter the
+            maximum elsewhere.
 
     Returns:
-        float32 tensor of shape ``(heads,)``; ``-inf`` for a head that sees nothing, NaN where a logit is NaN.
+        float32 tensor of shape ``(heads,)``: ``-inf`` for a head that sees nothing, NaN where a logit is NaN.
 
     Raises:
-        ValueError: If the number of query heads is no multiple of the number of key heads, the mask or the documents are for
-            another number of queries or keys, documents are no integers, or the window is empty.
+        ValueError: If the number of query heads is not a multiple of the number of key heads, if the mask or the documents
+            do not match the numbers of queries and keys, if documents are not integers, or if the window is empty.
 
     Source: Kimi K2, arXiv 2507.20534, section 2.1 (the :math:`S_{max}^h` of QK-Clip).
 
@@ -73,11 +74,11 @@ def max_logits(
     """
     heads, key_heads = query.shape[-3], key.shape[-3]
     if heads % key_heads:
-        raise ValueError(f"{heads} query heads cannot share {key_heads} key heads evenly")
-    if window is not None and window < 1:
         raise ValueError(
-            f"a window of {window} lets no query see even itself; give at least 1, or None for any distance"
+            f"the number of query heads must be a multiple of the number of key heads; got {heads}, {key_heads}"
         )
+    if window is not None and window < 1:
+        raise ValueError(f"the window hides every key, got {window}; use at least 1, or None for any distance")
     if torch.compiler.is_compiling():
         return torch.ops.muonclip.max_logits(query, key, scale, is_causal, window, documents, mask)
     with torch.profiler.record_function("muonclip::max_logits"):
@@ -100,7 +101,9 @@ def _max_logits(
         return maximum.flatten()
     pairs = query.shape[-2], key.shape[-2]
     if mask is not None and any(have not in (1, need) for have, need in zip(mask.shape[::-1], pairs[::-1])):
-        raise ValueError(f"a mask of shape {tuple(mask.shape)} is not for {pairs[0]} queries and {pairs[1]} keys")
+        raise ValueError(
+            f"the mask must broadcast to {pairs[0]} queries and {pairs[1]} keys, got shape {tuple(mask.shape)}"
+        )
     batch = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3])
     if documents is not None:
         documents = _documents(documents, batch, *pairs)
@@ -127,11 +130,11 @@ def _max_logits(
     tiles = TILES.get(query.device.type, _LARGE_TILES)
     of_a_tile = group * min(tiles.queries, pairs[0]) * min(tiles.keys, pairs[1])
     at_once = max(1, tiles.logits // of_a_tile)
-    # A factor on the maximum is cheaper than one on every query, but only a positive one leaves it the maximum.
+    # Scaling the maximum is cheaper than scaling every query, but only a positive factor commutes with it.
     inner, outer = (1.0, scale) if scale > 0 else (scale, 1.0)
-    # Made once for all tiles, so that it stays in cache.
+    # Allocated once for all tiles, so that it stays in cache.
     products = torch.empty(min(at_once, len(key) * key_heads) * of_a_tile, dtype=torch.float32, device=query.device)
-    # Half-precision inputs are multiplied in float32, as attention itself accumulates; autocast would undo that.
+    # Half-precision inputs are multiplied in float32, as attention accumulates; autocast would undo that.
     with torch.autocast(query.device.type, enabled=False):
         for b, h in _chunks(len(key), key_heads, at_once):
             ids = None if documents is None else _part(documents, 0, b)
@@ -143,8 +146,8 @@ def _max_logits(
 
 @functools.cache
 def _launcher(device: torch.device) -> Callable[..., None] | None:
-    """The kernel, where a device and what is installed can run it."""
-    # Its tiles are for the shared memory of Ampere, as are products of bfloat16.
+    """The Triton kernel, or ``None`` if the device or the installation cannot run it."""
+    # The tile sizes and bfloat16 products need Ampere or later.
     is_nvidia = device.type == "cuda" and torch.version.hip is None
     if not is_nvidia or torch.cuda.get_device_capability(device) < (8, 0):
         return None
@@ -169,7 +172,7 @@ def _chunk_maxima(
     """Maxima of shape (key heads, group); queries are (batch, key heads, group, L, d), keys (batch, key heads, S, d)."""
     batch, key_heads, group, length = query.shape[:4]
     keys = key.flatten(0, 1).float()
-    # float32 by name everywhere: under some precisions Lightning sets another default while a model runs.
+    # Explicit float32 everywhere: under some precisions Lightning changes the default dtype while a model runs.
     maximum = torch.full((batch, key_heads, group), float("-inf"), dtype=torch.float32, device=query.device)
     side = min(tiles.queries, length)
     future = torch.ones(side, side, dtype=torch.bool, device=query.device).tril(-1)[:, None]
@@ -182,21 +185,21 @@ def _chunk_maxima(
         block = (block if scale == 1 else block * scale).flatten(2, 3).flatten(0, 1)
         first, last = 0, keys.shape[1]
         if window is not None:
-            # Keys start where queries do, so that the diagonal lies in a tile as it does without a window.
+            # Aligned with the query tiles, so that the diagonal falls into a tile as it does without a window.
             first = max(0, top - window + 1) // tiles.queries * tiles.queries
             last = min(bottom + window - 1, last)
         if is_causal:
             last = min(bottom, last)
         for left in range(first, last, tiles.keys):
             right = min(left + tiles.keys, last)
-            # Keys by queries: that way round the product is faster (on a CPU by a sixth).
+            # Keys by queries: this order is faster (on a CPU by a sixth).
             shape = len(keys), right - left, block.shape[1]
             logits = products[: math.prod(shape)].view(shape)
             torch.bmm(keys[:, left:right], block.mT, out=logits)
             logits = logits.view(batch, key_heads, right - left, group, bottom - top)
             if is_causal and right > top:
                 crossed = logits[:, :, top - left :]
-                if only_causal:  # a minimum is three times faster, and what it cannot hide is a NaN
+                if only_causal:  # a minimum is three times faster; it lets NaN through
                     torch.minimum(crossed, cap[: right - top, :, : bottom - top], out=crossed)
                 else:
                     crossed.masked_fill_(future[: right - top, :, : bottom - top], float("-inf"))
@@ -215,7 +218,7 @@ def _chunk_maxima(
 
 
 def _chunks(batch: int, heads: int, at_once: int) -> Iterator[tuple[slice, slice]]:
-    """Parts of the batch and the heads with about ``at_once`` pairs each."""
+    """Slices of the batch and the heads, of about ``at_once`` (batch, head) pairs each."""
     some_heads = min(heads, at_once)
     some_batch = max(1, at_once // heads)
     for b in range(0, batch, some_batch):
@@ -224,11 +227,11 @@ def _chunks(batch: int, heads: int, at_once: int) -> Iterator[tuple[slice, slice
 
 
 def _part(x: Tensor, dim: int, part: slice) -> Tensor:
-    """A slice along one dimension, unless that has only one entry for all."""
+    """A slice along one dimension, unless that dimension broadcasts."""
     return x if x.shape[dim] == 1 else x.narrow(dim, part.start, min(part.stop, x.shape[dim]) - part.start)
 
 
-# To torch.compile one opaque operation: traced, the loop would be unrolled, and compiled anew for every length.
+# Opaque to torch.compile: tracing would unroll the loop and recompile for every length.
 _operation = torch.library.custom_op(
     "muonclip::max_logits",
     _max_logits,
@@ -272,15 +275,15 @@ def _visible(mask: Tensor, batch: torch.Size, heads: int, key_heads: int) -> Ten
 def _documents(documents: Tensor, batch: torch.Size, length: int, key_length: int) -> Tensor:
     """The ids of shape (batch or 1, L)."""
     if documents.dtype.is_floating_point or documents.dtype.is_complex or documents.dtype is torch.bool:
-        raise ValueError(f"documents must be integers, one id a token, negative for padding; got {documents.dtype}")
+        raise ValueError(f"documents must be integer ids, one per token, negative for padding; got {documents.dtype}")
     if length != key_length:
         raise ValueError(
-            f"documents are for self-attention, but there are {length} queries and {key_length} keys; give a mask instead"
+            f"documents need as many queries as keys, got {length} queries and {key_length} keys; use a mask instead"
         )
     try:
         return documents.expand(*batch, length).reshape(-1, length)
     except RuntimeError as error:
         shape = tuple(documents.shape)
         raise ValueError(
-            f"documents of shape {shape} is not for a batch of shape {tuple(batch)} and {length} tokens"
+            f"documents must match a batch of shape {tuple(batch)} and {length} tokens, got shape {shape}"
         ) from error

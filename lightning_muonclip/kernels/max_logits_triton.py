@@ -1,13 +1,13 @@
-"""The largest attention logit of every head on a GPU: one pass over tiles of queries and keys, without softmax or values.
+"""Triton kernel for the per-head maximum attention logit.
 
-As in flash attention, a program holds a tile of queries and walks over the keys. It only visits keys that some query of its
-tile may see, and asks which pairs are visible only where not all of them are. Causality, windows and documents are bounds on
-that walk. A tile that sticks out is filled up with the last row it may use: a maximum does not mind what it sees twice.
+As in FlashAttention, each program holds a tile of queries and loops over the keys. It visits only keys that some query of
+its tile may see, and evaluates the mask only in tiles where some pair is hidden. Causality, windows and documents bound the
+loop. A tile that overruns the end repeats the last valid row: duplicates do not change a maximum.
 
-Source: the order of the tiles is that of FlashAttention-2, arXiv 2307.08691, section 3.1.
+Source: the order of the tiles follows FlashAttention-2, arXiv 2307.08691, section 3.1.
 """
 
-# Compile-time constants are in capitals, as everywhere in triton; and what it compiles has no types that mypy knows.
+# Triton's convention: compile-time constants are upper case. mypy cannot type what Triton compiles.
 # ruff: noqa: N803, N806, SIM300
 # mypy: disable-error-code="import-untyped,import-not-found"
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
@@ -25,7 +25,7 @@ from lightning_muonclip.kernels.hidden import HIDDEN
 
 
 class Tile(NamedTuple):
-    """Queries, keys and channels that are multiplied at once, and how the work is spread over a multiprocessor."""
+    """Queries, keys and channels per tile, and Triton's launch parameters."""
 
     queries: int
     keys: int
@@ -35,16 +35,16 @@ class Tile(NamedTuple):
 
 
 def tile_for(dtype: torch.dtype, head_dim: int, length: int, masked: bool = False) -> Tile:
-    """The tile for products in ``dtype``, with documents or a mask or without.
+    """The tile for products in ``dtype``; ``masked`` means documents or a mask.
 
-    A fixed table: tuning would time launches, which a captured graph cannot wait for. The sizes follow from what the
-    compiler says of registers (two float32 a pair, and the addresses of a mask) and of shared memory (99 KiB on the smaller
-    devices). No GPU has confirmed them yet.
+    A fixed table, because autotuning times launches, which CUDA graph capture does not allow. The sizes follow from the
+    compiler's register use (two float32 per pair, plus the addresses of a mask) and shared memory (99 KiB on the smaller
+    devices). They have not been confirmed on a GPU yet.
     """
     channels = max(16, triton.next_power_of_2(head_dim))
-    if dtype is torch.float32:  # multiplied without tensor cores, whose TF32 is not float32
+    if dtype is torch.float32:  # without tensor cores, which would round to TF32
         tile = Tile(64, 64, 16, 8, 2)
-    elif channels > 128:  # wide heads pass in parts, the queries with them
+    elif channels > 128:  # wide heads are loaded in parts
         tile = Tile(128, 64, 64, 8, 2)
     elif channels == 128 or masked:
         tile = Tile(128, 64, channels, 8, 3)
@@ -65,35 +65,35 @@ def launch(
     mask: Tensor | None = None,
     tile: Tile | None = None,
 ) -> None:
-    """Raises ``maxima`` to the largest visible logits, in place.
+    """Updates ``maxima`` in place to the maximum of themselves and the visible logits.
 
-    Waits for nothing and allocates nothing. Inputs may have any strides, 0 included. What they mean is told by
-    :func:`~lightning_muonclip.kernels.max_logits.max_logits`.
+    Does not synchronize or allocate. Inputs may have any strides, including 0. See
+    :func:`~lightning_muonclip.kernels.max_logits.max_logits` for their meaning.
 
     Args:
         query: Shape ``(batch, heads, L, d)``.
         key: Shape ``(batch, key_heads, S, d)``.
-        maxima: float32 of shape ``(heads,)``, contiguous: ``-inf``, or the maxima so far. A NaN stays if its sign is
-            positive, as that of every NaN written here.
+        maxima: Contiguous float32 tensor of shape ``(heads,)``: ``-inf``, or the maxima so far. A positive NaN, the only
+            kind the kernel writes, persists.
         scale: Factor on the dot products.
-        is_causal: Query i sees keys 0..i only.
-        window: Query i sees keys after ``i - window`` only, and before ``i + window``.
+        is_causal: Query i sees only keys 0..i.
+        window: Query i sees only keys between ``i - window`` and ``i + window``, both exclusive.
         documents: Integers of shape ``(batch, L)``.
         mask: Boolean or additive, shape ``(batch, heads, L, S)``.
-        tile: ``None`` is :func:`tile_for`'s.
+        tile: Defaults to that of :func:`tile_for`.
     """
     batch, heads, length, head_dim = query.shape
     key_length = key.shape[2]
-    # Triton takes a tensor on the CPU only to interpret the kernel, and its interpreter does not multiply bfloat16.
+    # A CPU tensor means Triton's interpreter, which cannot multiply bfloat16.
     is_half = query.dtype is key.dtype and query.dtype in (torch.float16, torch.bfloat16) and not query.is_cpu
     work = query.dtype if is_half else torch.float32
     tile = tile or tile_for(work, head_dim, length, documents is not None or mask is not None)
     kind = "none" if mask is None else "boolean" if mask.dtype is torch.bool else "additive"
     if mask is not None and kind == "boolean":
         mask = mask.view(torch.uint8)
-    # One dimension: the others are limited to 65535 programs.
+    # One-dimensional: the other grid dimensions are limited to 65535 programs.
     grid = (triton.cdiv(length, tile.queries) * heads * batch,)
-    with torch.cuda.device_of(query):  # triton launches on the current device; does nothing for a tensor on the CPU
+    with torch.cuda.device_of(query):  # Triton launches on the current device; no-op for a CPU tensor
         _kernel[grid](
             maxima,
             query,
@@ -129,7 +129,7 @@ def launch(
 _WORK: dict[torch.dtype, Any] = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
-# Lengths differ from batch to batch: none is worth a kernel of its own.
+# Lengths vary between batches and must not trigger recompilation.
 @triton.jit(do_not_specialize=["length", "key_length", "window", "heads", "group"])
 def _kernel(
     maxima,
@@ -169,15 +169,15 @@ def _kernel(
     TILE_K: tl.constexpr,
     TILE_D: tl.constexpr,
 ):
-    """One tile of queries of one head against all keys that it may see."""
+    """One tile of queries of one head against all keys it may see."""
     tiles = tl.cdiv(length, TILE_Q)
     program = tl.program_id(0)
-    # Neighbours share keys. The last queries go first: under causality they have the most to do.
+    # Consecutive programs share keys. The last queries go first: under causality they have the most work.
     top = (tiles - 1 - program % tiles) * TILE_Q
     bottom = tl.minimum(top + TILE_Q, length)
     head = program // tiles % heads
     batch = (program // tiles // heads).to(tl.int64)
-    # Offsets have 64 bits: a long batch of many heads passes 2^31 elements.
+    # 64-bit offsets: a long batch with many heads exceeds 2^31 elements.
     rows = tl.minimum(top + tl.arange(0, TILE_Q), length - 1)
     query += batch * q_batch + head.to(tl.int64) * q_head + rows.to(tl.int64)[:, None] * q_row
     key += batch * k_batch + (head // group).to(tl.int64) * k_head
@@ -186,7 +186,7 @@ def _kernel(
     if MASK != "none":
         mask += batch * m_batch + head.to(tl.int64) * m_head + rows.to(tl.int64)[:, None] * m_row
 
-    # Keys that some query of the tile sees: [first, last); that all of them see: [all_first, all_last).
+    # Some query of the tile sees the keys [first, last); all of them see [all_first, all_last).
     first = tl.full((), 0, tl.int32)
     last = first + key_length
     all_first = first
@@ -210,7 +210,7 @@ def _kernel(
         all_first = first
         all_last = first
 
-    # The walk: pairs need a mask from `first` to `start`, none from there to `stop`, and again one up to `last`.
+    # The loop needs a mask from `first` to `start`, none from `start` to `stop`, and one again from `stop` to `last`.
     start = first
     if WINDOW:
         start += tl.cdiv(tl.maximum(tl.minimum(all_first, last) - first, 0), TILE_K) * TILE_K
@@ -218,7 +218,7 @@ def _kernel(
     stop = start + tl.where(all_last >= last, tl.cdiv(common, TILE_K), common // TILE_K) * TILE_K
 
     channels = tl.arange(0, TILE_D)
-    # All channels of a narrow head, which are loaded once.
+    # All channels of a narrow head, loaded once.
     fixed = _load(query, q_channel, channels[None, :], CHANNELS, TILE_D, WORK)
     best = tl.full((TILE_Q, TILE_K), float("-inf"), tl.float32)
     for part in tl.static_range(3):
@@ -233,7 +233,7 @@ def _kernel(
                 if CHANNELS <= TILE_D:
                     part_of_key = _load(key + offsets * k_row, k_channel, channels[:, None], CHANNELS, TILE_D, WORK)
                     logits = tl.dot(fixed, part_of_key, logits, input_precision="ieee")
-                elif WORK == tl.float32:  # unrolled, its many instructions would take a minute to compile
+                elif WORK == tl.float32:  # not unrolled: that would take a minute to compile
                     for offset in range(0, CHANNELS, TILE_D):
                         logits = _add_part(
                             logits, query, key + offsets * k_row, q_channel, k_channel, offset, CHANNELS, TILE_D, WORK
@@ -271,7 +271,7 @@ def _add_part(
     TILE_D: tl.constexpr,
     WORK: tl.constexpr,
 ):
-    """The products of some channels of wide heads, on top of those of the channels before."""
+    """Adds the products of one part of the channels of a wide head."""
     channels = offset + tl.arange(0, TILE_D)
     own = _load(query, q_channel, channels[None, :], CHANNELS, TILE_D, WORK)
     other = _load(key, k_channel, channels[:, None], CHANNELS, TILE_D, WORK)
@@ -280,7 +280,7 @@ def _add_part(
 
 @triton.jit
 def _load(rows, stride, channels, CHANNELS: tl.constexpr, TILE_D: tl.constexpr, WORK: tl.constexpr):
-    """The given channels of all rows, zero beyond the last one."""
+    """The given channels of all rows, zero past the last channel."""
     if CHANNELS % TILE_D == 0:
         return tl.load(rows + channels * stride).to(WORK)
     else:
@@ -289,7 +289,7 @@ def _load(rows, stride, channels, CHANNELS: tl.constexpr, TILE_D: tl.constexpr, 
 
 @triton.jit
 def _visible(rows, columns, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
-    """What the positions alone allow."""
+    """Which pairs causality and the window leave visible."""
     visible = (rows >= 0) & (columns >= 0)
     if CAUSAL:
         visible &= columns <= rows
@@ -302,9 +302,9 @@ def _visible(rows, columns, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
 
 @triton.jit
 def _document_span(documents, stride, row_ids, first, last):
-    """Bounds on the keys whose documents are those of the rows; and whether all pairs in between are visible.
+    """Bounds of the keys whose documents match those of the rows, and whether all pairs in between are visible.
 
-    It costs a program one look at every id, and needs no order of them; but only packed documents give narrow bounds.
+    Reads every id once per program. The ids need no order, but only packed documents give tight bounds.
     """
     AT_ONCE: tl.constexpr = 1024
     lowest = tl.min(row_ids)
@@ -324,16 +324,15 @@ def _document_span(documents, stride, row_ids, first, last):
 
 @triton.jit
 def _raise_maximum(address, tile, scale):
-    """Raises a float32 to the scaled maximum of a tile, NaN if there is one.
+    """Updates a float32 to the scaled maximum of itself and a tile; NaN if either contains NaN.
 
-    Neither reductions nor atomics of devices agree on NaN, but all agree on integers: the bits of a float32, read as an
-    integer, are in its order where the sign is positive and in reverse where it is negative, and a positive NaN is above
-    all.
+    Reductions and atomics treat NaN differently across devices, but integers alike: read as integers, the bits of positive
+    floats are in order, those of negative floats in reverse, and a positive NaN is above all of them.
     """
     bits = _bits(tile)
     ordered = tl.max(bits ^ ((bits >> 31) & 0x7FFFFFFF))
     largest = (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-    # The factor waits until here; without this line one of 0 would make NaN of what sees nothing.
+    # The scale is applied last. A scale of 0 must not turn the -inf of a head that sees nothing into NaN.
     bits = _bits(tl.where(largest == float("-inf"), largest, largest * scale))
     tl.atomic_max(address.to(tl.pointer_type(tl.int32), bitcast=True), bits, mask=bits >= 0, sem="relaxed")
     unsigned = bits.to(tl.uint32, bitcast=True)
@@ -342,5 +341,5 @@ def _raise_maximum(address, tile, scale):
 
 @triton.jit
 def _bits(x):
-    """The bits of float32 numbers; every NaN is the same positive one."""
+    """The bits of float32 numbers, with every NaN mapped to the same positive NaN."""
     return tl.where(x == x, x.to(tl.int32, bitcast=True), 0x7FC00000)

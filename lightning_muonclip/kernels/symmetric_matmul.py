@@ -1,4 +1,4 @@
-"""The batched product of which Newton-Schulz iterations are made: symmetric, so that half of it is enough."""
+"""Batched symmetric matrix product, the building block of Newton-Schulz: only one triangle is computed."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-#: From this many rows on a GPU runs the Triton kernel; torch's few small operations cost less below. float32 always does:
-#: torch's own product may be set to TF32. Estimates: no GPU has confirmed them yet.
+#: A GPU runs the Triton kernel from this many rows; below, torch's own operations are cheaper. float32 always uses the
+#: kernel, because torch's product may be set to TF32. Estimates, not confirmed on a GPU yet.
 KERNEL_FROM = {torch.float32: 1, torch.bfloat16: 64, torch.float16: 64}
 
-#: From this many rows on a CPU multiplies a triangle of blocks, PANELS blocks high. Measured on one thread: with fewer rows
-#: the blocks are so small that they cost more than they save, and the faster the products of a dtype, the longer.
+#: A CPU computes a triangle of blocks, PANELS blocks high, from this many rows. Measured on one thread: smaller blocks cost
+#: more than they save, and the faster a dtype multiplies, the larger they must be.
 PANELS_FROM = {torch.float32: 512, torch.float64: 512, torch.bfloat16: 2048}
 PANELS = 4
 
-#: A transposed copy reads columns: as many at a time as stay in cache.
+#: A transposed copy reads columns; this many at a time stay in cache.
 _STRIP = 128
 _BELOW = torch.ones(_STRIP, _STRIP, dtype=torch.bool, device="cpu").tril_()
 
@@ -34,26 +34,25 @@ def symmetric_matmul(
     c: Tensor | None = None,
     gamma: float | Tensor = 0.0,
 ) -> Tensor:
-    r"""Computes :math:`\alpha A B^T + \beta C + \gamma I` for every matrix of a batch, where that is known to be symmetric.
+    r"""Computes :math:`\alpha A B^T + \beta C + \gamma I` for a batch of matrices whose result is known to be symmetric.
 
-    That is so without ``b``, and where ``a`` and ``b`` are symmetric and commute, as polynomials of one matrix do. It is
-    not checked: where only a triangle is multiplied, nothing else is looked at, and the result is symmetric bit for bit;
-    elsewhere it is as symmetric as torch's product. Products are summed in float32 (in float64 for float64), whatever
-    autocast says.
+    It is symmetric without ``b``, and where ``a`` and ``b`` are symmetric and commute, as polynomials of one matrix do.
+    This is not checked. Where only a triangle is computed, the result is symmetric bit for bit; elsewhere it is as symmetric
+    as torch's product. Products accumulate in float32 (float64 for float64), regardless of autocast.
 
     Args:
         a: Shape ``(batch, n, k)``, any strides: ``x.mT`` of tall matrices is not copied.
-        b: As ``a``; ``None`` is ``a`` itself.
+        b: As ``a``. Defaults to ``a`` itself.
         alpha: A number, or a tensor of shape ``(batch,)`` on the device of ``a``.
-        beta: As ``alpha``. Where it is the number 0, ``c`` is not read.
-        c: Symmetric, shape ``(batch, n, n)``; ``None`` is 0.
+        beta: As ``alpha``. If it is the number 0, ``c`` is not read.
+        c: Symmetric, shape ``(batch, n, n)``. ``None`` means 0.
         gamma: As ``alpha``.
 
     Returns:
-        Shape ``(batch, n, n)``, of the dtype of ``a``. Has no gradient.
+        Tensor of shape ``(batch, n, n)`` and of the dtype of ``a``, without gradient.
 
     Raises:
-        ValueError: If shapes, dtypes or devices do not fit together.
+        ValueError: If shapes, dtypes or devices do not match.
 
     Example:
         >>> symmetric_matmul(torch.tensor([[[1.0, 2.0], [0.0, 1.0]]]), alpha=2.0, gamma=-1.0)
@@ -68,21 +67,24 @@ def symmetric_matmul(
 
 
 def symmetric_cost(a: Tensor) -> float:
-    """Time of :func:`symmetric_matmul` over that of a product of the same size that is not symmetric; roughly.
+    """Approximate time of :func:`symmetric_matmul`, relative to a general product of the same size.
 
     Args:
         a: Shape ``(batch, n, k)``.
     """
     if _runs_kernel(a):
         return 0.6
-    # With few rows, the copies of the panels take what they save.
+    # With few rows, copying the panels costs what they save.
     panels_from = PANELS_FROM.get(a.dtype, PANELS_FROM[torch.float32])
     return 0.8 if a.device.type == "cpu" and a.shape[1] >= panels_from else 1.0
 
 
 def _check(a: Tensor, b: Tensor | None, c: Tensor | None, *factors: float | Tensor) -> None:
     if a.ndim != 3 or a.dtype not in _DTYPES:
-        raise ValueError(f"symmetric_matmul needs a batch of real matrices, got {a.dtype} of shape {tuple(a.shape)}")
+        raise ValueError(
+            "symmetric_matmul needs a batch of real floating-point matrices, of shape (batch, n, k); got"
+            f" {a.dtype} of shape {tuple(a.shape)}"
+        )
     batch, n, _ = a.shape
     for name, x, shape in (("b", b, a.shape), ("c", c, (batch, n, n))):
         if x is not None and (x.shape != shape or x.dtype is not a.dtype or x.device != a.device):
@@ -91,7 +93,7 @@ def _check(a: Tensor, b: Tensor | None, c: Tensor | None, *factors: float | Tens
     for factor in factors:
         if isinstance(factor, Tensor) and (factor.shape != (batch,) or factor.device != a.device):
             have = f"shape {tuple(factor.shape)} on {factor.device}"
-            raise ValueError(f"a factor for each of {batch} matrices needs shape ({batch},) on {a.device}, got {have}")
+            raise ValueError(f"a factor per matrix must have shape ({batch},) and be on {a.device}, got {have}")
 
 
 def _kind(x: Tensor, shape: tuple[int, ...]) -> tuple[torch.dtype, tuple[int, ...], torch.device]:
@@ -113,7 +115,7 @@ def _symmetric_matmul(
     betas: Tensor | None,
     gammas: Tensor | None,
 ) -> Tensor:
-    """Every factor is a number times a tensor, ``None`` being ones: what an operation's signature can say."""
+    """Every factor is a number times a tensor (``None`` for ones), since the schema of an operator allows no unions."""
     b = a if b is None else b
     c = None if beta == 0 else c
     if _runs_kernel(a):
@@ -124,10 +126,10 @@ def _symmetric_matmul(
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         with torch.autocast(kind, enabled=False):
             return _symmetric_matmul(a, b, c, alpha, beta, gamma, alphas, betas, gammas)
-    if kind == "cpu" and a.dtype is torch.float16:  # no slower, and not rounded before the addition
+    if kind == "cpu" and a.dtype is torch.float16:  # no slower, and no rounding before the addition
         c = None if c is None else c.float()
         return _symmetric_matmul(a.float(), b.float(), c, alpha, beta, gamma, alphas, betas, gammas).half()
-    if alpha == 0:  # which torch's product of bfloat16 takes for nothing to do, not even what beta asks for
+    if alpha == 0:  # torch's bfloat16 product then returns early and ignores beta
         a, b = a[..., :0], b[..., :0]
     product = _by_panels if symmetric_cost(a) < 1 else _whole
     if alphas is None and betas is None:
@@ -142,11 +144,11 @@ def _symmetric_matmul(
 
 
 def _each(number: float, tensor: Tensor | None, like: Tensor) -> float | Tensor:
-    """A factor for elementwise products with a batch of matrices."""
+    """A factor in a form that broadcasts over a batch of matrices."""
     return number if tensor is None else (number * tensor[:, None, None]).to(like.dtype)
 
 
-# To torch.compile one opaque operation: what is below unrolls loops over the shape, and chooses by the machine.
+# Opaque to torch.compile: the code below unrolls loops over the shape and depends on the machine.
 _operation = torch.library.custom_op(
     "muonclip::symmetric_matmul",
     _symmetric_matmul,
@@ -167,7 +169,7 @@ def _runs_kernel(a: Tensor) -> bool:
 
 @cache
 def _has_triton(index: int) -> bool:
-    """Whether the kernel fits the device: its tiles are laid out for the memory of NVIDIA's Ampere and later."""
+    """Whether the device can run the kernel, whose tiles need NVIDIA's Ampere or later."""
     is_nvidia = torch.version.hip is None
     return is_nvidia and find_spec("triton") is not None and torch.cuda.get_device_capability(index) >= (8, 0)
 
@@ -180,11 +182,11 @@ def _whole(a: Tensor, b: Tensor, c: Tensor | None, alpha: float, beta: float) ->
 
 
 def _by_panels(a: Tensor, b: Tensor, c: Tensor | None, alpha: float, beta: float) -> Tensor:
-    """The twin of the kernel for CPUs: panels of rows, each as long as the triangle is wide there, then mirrored."""
+    """The CPU twin of the kernel: panels of rows, each cut at the diagonal, then mirrored."""
     batch, n, _ = a.shape
     out = a.new_empty(batch, n, n) if c is None else c.clone(memory_format=torch.contiguous_format)
     height = -(-n // PANELS)
-    # One matrix at a time: torch's batched product is up to four times slower for bfloat16, and never faster here.
+    # One matrix at a time: torch's batched product is up to four times slower in bfloat16, and never faster here.
     for left, right, own in zip(a, b.mT, out):
         for top in range(0, n, height):
             bottom = min(top + height, n)
@@ -194,7 +196,7 @@ def _by_panels(a: Tensor, b: Tensor, c: Tensor | None, alpha: float, beta: float
 
 
 def _mirror(x: Tensor) -> Tensor:
-    """Replaces what is above the diagonal by what is below."""
+    """Copies the lower triangle onto the upper one."""
     n = x.shape[1]
     for top in range(0, n, _STRIP):
         bottom = min(top + _STRIP, n)

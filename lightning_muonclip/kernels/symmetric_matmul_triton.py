@@ -1,6 +1,6 @@
-"""The Triton kernel of :mod:`~lightning_muonclip.kernels.symmetric_matmul`; imported only where it runs."""
+"""Triton kernel of :mod:`~lightning_muonclip.kernels.symmetric_matmul`, imported only where it runs."""
 
-# Triton has no types.
+# Triton is untyped.
 # mypy: disable-error-code="import-untyped, no-untyped-def, untyped-decorator"
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class Config(NamedTuple):
-    """How a program works: tiles of ``block x block``, ``block_k`` columns of the operands at a time."""
+    """Launch parameters: tiles of ``block x block``, ``block_k`` columns of the operands at a time."""
 
     block: int
     block_k: int
@@ -22,21 +22,21 @@ class Config(NamedTuple):
     num_stages: int
 
 
-# A short table instead of a search: a search would run again for every shape, and in the middle of a step. The large tile
-# has 96 KiB in flight, which every GPU since Ampere holds. Estimates: no GPU has confirmed them yet.
+# A table instead of autotuning, which would run for every new shape in the middle of a step. The large tile keeps 96 KiB in
+# flight, which fits every GPU since Ampere. Estimates, not confirmed on a GPU yet.
 _LARGE = Config(block=128, block_k=64, num_warps=8, num_stages=3)
 _SMALL = Config(block=64, block_k=64, num_warps=4, num_stages=4)
 _FLOAT32 = Config(block=64, block_k=32, num_warps=4, num_stages=3)
 
-#: From this many rows on, large tiles; with fewer, there would be too few of them to occupy the GPU.
+#: Large tiles from this many rows; with fewer rows they would be too few to occupy the GPU.
 _LARGE_FROM = 1024
 
-#: Rows of tiles that are worked off together, so that neighbours in time find their operands in the L2 cache.
+#: Rows of tiles processed together, so that consecutive programs find their operands in the L2 cache.
 _GROUP = 8
 
 
 def config_for(n: int, dtype: torch.dtype) -> Config:
-    """The tiles for ``n`` rows; float32 has no tensor cores here, and twice the bytes."""
+    """The tiles for ``n`` rows. float32 runs without tensor cores and takes twice the memory."""
     if dtype is torch.float32:
         return _FLOAT32
     return _LARGE if n >= _LARGE_FROM else _SMALL
@@ -53,13 +53,13 @@ def launch(
     betas: Tensor | None,
     gammas: Tensor | None,
 ) -> Tensor:
-    """``alpha alphas a b^T + beta betas c + gamma gammas I``; a missing tensor is 1, a missing ``c`` is 0.
+    """Computes ``alpha alphas a b^T + beta betas c + gamma gammas I``; a missing factor is 1, a missing ``c`` is 0.
 
     Args:
         a: Shape ``(batch, n, k)``, any strides; bfloat16, float16 or float32.
         b: Shape ``(batch, n, k)``, any strides.
         c: Shape ``(batch, n, n)``, any strides.
-        alpha: A float, so that a new value compiles nothing anew.
+        alpha: A float, so that a new value does not recompile the kernel.
         beta: As ``alpha``.
         gamma: As ``alpha``.
         alphas: Shape ``(batch,)``.
@@ -67,7 +67,7 @@ def launch(
         gammas: Shape ``(batch,)``.
 
     Returns:
-        Shape ``(batch, n, n)``, contiguous, of the dtype of ``a``.
+        Contiguous tensor of shape ``(batch, n, n)`` and of the dtype of ``a``.
     """
     batch, n, k = a.shape
     out = a.new_empty(batch, n, n)
@@ -92,15 +92,17 @@ def launch(
     return out
 
 
-# Only what triton itself compiles is called below, none of its helpers written in triton (tl.zeros, tl.cdiv): those cannot
-# be interpreted once triton has been imported for compiling.
+# The kernels call only Triton's built-ins, none of its helpers written in Triton (tl.zeros, tl.cdiv): the interpreter cannot
+# run those once Triton has been imported for compiling.
 
 
 @triton.jit
 def _triangle_row(index):
     """Row of entry ``index`` of a lower triangle written row by row: the largest r with r (r + 1) / 2 <= index."""
     row = ((tl.sqrt(8.0 * index + 1.0) - 1.0) * 0.5).to(tl.int32)
-    row = tl.where(row * (row + 1) // 2 > index, row - 1, row)  # the root may be off by its last bit, either way
+    row = tl.where(
+        row * (row + 1) // 2 > index, row - 1, row
+    )  # the root may be off by its last bit in either direction
     return tl.where((row + 1) * (row + 2) // 2 <= index, row + 1, row)
 
 
@@ -108,8 +110,8 @@ def _triangle_row(index):
 def _tile_of(index, tiles, GROUP: tl.constexpr):  # noqa: N803
     """Row and column of tile ``index`` of the lower triangle, GROUP rows at a time, down each column of the group.
 
-    The groups above hold as many tiles as their rows do in a triangle written row by row. A group is a rectangle, down its
-    columns, and then a small triangle on the diagonal.
+    The groups above hold as many tiles as in row-by-row order. Each group is a rectangle, traversed column by column, and
+    then a small triangle on the diagonal.
     """
     first = _triangle_row(index) // GROUP * GROUP
     height = tl.minimum(GROUP, tiles - first)
@@ -160,7 +162,7 @@ def _lower_tile(
     in_triangle = tiles * (tiles + 1) // 2
     matrix = (tl.program_id(0) // in_triangle).to(tl.int64)
     i, j = _tile_of(tl.program_id(0) % in_triangle, tiles, GROUP)
-    # A batch of large matrices passes 2^31 elements, and so may a row of a view: every offset is made of these.
+    # 64-bit, since every offset derives from these: a batch of large matrices, or a row of a view, may exceed 2^31 elements.
     rows = i * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
     columns = j * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
     ks = tl.arange(0, BLOCK_K).to(tl.int64)
@@ -195,7 +197,7 @@ def _lower_tile(
         addend = c + matrix * c_batch + rows[:, None] * c_row + columns[None, :] * c_column
         sums += beta * tl.load(addend, mask=inside, other=0.0).to(tl.float32)
 
-    # Transposed in the program, so that both images are written along their rows.
+    # Transposed on chip, so that both copies are written along their rows.
     tile = sums.to(out.dtype.element_ty)
     mirrored = tl.trans(tile)
     own = out + matrix * out_batch

@@ -1,1 +1,1 @@
-"""Muon and what it is made of: orthogonalisation, schedules, parameter routing. Plain PyTorch."""
+"""Muon and its parts: orthogonalization, Newton-Schulz schedules, parameter routing."""

@@ -1,4 +1,4 @@
-"""AdamW for the groups of an optimizer that are no matrices: exactly ``torch.optim.AdamW``."""
+"""AdamW for the parameter groups of an optimizer that are not matrices; identical to ``torch.optim.AdamW``."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from lightning_muonclip.optim.gradients import gradient
 
 
 def adamw_step(state: MutableMapping[Tensor, Any], group: dict[str, Any], params: list[Tensor]) -> None:
-    """Steps parameters of one group.
+    """Updates the parameters of one group.
 
     Args:
-        state: The optimizer's.
-        group: Has ``lr``, ``weight_decay``, ``betas`` and ``eps``.
-        params: Those with a gradient.
+        state: The state of the optimizer.
+        group: Parameter group with ``lr``, ``weight_decay``, ``betas`` and ``eps``.
+        params: The parameters with a gradient.
     """
     for p in params:
         if not state[p]:

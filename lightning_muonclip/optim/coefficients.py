@@ -1,6 +1,6 @@
-"""Newton-Schulz schedules as data: which odd polynomial each iteration applies to the singular values.
+"""Newton-Schulz schedules as data: the odd polynomial that each step applies to the singular values.
 
-An entry ``(a, b, c)`` stands for ``x -> a·x + b·x³ + c·x⁵``; it may be shorter (cubic) or longer.
+An entry ``(a, b, c)`` stands for ``x -> a·x + b·x³ + c·x⁵``; shorter (cubic) and longer entries are allowed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 Odd: TypeAlias = tuple[float, ...]
 
-#: What a matrix is divided by before the first polynomial, so that no singular value is above 1.
+#: Norms that a matrix is divided by before the first polynomial, so that no singular value is above 1.
 NORMS = ("frobenius", "schatten4", "aol")
 
 DEFAULT_SCHEDULE = "schatten4"
@@ -22,19 +22,19 @@ DEFAULT_SCHEDULE = "schatten4"
 
 @dataclass(frozen=True)
 class Schedule:
-    r"""Odd polynomials, one a step, and the norm that brings singular values into their interval.
+    r"""Odd polynomials, one per step, and the norm that brings singular values into their interval.
 
     Args:
         polynomials: The coefficients of :math:`x, x^3, x^5, \ldots` of every step.
         norm: ``"frobenius"`` is the usual :math:`\lVert X \rVert_F`. ``"schatten4"`` is
             :math:`\lVert XX^T \rVert_F^{1/2}`: also an upper bound of the largest singular value, much tighter (3.5 to 5
-            times on matrices without a dominant direction), and free, since the first step makes the Gram matrix anyway.
+            times on matrices without a dominant direction), and free, since the first step needs the Gram matrix anyway.
             ``"aol"`` divides each row by the root of its absolute row sum in the Gram matrix (Turbo-Muon, arXiv
-            2512.04632); this changes the polar factor a little.
-        steps: How many steps are taken unless the user says otherwise; ``None`` is all of them. More repeat the last.
+            2512.04632), which changes the polar factor slightly.
+        steps: Default number of steps. ``None`` takes all polynomials; further steps repeat the last one.
 
     Raises:
-        ValueError: If there is no polynomial, one has fewer than two coefficients, or the norm is unknown.
+        ValueError: If there is no polynomial, if one has fewer than two coefficients, or if the norm is unknown.
     """
 
     polynomials: tuple[Odd, ...]
@@ -43,19 +43,19 @@ class Schedule:
 
     def __post_init__(self) -> None:
         if not self.polynomials:
-            raise ValueError("ns_coefficients is empty; give (a, b, c), a sequence of them, or a schedule's name")
+            raise ValueError("ns_coefficients is empty; use (a, b, c), a sequence of them, or the name of a schedule")
         for entry in self.polynomials:
             if len(entry) < 2:
                 raise ValueError(f"a Newton-Schulz step needs at least two coefficients (a, b), got {entry!r}")
             if not all(math.isfinite(c) for c in entry) or entry[0] == 0:
                 raise ValueError(
-                    f"coefficients of a Newton-Schulz step are finite, and the first is not 0; got {entry!r}"
+                    f"coefficients of a Newton-Schulz step must be finite, the first of them not 0; got {entry!r}"
                 )
         if self.norm not in NORMS:
-            raise ValueError(f"unknown norm {self.norm!r}; known: {', '.join(NORMS)}")
+            raise ValueError(f"unknown norm {self.norm!r}; use one of {', '.join(NORMS)}")
 
     def __call__(self, values: Tensor) -> Tensor:
-        """What happens to singular values that are normalised already."""
+        """Applies the schedule to normalized singular values."""
         for polynomial in self.polynomials:
             square, quotient = values * values, 0 * values
             for c in reversed(polynomial):
@@ -64,12 +64,12 @@ class Schedule:
         return values
 
     def first(self, steps: int | None) -> Schedule:
-        """Exactly so many steps; ``None`` is as many as the schedule itself wants."""
+        """The schedule with exactly ``steps`` steps; ``None`` uses its default."""
         steps = steps or self.steps or len(self.polynomials)
         return Schedule((self.polynomials + self.polynomials[-1:] * steps)[:steps], self.norm)
 
     def plain(self) -> Odd | tuple[Odd, ...] | dict[str, Any]:
-        """The same as plain data, for a checkpoint: as ``torch.optim.Muon`` keeps it if it can."""
+        """The schedule as plain data for a checkpoint, in the format of ``torch.optim.Muon`` where possible."""
         if self.norm != "frobenius":
             return {"polynomials": self.polynomials, "norm": self.norm}
         return self.polynomials[0] if len(set(self.polynomials)) == 1 else self.polynomials
@@ -107,7 +107,7 @@ SCHEDULES: dict[str, Schedule] = {
             (2.8366, -3.0525, 1.2012),
         )
     ),
-    # The paper's own safety: 1.01 on all but the last entry.
+    # The paper's safety: 1.01 on all but the last entry.
     "polar_express": Schedule((*with_safety(_POLAR_EXPRESS[:-1], 1.01), _POLAR_EXPRESS[-1]), steps=5),
     # The safety of Gram-Newton-Schulz (Dao-AILab) and dmuon: 1.05 on all entries.
     "polar_express_1.05": Schedule(with_safety(_POLAR_EXPRESS[:5], 1.05)),
@@ -132,7 +132,7 @@ SCHEDULES: dict[str, Schedule] = {
             (2.2737, -1.6447, 0.4162),
         )
     ),
-    # Turbo-Muon (arXiv 2512.04632): almost-orthogonal rows first, then four steps; as in flash-newton-schulz and dion.
+    # Turbo-Muon (arXiv 2512.04632): almost-orthogonal normalization, then four steps; as in flash-newton-schulz and dion.
     "turbo": Schedule(
         (
             (4.6051, -9.6552, 5.6769),
@@ -154,9 +154,8 @@ SCHEDULES: dict[str, Schedule] = {
     ),
     # DeepSeek-V4: eight of Jordan's steps, then two that converge.
     "deepseek_v4": Schedule((*(_JORDAN,) * 8, *((2.0, -1.5, 0.5),) * 2)),
-    # Ours: minimax from 2e-3 of the Schatten-4 norm (see Schedule), cushion 0.05, safety 1.02. The same products as those of
-    # The Polar Express; small values end higher where no direction dominates, and large ones nearer to 1. Further steps
-    # converge.
+    # Ours: minimax from 2e-3 of the Schatten-4 norm (see Schedule), cushion 0.05, safety 1.02. As many products as The Polar
+    # Express. Where no direction dominates, small values end higher; large ones end nearer to 1. Further steps converge.
     "schatten4": Schedule(
         (
             (7.8894912968911575, -20.608723362543316, 14.316675506168117),
@@ -177,23 +176,23 @@ Coefficients: TypeAlias = str | Schedule | Mapping[str, Any] | Sequence[float] |
 
 
 def resolve_schedule(coefficients: Coefficients | None, steps: int | None) -> Schedule:
-    """Turns whatever the user gave into a schedule of one polynomial a step.
+    """Converts any accepted form of coefficients to a schedule with one polynomial per step.
 
     Args:
         coefficients: The name of a schedule in :data:`SCHEDULES`, a :class:`Schedule` (see
             :func:`~lightning_muonclip.optim.minimax.minimax_schedule`) or its fields as a mapping, one ``(a, b, c)`` for all
             steps, a sequence of them, or ``None`` for the library's default.
-        steps: Number of iterations. ``None`` is the schedule's own, 5 for a single entry.
+        steps: Number of steps. Defaults to that of the schedule; 5 for a single entry.
 
     Raises:
-        ValueError: If the name is unknown, an entry is no polynomial, or ``steps`` is not in [1, 100).
+        ValueError: If the name is unknown, if an entry is not a polynomial, or if ``steps`` is not in [1, 100).
 
     Example:
         >>> resolve_schedule("jordan", 2).polynomials
         ((3.4445, -4.775, 2.0315), (3.4445, -4.775, 2.0315))
     """
     if steps is not None and (not isinstance(steps, int) or not 1 <= steps < 100):
-        raise ValueError(f"ns_steps must be an integer, at least 1 and below 100, got {steps!r}")
+        raise ValueError(f"ns_steps must be an integer of at least 1 and below 100, got {steps!r}")
     return _schedule(DEFAULT_SCHEDULE if coefficients is None else coefficients).first(steps)
 
 
@@ -202,17 +201,20 @@ def _schedule(coefficients: Coefficients) -> Schedule:
         return coefficients
     if isinstance(coefficients, str):
         if coefficients not in SCHEDULES:
-            raise ValueError(f"unknown schedule {coefficients!r}; known: {', '.join(SCHEDULES)}, or give (a, b, c)")
+            raise ValueError(f"unknown schedule {coefficients!r}; use one of {', '.join(SCHEDULES)}, or (a, b, c)")
         return SCHEDULES[coefficients]
     if isinstance(coefficients, Mapping):
         if not {"polynomials"} <= coefficients.keys() <= {"polynomials", "norm", "steps"}:
-            raise ValueError(f"a schedule has polynomials, a norm and steps, got {', '.join(coefficients)}")
+            raise ValueError(
+                "a schedule needs the key 'polynomials' and may have 'norm' and 'steps', got:"
+                f" {', '.join(coefficients) or 'none'}"
+            )
         return Schedule(
             **{**coefficients, "polynomials": tuple(_entry(entry) for entry in coefficients["polynomials"])}
         )
     if not isinstance(coefficients, Sequence):
         raise ValueError(
-            "ns_coefficients is a schedule's name, (a, b, c) for all steps, a sequence of them, or a Schedule; got"
+            "ns_coefficients must be the name of a schedule, (a, b, c) for all steps, a sequence of them, or a Schedule; got"
             f" {coefficients!r}"
         )
     if len(coefficients) > 0 and all(isinstance(value, (int, float)) for value in coefficients):
@@ -223,5 +225,5 @@ def _schedule(coefficients: Coefficients) -> Schedule:
 def _entry(entry: Sequence[float]) -> Odd:
     is_sequence = isinstance(entry, Sequence) and not isinstance(entry, str)
     if not is_sequence or not all(isinstance(value, (int, float)) for value in entry):
-        raise ValueError(f"a Newton-Schulz step is a sequence of numbers (a, b, c), got {entry!r}")
+        raise ValueError(f"a Newton-Schulz step must be a sequence of numbers (a, b, c), got {entry!r}")
     return tuple(float(value) for value in entry)

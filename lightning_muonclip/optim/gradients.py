@@ -1,4 +1,4 @@
-"""The gradient of a parameter, as an optimizer needs it."""
+"""Reads gradients in the form that an optimizer needs."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ from torch.distributed.tensor import DTensor
 
 
 def gradient(param: Tensor) -> Tensor:
-    """A parameter's gradient, sharded as the parameter is.
+    """The gradient of a parameter, with the placements of the parameter.
 
     Raises:
-        ValueError: If it is sparse.
+        ValueError: If the gradient is sparse.
     """
     grad = param.grad
     assert grad is not None
     if grad.is_sparse:
         raise ValueError(
-            f"a parameter of shape {tuple(param.shape)} has a sparse gradient; make it dense (sparse=False)"
+            f"a parameter of shape {tuple(param.shape)} has a sparse gradient, which is not supported; set sparse=False in"
+            " its embedding"
         )
     if isinstance(param, DTensor) and isinstance(grad, DTensor) and grad.placements != param.placements:
-        # such as the share of one rank in the gradient of a weight that all have: Partial, under tensor parallelism
+        # For example Partial, for a replicated weight under tensor parallelism.
         return grad.redistribute(placements=param.placements)
     return grad

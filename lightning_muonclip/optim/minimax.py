@@ -1,8 +1,8 @@
-"""Newton-Schulz schedules by Remez: the odd polynomials that, one after the other, bring an interval closest to 1.
+"""Minimax Newton-Schulz schedules: odd polynomials whose composition maps an interval closest to 1.
 
-For an interval and a degree there is one best odd polynomial; it maps the interval onto one around 1, for which there is
-again one best polynomial, and this greedy composition is optimal (Amsel et al., "The Polar Express", arXiv 2505.16932,
-theorem 3.1).
+For an interval and a degree there is one best odd polynomial, found by the Remez algorithm. It maps the interval onto one
+around 1, for which there is again one best polynomial. This greedy composition is optimal (Amsel et al., "The Polar
+Express", arXiv 2505.16932, theorem 3.1).
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ _ROUNDS = 100
 
 
 def best_odd_polynomial(degree: int, low: float, high: float) -> tuple[tuple[float, ...], float]:
-    r"""The odd polynomial that minimises :math:`\max |1 - p(x)|` over ``[low, high]``, by Remez' exchange.
+    r"""The odd polynomial that minimizes :math:`\max |1 - p(x)|` over ``[low, high]``, by the Remez algorithm.
 
     Args:
         degree: Odd, at least 3.
-        low: Least value, above 0.
-        high: Largest value, at least ``low``.
+        low: Lower end of the interval, above 0.
+        high: Upper end, at least ``low``.
 
     Returns:
         The coefficients of :math:`x, x^3, x^5, \ldots`, and the largest error.
 
     Raises:
-        ValueError: If the degree is not odd and at least 3, or the interval is empty or reaches 0.
+        ValueError: If the degree is even or below 3, or if the interval is empty or contains 0.
 
     Example:
         >>> coefficients, error = best_odd_polynomial(3, 0.5, 1.0)
@@ -37,17 +37,17 @@ def best_odd_polynomial(degree: int, low: float, high: float) -> tuple[tuple[flo
         ([2.1328, -1.2187], 0.086)
     """
     if degree < 3 or degree % 2 == 0:
-        raise ValueError(f"an odd polynomial of a degree of at least 3 is needed, got degree {degree}")
+        raise ValueError(f"the degree must be odd and at least 3, got {degree}")
     if not 0 < low <= high < math.inf:
-        raise ValueError(f"the interval [{low}, {high}] must lie above 0 and not be empty")
+        raise ValueError(f"the interval must be non-empty and above 0, got [{low}, {high}]")
     terms = (degree + 1) // 2
-    if high / low - 1 < 1e-5:  # beyond what float64 can tell from its limit
+    if high / low - 1 < 1e-5:  # in float64 indistinguishable from the limit
         return _newton_schulz(terms, (low + high) / 2), 0.0
     signs = (-1.0) ** np.arange(terms + 1)
     points = (low + high) / 2 - (high - low) / 2 * np.cos(np.pi * np.arange(terms + 1) / terms)
     error = 0.0
     for _ in range(_ROUNDS):
-        # p(x) = x·q(x²), and 1 - p takes the same value with alternating signs at every point.
+        # p(x) = x·q(x²), where 1 - p has the same magnitude and alternating signs at the points.
         on_interval = (2 * points**2 - low**2 - high**2) / (high**2 - low**2)
         basis = points[:, None] * np.polynomial.chebyshev.chebvander(on_interval, terms - 1)
         *solution, level = np.linalg.solve(np.column_stack([basis, signs]), np.ones(terms + 1))
@@ -57,7 +57,7 @@ def best_odd_polynomial(degree: int, low: float, high: float) -> tuple[tuple[flo
             break
         error = abs(level)
     if not math.isfinite(level):
-        raise ValueError(f"float64 is too coarse for the best polynomial of degree {degree}; take a lower one")
+        raise ValueError(f"float64 is too coarse for the best polynomial of degree {degree}; use a lower degree")
     coefficients = quotient.convert(kind=Polynomial, domain=[-1, 1], window=[-1, 1]).coef
     return tuple(float(c) for c in coefficients), float(abs(level))
 
@@ -71,20 +71,20 @@ def minimax_schedule(
     safety: float = 1.02,
     cushion: float = 0.0,
 ) -> Schedule:
-    """The schedule that brings all singular values of ``[low, 1]`` closest to 1 in so many steps of one degree.
+    """The schedule of ``steps`` polynomials that maps all singular values in ``[low, 1]`` closest to 1.
 
     Args:
         steps: Number of polynomials.
-        low: Least normalised singular value that matters; smaller ones grow by the product of the first coefficients.
-        degree: Of each polynomial, odd.
-        norm: What matrices are divided by first (see :class:`~lightning_muonclip.optim.coefficients.Schedule`).
+        low: Smallest normalized singular value that matters. Smaller ones grow by the product of the first coefficients.
+        degree: Degree of each polynomial, odd.
+        norm: The norm that matrices are divided by (see :class:`~lightning_muonclip.optim.coefficients.Schedule`).
         safety: Every polynomial but the last is evaluated at ``x / safety``, so that rounding cannot push a value out of
-            its interval. With 1.0, half precision runs away on matrices of rank one.
-        cushion: Polynomials are made for intervals from ``cushion`` times their upper end at least: this keeps the first of
-            them from squeezing large values together, at little cost for small ones (The Polar Express, section 4.3).
+            its interval. With 1.0, half precision diverges on matrices of rank one.
+        cushion: Lower bound of each interval relative to its upper end. It keeps the first polynomials from compressing
+            large values, at little cost for small ones (The Polar Express, section 4.3).
 
     Raises:
-        ValueError: If there is no such polynomial, or ``steps`` is not positive.
+        ValueError: If there is no such polynomial, or if ``steps`` is not positive.
 
     Example:
         >>> schedule = minimax_schedule(5, 1e-3, safety=1.0)
@@ -95,14 +95,14 @@ def minimax_schedule(
         raise ValueError(f"a schedule needs at least one step, got {steps}")
     if not 0 < low < 1 or not safety >= 1 or not 0 <= cushion < 1:
         raise ValueError(
-            f"a schedule needs low in (0, 1), safety at least 1 and cushion in [0, 1), got {low}, {safety} and {cushion}"
+            f"low must be in (0, 1), safety at least 1 and cushion in [0, 1); got {low}, {safety} and {cushion}"
         )
     low, high = float(low), 1.0
     polynomials = []
     for i in range(steps):
         start = max(low, cushion * high)
         coefficients, error = best_odd_polynomial(degree, start, high)
-        if start > low:  # center what the whole interval is mapped to on 1
+        if start > low:  # center the image of the whole interval on 1
             factor = 2 / (_evaluate(coefficients, low) + 1 + error)
             coefficients = tuple(factor * c for c in coefficients)
         if i < steps - 1:
@@ -114,7 +114,7 @@ def minimax_schedule(
 
 
 def _extrema(quotient: Chebyshev) -> list[float]:
-    """Where x·q(x²) is stationary, inside the interval of q."""
+    """The stationary points of x·q(x²) inside the interval of q."""
     squares = Chebyshev([np.mean(quotient.domain), np.ptp(quotient.domain) / 2], domain=quotient.domain)
     roots = (quotient + 2 * squares * quotient.deriv()).roots()
     low, high = quotient.domain
@@ -122,7 +122,7 @@ def _extrema(quotient: Chebyshev) -> list[float]:
 
 
 def _newton_schulz(terms: int, center: float) -> tuple[float, ...]:
-    """The limit for an interval that shrinks to a point: Taylor's polynomial of 1/sqrt around it, times x."""
+    """The limit for an interval that shrinks to a point: x times the Taylor polynomial of 1/sqrt at its square."""
     series = Polynomial([0.0])
     for k in range(terms):
         series = series + math.prod((-0.5 - i) / (i + 1) for i in range(k)) * Polynomial([-1.0, 1.0]) ** k

@@ -1,4 +1,4 @@
-"""The nearest (semi-)orthogonal matrix, by a Newton-Schulz iteration: matrix products only, batched."""
+"""Orthogonalizes batches of matrices by a Newton-Schulz iteration, which needs only matrix products."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_muonclip.optim.restarts import best_restarts
 
 METHODS = ("auto", "direct", "gram")
 
-#: So wide that only products with the matrix itself count.
+#: An aspect ratio at which only products with the matrix itself count.
 _VERY_WIDE = 1e9
 
 
@@ -28,27 +28,27 @@ def orthogonalize(
     dtype: torch.dtype | None = None,
     eps: float = 1e-7,
 ) -> Tensor:
-    r"""Moves all singular values of a matrix towards 1: with :math:`X = U S V^T`, returns about :math:`U V^T`.
+    r"""Moves all singular values of a matrix towards 1: for :math:`X = U S V^T`, returns approximately :math:`U V^T`.
 
-    The result does not depend on the scale of ``x``; a zero matrix stays zero; a matrix with a non-finite entry comes
-    out non-finite, and no other matrix of the batch is touched by it.
+    The result does not depend on the scale of ``x``. A zero matrix stays zero. A matrix with a non-finite entry becomes
+    non-finite and does not affect the other matrices of the batch.
 
     Args:
         x: One matrix or a batch, shape ``(..., m, n)``. Not modified.
-        coefficients: A schedule or its name (see :func:`~lightning_muonclip.optim.coefficients.resolve_schedule`); ``None``
-            is the library's default.
-        steps: Number of iterations; ``None`` is the schedule's own.
-        method: ``"direct"`` multiplies the matrix itself at every step; ``"gram"`` iterates on its Gram matrix for as many
-            steps as rounding permits; ``"auto"`` is the cheapest of all ways between them that rounding permits.
-        dtype: Working dtype; ``None`` is :func:`working_dtype` of the device of ``x``.
-        eps: Added to the norm of the matrix over its largest entry: guards 0/0, whatever the scale of ``x``.
+        coefficients: A schedule or its name (see :func:`~lightning_muonclip.optim.coefficients.resolve_schedule`). Defaults
+            to the library's schedule.
+        steps: Number of steps. Defaults to that of the schedule.
+        method: ``"direct"`` multiplies the matrix itself at every step. ``"gram"`` iterates on its Gram matrix for as many
+            steps as rounding permits. ``"auto"`` is the cheapest mix of both that rounding permits.
+        dtype: Working dtype. Defaults to :func:`working_dtype` of the device of ``x``.
+        eps: Added to the norm of the matrix divided by its largest entry. Guards against 0/0 at any scale of ``x``.
 
     Returns:
         Tensor of the shape and dtype of ``x``.
 
     Raises:
-        ValueError: If ``x`` has fewer than two dimensions or is not of real floating point, or the schedule or method
-            is unknown.
+        ValueError: If ``x`` has fewer than two dimensions or is not real floating point, or if the schedule or method is
+            unknown.
 
     Source: Keller Jordan (2024); Kimi K2, arXiv 2507.20534, algorithm 1; Gram form: Dao-AILab, Gram-Newton-Schulz (2026).
 
@@ -59,11 +59,11 @@ def orthogonalize(
                 [0., 1.]])
     """
     if x.ndim < 2:
-        raise ValueError(f"orthogonalize needs a matrix or a batch of them, got shape {tuple(x.shape)}")
+        raise ValueError(f"orthogonalize needs a matrix or a batch of matrices, got shape {tuple(x.shape)}")
     if not x.is_floating_point():
-        raise ValueError(f"orthogonalize needs real floating-point numbers, got {x.dtype}")
+        raise ValueError(f"orthogonalize needs a real floating-point dtype, got {x.dtype}")
     if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
+        raise ValueError(f"unknown method {method!r}; use one of {', '.join(METHODS)}")
     schedule = resolve_schedule(coefficients, steps)
     if x.numel() == 0:
         return x.clone()
@@ -73,7 +73,7 @@ def orthogonalize(
     restarts = _restarts(wide, schedule, method)
     kind = x.device.type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        with torch.autocast(kind, enabled=False):  # it would multiply in another dtype than restarts are placed for
+        with torch.autocast(kind, enabled=False):  # the restarts are planned for the working dtype
             wide = _iterate(wide, schedule, restarts)
     else:
         wide = _iterate(wide, schedule, restarts)
@@ -81,14 +81,14 @@ def orthogonalize(
 
 
 def _normalize(x: Tensor, norm: str, eps: float) -> Tensor:
-    """Divides every matrix by its Frobenius norm; first by its largest entry, so that no square over- or underflows."""
+    """Divides every matrix by its Frobenius norm; first by its largest entry, so that squares do not over- or underflow."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    # Both passes are vectorised on a CPU; the norm of order infinity is not, and takes six times as long.
+    # amax and amin are vectorized on a CPU. The infinity norm is not and takes six times as long.
     largest = torch.maximum(x.amax((-2, -1), keepdim=True), -x.amin((-2, -1), keepdim=True))
     x = x / torch.where(largest == 0, 1.0, largest)
     size = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).add_(eps)
     size = torch.where(size == 0, 1.0, size)
-    # For a norm that the Gram matrix gives, larger: half precision then rounds that matrix better.
+    # Norms computed from the Gram matrix start from a larger scale, where half precision rounds it better.
     return x.mul_((1.0 if norm == "frobenius" else min(x.shape[-2:]) ** 0.5) / size)
 
 
@@ -101,19 +101,19 @@ def _restarts(wide: Tensor, schedule: Schedule, method: str) -> tuple[int, ...]:
 
 
 def _iterate(wide: Tensor, schedule: Schedule, restarts: tuple[int, ...]) -> Tensor:
-    """Newton-Schulz on matrices of shape (batch, n, m), n at most m, with restarts before the steps of these indices."""
+    """Newton-Schulz on matrices of shape (batch, n, m) with n <= m, with restarts before the given steps."""
     wide, gram = _bring_below_one(wide, symmetric_matmul(wide), schedule.norm)
     for start, end in pairwise((0, *restarts, len(schedule.polynomials))):
         if start:
             gram = symmetric_matmul(wide)
         first, *others = schedule.polynomials[start:end]
         if not others:
-            # The identity's part apart from the rest: in half precision, their sum would cost the rest its last digits.
+            # The identity term is added separately: in half precision, summing it first would round off the rest.
             wide = _multiply(_polynomial(gram, (0.0, *first[1:])), wide, beta=first[0])
             continue
         factor = z = _polynomial(gram, first)
         for polynomial in others:
-            # Z R Z, not R Z Z: rounding that mixes large and small directions then grows by a in a step, not by its square.
+            # Z R Z, not R Z Z: rounding errors that mix large and small directions then grow by a per step, not by a².
             gram = symmetric_matmul(symmetric_matmul(z, gram), z)
             z = _polynomial(gram, polynomial)
             factor = symmetric_matmul(z, factor)
@@ -122,10 +122,10 @@ def _iterate(wide: Tensor, schedule: Schedule, restarts: tuple[int, ...]) -> Ten
 
 
 def _multiply(symmetric: Tensor, wide: Tensor, beta: float) -> Tensor:
-    """``symmetric @ wide + beta · wide``, laid out as ``wide`` is.
+    """``symmetric @ wide + beta · wide``, in the memory layout of ``wide``.
 
-    So the view of a tall matrix stays one, and whoever takes the result back to the tall shape reads it along its rows, ten
-    times as fast as across.
+    A transposed view of a tall matrix stays one, so transposing the result back gives contiguous rows, which are ten times
+    as fast to read.
     """
     if wide.stride(-1) == 1:
         return torch.baddbmm(wide, symmetric, wide, beta=beta)
@@ -133,7 +133,7 @@ def _multiply(symmetric: Tensor, wide: Tensor, beta: float) -> Tensor:
 
 
 def _bring_below_one(wide: Tensor, gram: Tensor, norm: str) -> tuple[Tensor, Tensor]:
-    """Matrices with all singular values in [0, 1], and their Gram matrices."""
+    """Scales matrices and their Gram matrices so that all singular values are in [0, 1]."""
     exact = torch.promote_types(gram.dtype, torch.float32)
     if norm == "frobenius":
         return wide, gram
@@ -141,7 +141,7 @@ def _bring_below_one(wide: Tensor, gram: Tensor, norm: str) -> tuple[Tensor, Ten
         squared = torch.linalg.vector_norm(gram, dim=(-2, -1), keepdim=True, dtype=exact)
         scale = torch.where(squared == 0, 1.0, squared).reciprocal()
         return (scale.sqrt() * wide).to(wide.dtype), (scale * gram).to(gram.dtype)
-    # Below the normal numbers of a dtype a sum is rounded so much that its row could end up above 1.
+    # Subnormal sums are rounded so coarsely that a row could end up above 1.
     rows = gram.abs().sum(-1, keepdim=True, dtype=exact).clamp_min(torch.finfo(gram.dtype).tiny).rsqrt()
     return (rows * wide).to(wide.dtype), (rows * gram * rows.mT).to(gram.dtype)
 
@@ -153,7 +153,7 @@ def _polynomial(gram: Tensor, coefficients: Odd) -> Tensor:
         return symmetric_matmul(gram, alpha=c, beta=b, c=gram, gamma=a)
     if len(coefficients) == 2:
         return _add_identity(coefficients[1] * gram, coefficients[0])
-    # Horner's rule in the square, so that two coefficients cost one product.
+    # Horner's rule in R², so that two coefficients cost one product.
     square = symmetric_matmul(gram)
     if len(coefficients) % 2:
         *rest, even, odd, highest = coefficients
@@ -174,10 +174,10 @@ def _add_identity(x: Tensor, factor: float) -> Tensor:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def working_dtype(device: torch.device) -> torch.dtype:
-    """The dtype that the device multiplies fastest in hardware.
+    """The dtype that the device multiplies fastest.
 
-    float16 on CUDA devices with tensor cores: as fast there as bfloat16 and eight times finer, and what is normalised does
-    not overflow. bfloat16 on a CPU with AVX512-BF16 or AMX; others multiply it 10 to 100 times slower than float32.
+    float16 on CUDA devices with tensor cores: as fast as bfloat16 and eight times finer, and normalized matrices do not
+    overflow. bfloat16 on CPUs with AVX512-BF16 or AMX; other CPUs multiply it 10 to 100 times slower than float32.
     """
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0):
         return torch.float16
@@ -187,8 +187,8 @@ def working_dtype(device: torch.device) -> torch.dtype:
 @cache
 def _cpu_has_bfloat16() -> bool:
     if torch.backends.cpu.get_cpu_capability() == "AVX2":
-        return False  # ATEN_CPU_CAPABILITY may hold torch back from what the CPU has
-    # torch's own probes of bfloat16 are private; the kernel's flag list is public and covers every x86 and ARM server.
+        return False  # ATEN_CPU_CAPABILITY may limit torch
+    # torch's own probes are private; the kernel's flag list is public and covers x86 and ARM servers.
     try:
         with open("/proc/cpuinfo") as file:
             flags = set(file.read().split())

@@ -1,4 +1,4 @@
-"""Weights that hold several matrices: which of their output channels are one matrix."""
+"""Fused weights: which output channels form a matrix of their own."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from lightning_muonclip.optim.options import LR_ADJUSTMENTS
 
 
 class Parts:
-    """The matrices in one weight.
+    """The matrices in one fused weight.
 
     Args:
-        dim: The dimension of the weight that its output channels lie on.
-        channels: Channel indices of every matrix.
+        dim: The output dimension of the weight.
+        channels: Channel indices of each matrix.
     """
 
     def __init__(self, dim: int, channels: Sequence[Tensor]) -> None:
@@ -28,17 +28,17 @@ class Parts:
         self._factors: dict[tuple[str, int, torch.device], Tensor] = {}
 
     def channels_on(self, device: torch.device) -> list[Tensor]:
-        """Channels of matrices of one size together, each of shape (matrices, channels)."""
+        """Channels of the matrices, one tensor of shape (matrices, channels) per size."""
         if device not in self._channels:
             self._channels[device] = [channels.to(device) for channels in self._channels[torch.device("cpu")]]
         return self._channels[device]
 
     def sizes(self) -> list[tuple[int, int]]:
-        """Number of matrices, and of the channels of each, for every size."""
+        """Number of matrices and of channels per matrix, for every size."""
         return [(len(own), own.shape[1]) for own in self._channels[torch.device("cpu")]]
 
     def factors(self, adjustment: str, fan_in: int, device: torch.device) -> Tensor:
-        """The scale of the update of every channel's matrix, by its name, shaped to multiply the weight."""
+        """Per-channel scale of the update under the named adjustment, shaped to multiply the weight."""
         key = (adjustment, fan_in, device)
         if key not in self._factors:
             factors = torch.empty(sum(count * size for count, size in self.sizes()))
@@ -49,10 +49,10 @@ class Parts:
 
 
 def intern_parts(parts: Mapping[Tensor, tuple[int, Sequence[Tensor]]]) -> dict[Tensor, Parts]:
-    """Checks parts and makes them one object for all weights that are alike, so that these can be stacked.
+    """Checks parts and creates one object for all weights with equal parts, so that these can be stacked.
 
     Raises:
-        ValueError: If parts do not cover every channel of their weight exactly once.
+        ValueError: If the parts do not cover every channel of their weight exactly once.
     """
     known: dict[tuple[int, tuple[bytes, ...]], Parts] = {}
     interned = {}
@@ -61,8 +61,8 @@ def intern_parts(parts: Mapping[Tensor, tuple[int, Sequence[Tensor]]]) -> dict[T
         covered = torch.cat(channels).sort().values
         if not torch.equal(covered, torch.arange(param.shape[dim])):
             raise ValueError(
-                f"the parts of a weight of shape {tuple(param.shape)} have to cover each of its {param.shape[dim]} channels"
-                f" on dimension {dim} once"
+                f"parts must cover every channel exactly once: {param.shape[dim]} channels on dimension {dim} of a weight of"
+                f" shape {tuple(param.shape)}"
             )
         key = (dim, tuple(own.numpy().tobytes() for own in channels))
         interned[param] = known.setdefault(key, Parts(dim, channels))

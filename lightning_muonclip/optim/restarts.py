@@ -1,9 +1,9 @@
-r"""Where a Newton-Schulz iteration returns from its Gram matrix to the matrix itself: as seldom as rounding permits.
+r"""Plans the restarts of a Gram-Newton-Schulz iteration: as few as rounding permits.
 
-With :math:`R = XX^T` every step is :math:`X \to ZX` for a polynomial Z of R, and the next Gram matrix is ZRZ: small square
-products, and X is needed only at the end, as :math:`Z_k \cdots Z_1 X` (Dao-AILab, Gram-Newton-Schulz). But what is rounded
-off R or off the product of the Z is amplified by the steps that follow, so once in a while X and R have to be made anew: a
-restart. To restart after every step is the usual, direct form.
+With :math:`R = XX^T`, every step is :math:`X \to ZX` for a polynomial Z of R, and the next Gram matrix is ZRZ. These are
+small square products; X itself is needed only at the end, as :math:`Z_k \cdots Z_1 X` (Dao-AILab, Gram-Newton-Schulz). But
+later steps amplify the rounding errors of R and of the product of the Z, so X and R must be recomputed now and then: a
+restart. Restarting after every step is the usual, direct form.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from itertools import pairwise
 
 from lightning_muonclip.optim.coefficients import Odd, Schedule
 
-#: Most units of rounding that the steps between two restarts may make of one. All steps of a schedule together amplify a
-#: unit of the matrix itself about 1000 times: this is what keeps float32 near to its own best.
+#: Maximum amplification of a unit of rounding between two restarts. A whole schedule amplifies a unit of the matrix itself
+#: about 1000 times; this bound keeps float32 close to its best accuracy.
 MOST_UNITS = 2000.0
 
 _BFLOAT16_UNIT = 2.0**-8
 
 
 def amplification(polynomials: tuple[Odd, ...]) -> float:
-    r"""How many units of rounding may become of one in steps without a restart, in relative error of a singular value.
+    r"""Amplification of a unit of rounding by steps without a restart, as relative error of a singular value.
 
-    A small singular value grows by the first coefficient a of each polynomial, so the product of the Z, rounded, has an
-    error of :math:`\prod a` units on large ones. An eigenvalue of R near 0 is off by a unit from the start; this error grows
-    by :math:`a^2` in a step, and a polynomial :math:`a + br` makes a relative one of it, times :math:`|b/a|`.
+    A small singular value grows by the first coefficient a of each polynomial, so the rounded product of the Z has an error
+    of :math:`\prod a` units on large ones. An eigenvalue of R near 0 starts with an error of one unit, which grows by
+    :math:`a^2` per step; a polynomial :math:`a + br` turns it into a relative error, times :math:`|b/a|`.
     """
     product, worst = 1.0, 0.0
     for a, b, *_ in polynomials:
@@ -36,21 +36,21 @@ def amplification(polynomials: tuple[Odd, ...]) -> float:
 
 @lru_cache(maxsize=4096)
 def best_restarts(polynomials: tuple[Odd, ...], ratio: float, unit: float, symmetric: float) -> tuple[int, ...]:
-    """The steps before which a restart is made: the cheapest way that is as exact as the direct form in bfloat16.
+    """The steps that start with a restart: the cheapest choice that is as accurate as the direct form in bfloat16.
 
-    That is what Muon has always run in; so float16 may leave out most restarts, and bfloat16 hardly any.
+    bfloat16 is what Muon has always run in. So float16 can skip most restarts, and bfloat16 hardly any.
 
     Args:
         polynomials: The steps of a schedule.
         ratio: Larger over smaller side of the matrix.
         unit: Half the distance from 1 to the next number in the working dtype.
-        symmetric: Cost of a product that is known to be symmetric, over that of any other.
+        symmetric: Cost of a symmetric product relative to a general one.
 
     Returns:
         Increasing indices of steps, without the first. All of them are the direct form.
     """
     budget = sum(amplification((polynomial,)) for polynomial in polynomials) * max(unit, _BFLOAT16_UNIT)
-    # Ways through the first k steps, by cost and error, and where their last restarts are: no other is both better.
+    # Pareto-optimal plans for the first k steps: cost, error and restarts.
     ways: list[list[tuple[float, float, tuple[int, ...]]]] = [[(0.0, 0.0, ())]]
     for end in range(1, len(polynomials) + 1):
         candidates = []
@@ -77,7 +77,7 @@ def flops(schedule: Schedule, restarts: tuple[int, ...], m: int, n: int, symmetr
 
 
 def cheapest_flops(schedule: Schedule, m: int, n: int, unit: float, symmetric: float = 1.0) -> float:
-    """The same by :func:`best_restarts`."""
+    """Floating-point operations for one (m, n) matrix with the restarts of :func:`best_restarts`."""
     if not m or not n:
         return 0.0
     restarts = best_restarts(schedule.polynomials, max(m, n) / min(m, n), unit, symmetric)
@@ -85,12 +85,12 @@ def cheapest_flops(schedule: Schedule, m: int, n: int, unit: float, symmetric: f
 
 
 def _cost(run: tuple[Odd, ...], ratio: float, symmetric: float) -> float:
-    """Of the steps between two restarts, in products of two square matrices of the smaller side."""
-    on_whole = (1 + symmetric) * ratio  # the matrix is multiplied, and its Gram matrix made
+    """Cost of the steps between two restarts, in products of two square matrices of the smaller side."""
+    on_whole = (1 + symmetric) * ratio  # the product with the matrix, and its Gram matrix
     between = 3 * (len(run) - 1)  # the product of the Z, and ZRZ
     return on_whole + symmetric * (between + sum(products(len(polynomial)) for polynomial in run))
 
 
 def products(terms: int) -> int:
-    """Matrix products that a polynomial with so many coefficients takes, by Horner's rule in the square."""
+    """Number of matrix products for a polynomial of ``terms`` coefficients, by Horner's rule in R²."""
     return terms // 2 if terms > 2 else 0

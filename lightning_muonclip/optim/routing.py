@@ -1,4 +1,4 @@
-"""Which parameter goes to which optimizer, and why: hidden matrices to Muon, everything else to AdamW."""
+"""Routes parameters to optimizers: hidden matrices to Muon, everything else to AdamW."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ _EMBEDDING = re.compile(r"(?<!un)embed(?!_out)|(^|\.)w[tp]e(\.|$)")
 
 @dataclass(frozen=True)
 class Route:
-    """Where one parameter goes: ``algorithm`` is ``"muon"``, ``"adamw"``, ``"frozen"``, or what a caller names it.
+    """The route of one parameter.
 
-    ``kind`` says how Muon sees it as matrices (see :data:`~lightning_muonclip.optim.muon.KINDS`).
+    ``algorithm`` is ``"muon"``, ``"adamw"``, ``"frozen"``, or the caller's name for an optimizer. ``kind`` is how Muon reads
+    the parameter as matrices (see :data:`~lightning_muonclip.optim.stacking.KINDS`).
     """
 
     name: str
@@ -35,24 +36,24 @@ class Route:
 
 
 def route_params(module: nn.Module, exclude: Sequence[str] = (), include: Sequence[str] = ()) -> list[Route]:
-    """Decides for every parameter of a module, in its own order, tied parameters once.
+    """Routes every parameter of a module, in the order of ``named_parameters``; tied parameters once.
 
-    Muon takes matrices that are neither an embedding nor an output head, and expert stacks: parameters of shape
-    ``(experts, m, n)`` of something named so, every expert a matrix. It takes a convolution only by ``include``, flattened
-    to ``(out, in · kernel)``; transposed and grouped ones it cannot take. Any other tensor of more than two dimensions that
-    is included is a batch of matrices.
+    Muon gets matrices that are neither an embedding nor an output head, and expert stacks: parameters of shape
+    ``(experts, m, n)`` whose module name contains "experts", every expert a matrix. It gets a convolution only through
+    ``include``, flattened to ``(out, in · kernel)``; it cannot take transposed or grouped convolutions. Any other included
+    tensor of more than two dimensions is a batch of matrices.
 
     Args:
         module: The model.
-        exclude: Shell-style patterns of parameter names that are kept from Muon, such as ``"*.router.weight"``.
-        include: Patterns of parameters that Muon takes although it would not by itself.
+        exclude: Shell-style patterns of parameter names to keep from Muon, such as ``"*.router.weight"``.
+        include: Patterns of parameter names to give to Muon that it would not get by default.
 
     Raises:
-        ValueError: If a pattern matches no parameter, or ``include`` names one that Muon cannot take.
+        ValueError: If a pattern matches no parameter, or if ``include`` names a parameter that Muon cannot take.
     """
     for option, patterns in (("exclude", exclude), ("include", include)):
         if isinstance(patterns, str):
-            raise ValueError(f"{option} is a list of patterns, got {patterns!r}; write [{patterns!r}]")
+            raise ValueError(f"{option} must be a list of patterns, got {patterns!r}; use [{patterns!r}]")
     names = [name for name, _ in module.named_parameters()]
     for pattern in (*exclude, *include):
         if not any(fnmatchcase(name, pattern) for name in names):
@@ -73,14 +74,14 @@ def split_params(module: nn.Module, exclude: Sequence[str] = (), include: Sequen
     """Splits a model into named parameter groups for :class:`~lightning_muonclip.Muon`.
 
     Args:
-        module: The model. Frozen parameters are left out.
-        exclude: Shell-style patterns of parameter names that are kept from Muon.
-        include: Patterns of matrices that Muon takes although they look like an embedding or an output head.
+        module: The model. Frozen parameters are omitted.
+        exclude: Shell-style patterns of parameter names to keep from Muon.
+        include: Patterns of parameter names to give to Muon although they look like an embedding or an output head.
 
     Returns:
         Groups such as ``{"name": "muon", "algorithm": "muon", "kind": "matrix", "params": [(name, parameter), ...]}``:
         one for each kind of Muon's parameters, and one for ``"adamw"``. ``print(routing_table(route_params(module)))``
-        shows who went where and why.
+        shows every route and its reason.
 
     Example:
         >>> groups = split_params(nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 4)))
@@ -102,13 +103,13 @@ def split_params(module: nn.Module, exclude: Sequence[str] = (), include: Sequen
 
 
 def routes_under(optimizer: Optimizer, routes: Iterable[Route]) -> list[Route]:
-    """Routes beside the user's optimizer, by its name; a parameter that it does not own goes nowhere."""
+    """Routes with ``"adamw"`` replaced by the name of the user's optimizer, for the parameters that it owns."""
     owned = {p for group in optimizer.param_groups for p in group["params"]}
     name = type(optimizer).__name__
     named = []
     for route in routes:
         if route.algorithm != "frozen" and route.param not in owned:
-            route = replace(route, algorithm="nobody", reason=f"in no group of {name}")
+            route = replace(route, algorithm="no optimizer", reason=f"in no group of {name}")
         elif route.algorithm == "adamw":
             route = replace(route, algorithm=name)
         named.append(route)
@@ -116,13 +117,13 @@ def routes_under(optimizer: Optimizer, routes: Iterable[Route]) -> list[Route]:
 
 
 def routing_table(routes: Iterable[Route]) -> str:
-    """A table of routes for people; the same parameter of repeated blocks is one row, its index written ``*``."""
+    """A printable table of routes. The same parameter of repeated blocks is one row, with ``*`` for the index."""
     rows: dict[tuple[str, ...], list[Route]] = {}
     for route in routes:
         pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", route.name)
         shape = "x".join(map(str, route.param.shape)) or "scalar"
         rows.setdefault((route.algorithm, pattern, shape, route.reason), []).append(route)
-    order = {"muon": 0, "frozen": 2}  # and every other optimizer between them
+    order = {"muon": 0, "frozen": 2}  # all others in between
     cells = [("goes to", "parameter", "shape", "count", "elements", "why")]
     for (algorithm, pattern, shape, reason), members in sorted(rows.items(), key=lambda row: order.get(row[0][0], 1)):
         elements = sum(route.param.numel() for route in members)
@@ -145,8 +146,8 @@ def _decide(
     if any(fnmatchcase(name, pattern) for pattern in include):
         if kind is None:
             raise ValueError(
-                f"include names {name}, whose shape {tuple(param.shape)} is no matrix and no stack of them, or belongs to a"
-                " grouped or transposed convolution; Muon cannot take it"
+                f"include matches {name} of shape {tuple(param.shape)}, which is not a matrix or a stack of matrices, or"
+                " belongs to a grouped or transposed convolution; remove it from include"
             )
         return "muon", f"included by name{'' if kind == 'matrix' else f', as {kind}'}"
     if any(param is weight for weight in embeddings) or (_EMBEDDING.search(name) and not _in_block(name)):
@@ -164,7 +165,7 @@ def _decide(
 
 
 def _kind(param: Parameter, owner: nn.Module) -> str | None:
-    """How a parameter is matrices, if it is."""
+    """How Muon reads a parameter as matrices; ``None`` if it cannot."""
     if param.ndim < 2:
         return None
     if isinstance(owner, _CONVOLUTIONS):
@@ -175,7 +176,7 @@ def _kind(param: Parameter, owner: nn.Module) -> str | None:
 
 
 def _in_block(name: str) -> bool:
-    """Whether an indexed module holds the parameter's own: ``layers.3.mlp.up_proj.weight``, but not ``2.weight``."""
+    """Whether the parameter lies inside a repeated block: ``layers.3.mlp.up_proj.weight``, but not ``2.weight``."""
     return any(part.isdigit() for part in name.split(".")[:-2])
 
 

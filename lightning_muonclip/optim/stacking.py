@@ -1,4 +1,4 @@
-"""Weights as the matrices that they hold, those of one shape orthogonalised together."""
+"""Stacks weights of equal shape and orthogonalizes them in batched calls."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from torch import Tensor
 
 from lightning_muonclip.optim.parts import Parts
 
-#: How parameters of a group are matrices: as they are; as a batch of them, shape (experts, m, n); or, for convolutions of
-#: shape (out, in, kernel...), as one matrix (out, in · kernel).
+#: How Muon reads a parameter: as a matrix; as a batch of matrices of shape (experts, m, n); or, for a convolution of shape
+#: (out, in, kernel...), as one matrix (out, in · kernel).
 KINDS = ("matrix", "experts", "convolution")
 
-#: Most elements orthogonalised together. On a CPU only small matrices gain from it (a plain loop over 384-wide ones is 7 to
-#: 10 % faster); a GPU is launch-bound.
+#: Maximum number of elements per stack. On a CPU, only small matrices gain from stacking (a plain loop over 384-wide ones is
+#: 7 to 10 % faster); a GPU is launch-bound.
 STACK_NUMEL = {"cpu": 2**18, "cuda": 2**26}
 
 Orthogonal = Callable[[Tensor], Tensor]
 
 
 def matrix_shape(shape: Sequence[int], kind: str) -> tuple[int, int, int]:
-    """How many matrices a weight is, and their fan-out and fan-in."""
+    """The number of matrices in a weight, and their fan-out and fan-in."""
     if kind == "experts":
         return math.prod(shape[:-2]), shape[-2], shape[-1]
     return 1, shape[0], math.prod(shape[1:])
 
 
 def stacks(shapes: Sequence[torch.Size], alike: Sequence[Hashable], bound: int) -> Iterator[list[int]]:
-    """Indices of weights that share shape, or have each other's transposed, in runs of at most ``bound`` elements.
+    """Indices of weights of equal shape, up to transposition, in stacks of at most ``bound`` elements.
 
     Args:
-        shapes: Of every weight.
-        alike: Of every weight, what has to be the same in a stack besides its shape.
-        bound: A larger weight goes alone.
+        shapes: The shape of each weight.
+        alike: A key for each weight, equal within a stack.
+        bound: Maximum number of elements. A larger weight forms its own stack.
     """
     groups: dict[Hashable, list[int]] = defaultdict(list)
     for i, (shape, key) in enumerate(zip(shapes, alike)):
@@ -47,11 +47,11 @@ def stacks(shapes: Sequence[torch.Size], alike: Sequence[Hashable], bound: int) 
 
 
 def directions(updates: Sequence[Tensor], kind: str, orthogonal: Orthogonal, bound: int) -> list[Tensor]:
-    """Orthogonalises the updates of weights that are stacked together, as the matrices that they are."""
+    """Orthogonalizes the updates of the weights of one stack."""
     batches = [update.reshape(matrix_shape(update.shape, kind)) for update in updates]
     wide = [batch.mT if _is_tall(batch) else batch for batch in batches]
     stack = torch.cat(wide) if len(wide) > 1 else wide[0]
-    pieces = stack.split(max(1, bound // max(1, stack[0].numel())))  # more than one for experts only
+    pieces = stack.split(max(1, bound // max(1, stack[0].numel())))  # only experts need more than one
     results = [orthogonal(piece) for piece in pieces]
     result = torch.cat(results) if len(results) > 1 else results[0]
     own = zip(result.split([len(batch) for batch in batches]), batches, updates)
@@ -59,7 +59,7 @@ def directions(updates: Sequence[Tensor], kind: str, orthogonal: Orthogonal, bou
 
 
 def directions_of_parts(updates: Sequence[Tensor], parts: Parts, orthogonal: Orthogonal) -> list[Tensor]:
-    """Every part orthogonalised for itself."""
+    """Orthogonalizes every part of fused weights separately."""
     matrices = torch.stack([update.mT if parts.dim else update for update in updates])
     results = torch.empty_like(matrices)
     for channels in parts.channels_on(matrices.device):

@@ -1,1 +1,1 @@
-"""Sharded tensors: which rank holds which part, and which rank does which work. Plain PyTorch."""
+"""Sharded tensors: which rank holds which part, and which rank does which work."""

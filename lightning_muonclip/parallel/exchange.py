@@ -1,7 +1,7 @@
-"""Newton-Schulz needs whole matrices, and each only once: brings every matrix to its owner, and the result to everyone.
+"""Gathers every matrix to its owner rank and scatters the result back to all ranks that hold it.
 
-A matrix may be sharded in any way, or every rank may hold all of it (DDP, or the replicated dimensions of a mesh): each
-leg of the way is one all-to-all in which exactly the elements travel that a rank lacks.
+Newton-Schulz needs whole matrices, and each only once. A matrix may be sharded in any way, or replicated (DDP, or the
+replicated dimensions of a mesh). Each direction is one all-to-all that moves only the elements that a rank lacks.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from lightning_muonclip.parallel.holders import boxes_by_rank, replicas_by_rank
 from lightning_muonclip.parallel.owners import assign_owners
 from lightning_muonclip.parallel.shards import Box, extent, local_box
 
-#: How many times a step exchanges, whatever the number of layers: while one round is on its way, another is computed.
+#: Exchanges per step, whatever the number of layers. One round is computed while the next is in flight.
 ROUNDS = 4
 
-#: How many sets of weights with a gradient are remembered; with layers that are dropped at random there is no end of them.
+#: Cached plans, one per set of weights with a gradient. Layers dropped at random would make the cache grow without bound.
 MOST_PLANS = 64
 
 
 class _Piece(NamedTuple):
-    """A part of a matrix on its way from or to another rank."""
+    """A part of a matrix that is sent to or received from another rank."""
 
     peer: int
     number: int
@@ -37,7 +37,7 @@ class _Piece(NamedTuple):
 
 
 class _Leg(NamedTuple):
-    """What this rank sends and receives in one all-to-all, both in the order of the peers."""
+    """What this rank sends and receives in one all-to-all, each sorted by peer."""
 
     sends: list[_Piece]
     receives: list[_Piece]
@@ -49,9 +49,9 @@ class _Round:
 
     Attributes:
         indices: All of them, the same on every rank.
-        owned: Those that this rank orthogonalises.
-        sources: Those of which this rank has to know its part of the update.
-        is_sharded: Whether anything goes to any owner: the same answer on every rank.
+        owned: Those that this rank orthogonalizes.
+        sources: Those whose update this rank must compute its own part of.
+        is_sharded: Whether any owner needs parts from other ranks; the same on every rank.
     """
 
     indices: list[int]
@@ -63,17 +63,17 @@ class _Round:
 
 
 class Exchange:
-    """A set of weights that the same ranks hold, and who of them owns which.
+    """A set of weights held by the same ranks, each with an owner rank.
 
     Args:
-        weights: DTensors on one mesh, or plain tensors that all ranks of the group hold alike; of one dtype and device.
-        costs: What it costs to orthogonalise each, in any unit.
-        loads: What every rank of the group has to do besides.
+        weights: DTensors on one mesh, or plain tensors replicated on all ranks of the group; of one dtype and device.
+        costs: The cost of orthogonalizing each weight, in any unit.
+        loads: The other work of every rank of the group, in the same unit.
         group: The ranks.
 
     Raises:
-        ValueError: If a weight is sharded in an unknown way.
-        RuntimeError: If the ranks were given different weights.
+        ValueError: If the sharding of a weight is not supported.
+        RuntimeError: If the ranks hold different weights.
     """
 
     def __init__(
@@ -99,15 +99,15 @@ class Exchange:
         out: torch.dtype,
         back: torch.dtype,
     ) -> None:
-        """Has every matrix worked on by its owner; while one round is computed, its neighbours are on their way.
+        """Runs ``work`` for every matrix on its owner, overlapping the computation of one round with communication.
 
         Args:
             indices: The weights that take part, the same on every rank.
-            updates: Gives this rank's parts of the updates of some weights.
-            work: Makes results of whole updates; it is given those that this rank owns.
-            use: Takes this rank's parts of the results.
-            out: The dtype in which updates travel.
-            back: The dtype in which results do.
+            updates: Returns this rank's parts of the updates of the given weights.
+            work: Maps the whole updates that this rank owns to results.
+            use: Consumes this rank's parts of the results.
+            out: The dtype in which updates are sent.
+            back: The dtype in which results are sent.
         """
 
         def send(round: _Round) -> Callable[[], dict[int, Tensor]]:
@@ -128,11 +128,11 @@ class Exchange:
         use(returning())
 
     def collect(self, tensors: Mapping[int, Tensor], to: int) -> dict[int, Tensor]:
-        """Brings what the owners have of weights that all hold alike to one rank, which returns those of the others.
+        """Gathers the owners' tensors of replicated weights to one rank, which returns those of the other owners.
 
         Args:
-            tensors: What this rank has.
-            to: The rank within the group.
+            tensors: Those of this rank.
+            to: The destination, as a rank within the group.
         """
         exist = torch.zeros(len(self.shapes), device=self._device)
         for i in tensors:
@@ -148,11 +148,11 @@ class Exchange:
             elif self.rank == to:
                 collected[i] = torch.empty(self.shapes[i], dtype=self._dtype, device=self._device)
                 dist.recv(collected[i], group=self.group, group_src=owner)
-                collected[i] = collected[i].cpu()  # no rank has memory for all of them, or they would not be sharded
+                collected[i] = collected[i].cpu()  # all of them may not fit into the memory of one device
         return collected
 
     def _gather(self, round: _Round, parts: Mapping[int, Tensor], wire: torch.dtype) -> Callable[[], dict[int, Tensor]]:
-        """Starts to bring matrices to their owners; the function returned waits for those that this rank owns."""
+        """Starts gathering matrices to their owners; the returned function waits for those that this rank owns."""
         sends = [parts[piece.number] for piece in round.to_owners.sends]
         finish = self._all_to_all(round.to_owners, sends, wire) if round.is_sharded else None
 
@@ -172,7 +172,7 @@ class Exchange:
     def _scatter(
         self, round: _Round, results: Mapping[int, Tensor], wire: torch.dtype
     ) -> Callable[[], dict[int, Tensor]]:
-        """Starts to bring results to all who hold a part of the weight; the function returned waits for this rank's."""
+        """Starts scattering results to all holders; the returned function waits for this rank's parts."""
         sends = [results[piece.number][piece.box] for piece in round.to_holders.sends]
         finish = self._all_to_all(round.to_holders, sends, wire, self._dtype)
 
@@ -183,7 +183,7 @@ class Exchange:
         return wait
 
     def _rounds_of(self, indices: tuple[int, ...]) -> list[_Round]:
-        """These weights in at most :data:`ROUNDS` parts, each of which is as much work for every owner."""
+        """These weights in at most :data:`ROUNDS` rounds, with each owner's work spread evenly over them."""
         if indices not in self._rounds:
             if len(self._rounds) == MOST_PLANS:
                 self._rounds.clear()
@@ -192,7 +192,7 @@ class Exchange:
         return self._rounds[indices]
 
     def _split(self, indices: tuple[int, ...]) -> list[list[int]]:
-        """Every owner's matrices, those of one shape side by side, cut where a share of its work is done."""
+        """Splits every owner's matrices, sorted so that equal shapes stay together, into shares of equal cost."""
         rounds: list[list[int]] = [[] for _ in range(ROUNDS)]
         for owner in set(self.owners):
             own = sorted(
@@ -211,7 +211,7 @@ class Exchange:
             for rank, box in enumerate(boxes):
                 if rank == owner or 0 in extent(box):
                     continue
-                # Of several ranks that hold the same part, the one sends it that is a replica's beside the owner.
+                # If several ranks hold the same part, the one in the owner's own replica sends it.
                 if self._replicas[i][rank] == self._replicas[i][owner]:
                     if rank == self.rank:
                         to_owners.sends.append(_Piece(owner, i, box))
@@ -231,7 +231,7 @@ class Exchange:
     def _all_to_all(
         self, leg: _Leg, parts: Sequence[Tensor], wire: torch.dtype, dtype: torch.dtype | None = None
     ) -> Callable[[], list[Tensor]]:
-        """Starts one collective; the function returned waits for what ``leg`` receives."""
+        """Starts one collective; the returned function waits for what ``leg`` receives."""
         ranks, device = dist.get_world_size(self.group), self._device
         lengths = [[part.numel() for part in parts], [_numel(piece.box) for piece in leg.receives]]
         outgoing, incoming = (torch.empty(sum(own), dtype=wire, device=device) for own in lengths)
@@ -255,59 +255,62 @@ class Exchange:
         return finish
 
     def _check_gradients(self, indices: tuple[int, ...]) -> None:
-        # For a new set only, so that a layer which one rank always leaves out is reported and not waited for.
+        # Only for a new set of weights. Without it, a layer that one rank never uses would deadlock the collective.
         [(least, largest)] = self._ranges(zlib.crc32(str(indices).encode()))
         if least != largest:
             absent = [str(tuple(shape)) for i, shape in enumerate(self.shapes) if i not in indices]
             raise RuntimeError(
-                f"rank {dist.get_rank()} has gradients for {len(indices)} of {len(self.shapes)} matrices, but not for the"
-                f" same as the ranks beside it; here none is for matrices of shapes {', '.join(absent[:8]) or '(all are)'}."
-                " Give unused weights a zero gradient, as by adding 0 * weight.sum() to the loss"
+                f"ranks have gradients for different matrices: rank {dist.get_rank()} has {len(indices)} of"
+                f" {len(self.shapes)} and lacks those of shapes {', '.join(absent[:8]) or '(none)'}. Give unused weights a"
+                " zero gradient, for example by adding 0 * weight.sum() to the loss"
             )
 
     def _check_agreement(self, weights: Sequence[Tensor]) -> None:
-        """Once, before any rank could wait for ever for what another does not send. It also makes the connections."""
+        """Compares the weights of all ranks once, since a mismatch would deadlock later. Also sets up the connections."""
         problem = next(filter(None, map(_problem, weights)), "")
         digest = zlib.crc32(f"{self.shapes}{self.owners}{self._costs}{self._boxes}".encode())
-        # Of plain weights nothing but their values tells whether these ranks do train them together.
+        # For plain weights, only their values show whether these ranks train the same model.
         plain = [weight.detach() for weight in weights if not isinstance(weight, DTensor) and weight.numel()]
         size = float(torch.stack(torch._foreach_norm(plain)).double().sum()) if plain else 0.0
         (_, has_problem), (least, largest), (smallest, biggest) = self._ranges(bool(problem), digest, size)
         if has_problem:
-            raise ValueError(problem or "another rank holds a weight that is sharded in an unknown way; see its error")
+            raise ValueError(
+                problem or "another rank holds a weight with unsupported sharding; see the error of that rank"
+            )
         if least != largest:
             shapes = ", ".join(str(tuple(shape)) for shape in self.shapes[:8]) + (", ..." if len(weights) > 8 else "")
             raise RuntimeError(
-                f"rank {dist.get_rank()} has other matrices for Muon than the ranks beside it: {len(weights)} of shapes"
-                f" {shapes}. All ranks of a group must be given the same parameters in the same order, and be the same kind"
-                " of device"
+                f"ranks have different matrices for Muon: rank {dist.get_rank()} has {len(weights)} of shapes {shapes}. Give"
+                " all ranks of a group the same parameters in the same order, on the same type of device"
             )
         if abs(biggest - smallest) > 1e-6 * abs(biggest):
             raise RuntimeError(
-                f"rank {dist.get_rank()} has other values in its weights than the ranks beside it, so they do not train the"
-                " same model: give Muon the process_group of those that do, or broadcast the weights first, as DDP does"
+                f"ranks have different weight values, so they do not train the same model: on rank {dist.get_rank()} the sum"
+                f" of the weights' norms is {size:.8g}, across ranks {smallest:.8g} to {biggest:.8g}. Pass Muon the"
+                " process_group of the ranks that train one model, or broadcast the weights first, as DDP does"
             )
 
     def _ranges(self, *values: float) -> list[tuple[float, float]]:
-        """The least and the largest that any rank has of every value; read on the host."""
-        told = torch.tensor([[-value for value in values], values], dtype=torch.float64, device=self._device)
-        dist.all_reduce(told, op=dist.ReduceOp.MAX, group=self.group)
-        least, largest = told.tolist()
+        """The minimum and maximum of every value over the ranks. Synchronizes with the host."""
+        extremes = torch.tensor([[-value for value in values], values], dtype=torch.float64, device=self._device)
+        dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=self.group)
+        least, largest = extremes.tolist()
         return [(-low, high) for low, high in zip(least, largest)]
 
 
 def wires(working: torch.dtype, dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
-    """The dtypes that travel to owners and back.
+    """The dtypes of the tensors sent to the owners and back.
 
-    A direction comes back in the dtype that it was computed in, which loses nothing. An update goes in bfloat16 if that is
-    what it would be rounded to next. float16 is finer, but has no range for what is not normalised yet: it goes as it is.
+    A direction comes back in the dtype that it was computed in, without loss. An update is sent in bfloat16 if that is what
+    it would be rounded to anyway. float16 lacks the range for updates that are not normalized yet, so these keep the dtype
+    of the weights.
 
     Args:
-        working: Of Newton-Schulz.
-        dtype: Of the weights.
+        working: Dtype of Newton-Schulz.
+        dtype: Dtype of the weights.
 
     Returns:
-        The dtype of updates, and that of directions.
+        The dtype of updates and the dtype of directions.
     """
     if working.itemsize >= dtype.itemsize:
         return dtype, dtype
@@ -323,7 +326,7 @@ def _problem(weight: Tensor) -> str:
 
 
 def _by_peer(pieces: Sequence[_Piece], ranks: int) -> list[int]:
-    """How many elements go to or come from every rank."""
+    """Number of elements sent to or received from every rank."""
     sizes = [0] * ranks
     for piece in pieces:
         sizes[piece.peer] += _numel(piece.box)

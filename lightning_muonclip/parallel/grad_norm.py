@@ -1,4 +1,4 @@
-"""The norm of all gradients together, whatever meshes they are sharded over."""
+"""Total norm and clipping of gradients that are sharded over different meshes."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from torch.distributed.tensor import DTensor
 
 @torch.no_grad()
 def total_norm(tensors: Iterable[Tensor], norm_type: float = 2.0) -> Tensor:
-    """The norm of tensors as of one vector: plain, and the same on every rank; nothing is read on the host.
+    """The norm of all tensors, as of one vector: a plain tensor, the same on every rank, without host synchronization.
 
-    ``torch.nn.utils.get_total_norm`` wants all of them on one mesh, but what tensor parallelism shards is on another than
-    what only FSDP2 does.
+    ``torch.nn.utils.get_total_norm`` needs all tensors on one mesh. With FSDP2 and tensor parallelism there are two.
     """
     norms = [torch.nn.utils.get_total_norm(own, norm_type) for own in _by_mesh(tensors).values()]
     whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]

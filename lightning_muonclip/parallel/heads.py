@@ -1,4 +1,4 @@
-"""Which heads of an attention are on this rank: under tensor parallelism a rank has some of them only."""
+"""Which attention heads are on this rank under tensor parallelism."""
 
 from __future__ import annotations
 
@@ -8,35 +8,35 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 
 
 def split_heads(x: Tensor, width: int) -> Tensor:
-    """``(batch, length, heads * width)`` as ``(batch, heads, length, width)``, for as many heads as there are.
+    """Reshapes ``(batch, length, heads * width)`` to ``(batch, heads, length, width)``, for any number of heads.
 
     Raises:
-        ValueError: If that cuts a head.
+        ValueError: If the channels are not a multiple of ``width``.
     """
     if x.shape[-1] % width:
         raise ValueError(
-            f"{x.shape[-1]} channels are no whole number of heads of {width}: the size of tensor parallelism must divide"
-            " the number of heads and of key heads"
+            f"this rank has a fraction of a head: {x.shape[-1]} channels for heads of {width}; choose a tensor-parallel size"
+            " that divides the number of heads and of key heads"
         )
     return x.unflatten(-1, (-1, width)).transpose(1, 2)
 
 
 def first_head(weight: Tensor | None, dim: int, heads: int, local: int) -> int | None:
-    """Index of the first of this rank's ``local`` heads, or ``None`` if it cannot have so many.
+    """Index of this rank's first head, or ``None`` if no mesh dimension splits ``heads`` into ``local`` per rank.
 
     Args:
-        weight: What makes the queries of all heads.
-        dim: The dimension of the weight that the heads lie on.
-        heads: How many there are.
-        local: How many this rank has computed.
+        weight: The weight that computes the queries of all heads.
+        dim: The dimension of the weight along which the heads lie.
+        heads: Number of heads on all ranks.
+        local: Number of heads on this rank.
     """
     found = _parallel_dim(weight, dim, heads, local)
     return None if found is None else found[0].get_local_rank(found[1]) * local
 
 
 def for_own_heads(x: Tensor, weight: Tensor, heads: int, local: int) -> Tensor:
-    """``x``, which all heads use, for those of this rank: its gradient is summed over the ranks that have the others."""
-    # A DTensor sums by itself.
+    """``x``, used by all heads, for the heads of this rank: its gradient is summed over the tensor-parallel ranks."""
+    # A DTensor sums its gradient itself.
     found = None if local == heads or isinstance(x, DTensor) else _parallel_dim(weight, 0, heads, local)
     if found is None:
         return x
@@ -47,7 +47,7 @@ def for_own_heads(x: Tensor, weight: Tensor, heads: int, local: int) -> Tensor:
 
 
 def _parallel_dim(weight: Tensor | None, dim: int, heads: int, local: int) -> tuple[DeviceMesh, int] | None:
-    """The mesh dimension over which so many heads are shared out: the innermost, since FSDP2 comes before it."""
+    """The mesh dimension that splits ``heads`` into ``local`` per rank: the innermost, since FSDP2 comes before it."""
     if isinstance(weight, DTensor):
         mesh = weight.device_mesh
         for i in reversed(range(mesh.ndim)):

@@ -17,11 +17,11 @@ _T = TypeVar("_T")
 
 
 def share_key(weight: Tensor, group: dist.ProcessGroup | None) -> Hashable | None:
-    """Tells apart sets of weights that can be exchanged together; ``None`` if this rank alone has a weight to work on.
+    """A key that is equal for weights that can be exchanged together; ``None`` if only this rank holds the weight.
 
     Args:
         weight: A parameter.
-        group: The ranks that hold plain tensors alike.
+        group: The ranks that replicate plain tensors.
     """
     if isinstance(weight, DTensor):
         return None if weight.device_mesh.size() == 1 else (weight.device_mesh, weight.dtype, weight.device)
@@ -30,7 +30,7 @@ def share_key(weight: Tensor, group: dist.ProcessGroup | None) -> Hashable | Non
 
 
 def group_of(weight: Tensor, group: dist.ProcessGroup | None) -> dist.ProcessGroup:
-    """The process group of all ranks that hold a weight."""
+    """The process group of all ranks that hold a weight or a part of it."""
     if isinstance(weight, DTensor):
         return _group_of_mesh(weight.device_mesh)
     return group or _default_group()
@@ -52,7 +52,7 @@ def _default_group() -> dist.ProcessGroup:
 
 
 def boxes_by_rank(weight: Tensor, group: dist.ProcessGroup) -> list[Box]:
-    """What every rank of the group holds."""
+    """The box that each rank of the group holds."""
     boxes = boxes_of(weight)
     if not isinstance(weight, DTensor):
         return boxes * dist.get_world_size(group)
@@ -60,7 +60,7 @@ def boxes_by_rank(weight: Tensor, group: dist.ProcessGroup) -> list[Box]:
 
 
 def replicas_by_rank(weight: Tensor, group: dist.ProcessGroup) -> list[Hashable]:
-    """For every rank of the group, which of the replicas its part belongs to."""
+    """The replica that each rank of the group belongs to."""
     if not isinstance(weight, DTensor):
         return list(range(dist.get_world_size(group)))
     mesh = weight.device_mesh

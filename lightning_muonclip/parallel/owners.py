@@ -1,4 +1,4 @@
-"""Who orthogonalises which matrix: every one has one owner, so that all ranks end at about the same time."""
+"""Assigns every matrix an owner rank, so that all ranks finish at about the same time."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Sequence
 
 
 def assign_owners(costs: Sequence[float], loads: Sequence[float]) -> list[int]:
-    """The rank that gets each job: the longest job first, always to the rank with the least to do so far.
+    """Assigns jobs to ranks, the longest first, each to the rank with the least work so far.
 
-    If none has anything to do before, the most loaded rank ends up with at most 4/3 of the least possible.
+    If all loads are zero, the busiest rank gets at most 4/3 of the optimum.
 
     Args:
-        costs: Of every job, in any unit.
-        loads: Of every rank, what it has to do in any case.
+        costs: The cost of each job, in any unit.
+        loads: The work that each rank has in any case.
 
     Source: Graham, "Bounds on multiprocessing timing anomalies" (1969): longest processing time first.
 

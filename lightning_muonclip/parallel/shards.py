@@ -1,4 +1,4 @@
-"""Which part of a sharded tensor every rank holds: always a box, since it is a chunk of a chunk."""
+"""Which part of a sharded tensor each rank holds: always a box, since shards are chunks of chunks."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement
 
-#: Of every dimension the first index and the one after the last.
+#: One slice per dimension.
 Box = tuple[slice, ...]
 
 
 def whole_box(shape: Sequence[int]) -> Box:
-    """All of a tensor."""
+    """The box of a whole tensor."""
     return tuple(slice(0, size) for size in shape)
 
 
 def boxes_of(tensor: Tensor) -> list[Box]:
-    """What every rank of a tensor's mesh holds, in the order of ``device_mesh.mesh.flatten()``; one box if it is plain.
+    """The box of each rank of a tensor's mesh, in the order of ``device_mesh.mesh.flatten()``; one box for a plain tensor.
 
-    It goes by the placements; :func:`local_box` checks them.
+    Derived from the placements, which :func:`local_box` checks.
     """
     if not isinstance(tensor, DTensor):
         return [whole_box(tensor.shape)]
@@ -31,22 +31,22 @@ def boxes_of(tensor: Tensor) -> list[Box]:
 
 
 def local_box(tensor: Tensor) -> Box:
-    """What this rank holds.
+    """The box that this rank holds.
 
     Raises:
-        ValueError: If the tensor is sharded in a way that is not known here.
+        ValueError: If the sharding is not supported.
     """
     if not isinstance(tensor, DTensor):
         return whole_box(tensor.shape)
     coordinate = tensor.device_mesh.get_coordinate()
-    if coordinate is None:  # a rank outside of the mesh
+    if coordinate is None:  # this rank is outside the mesh
         return tuple(slice(0, 0) for _ in tensor.shape)
     box = _box(tensor.shape, tensor.device_mesh.shape, tensor.placements, coordinate)
     if extent(box) != tuple(tensor.to_local().shape):
         raise ValueError(
-            f"a tensor of shape {tuple(tensor.shape)} and placements {tensor.placements} should have a part of shape"
-            f" {extent(box)} on this rank, but has {tuple(tensor.to_local().shape)}; shard it by fully_shard or"
-            " parallelize_module"
+            f"unsupported sharding: a tensor of shape {tuple(tensor.shape)} with placements {tensor.placements} should have"
+            f" a shard of shape {extent(box)} on this rank, but has {tuple(tensor.to_local().shape)}; shard it with"
+            " fully_shard or parallelize_module"
         )
     return box
 
@@ -57,12 +57,12 @@ def extent(box: Box) -> tuple[int, ...]:
 
 
 def to_local(tensor: Tensor) -> Tensor:
-    """What this rank holds, sharing memory."""
+    """The local shard, sharing memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def sharded_dims(tensor: Tensor) -> set[int]:
-    """Dimensions of a tensor of which a rank may hold only a part."""
+    """The dimensions along which a tensor is sharded."""
     if not isinstance(tensor, DTensor):
         return set()
     dims = [_dim(placement) for placement in tensor.placements]
@@ -74,7 +74,7 @@ def _box(
 ) -> Box:
     box = list(whole_box(shape))
     # FSDP2 shards what tensor parallelism has sharded already, but comes first in the mesh. If both shard one dimension,
-    # torch says so by another kind of placement, which knows into how many shards the dimension had been cut before.
+    # torch uses a strided placement, whose split_factor is the number of earlier shards.
     order = sorted(range(len(placements)), key=lambda i: hasattr(placements[i], "split_factor"))
     for i in order:
         dim = _dim(placements[i])
@@ -84,12 +84,12 @@ def _box(
 
 
 def _dim(placement: Placement) -> int | None:
-    """The dimension that is sharded; Replicate and Partial have none."""
+    """The sharded dimension; Replicate and Partial have none."""
     return getattr(placement, "dim", None)
 
 
 def _chunk(side: slice, count: int, index: int) -> slice:
-    """One of so many parts, as ``torch.chunk`` cuts them: all of one size but the last, and maybe empty ones after it."""
+    """One of ``count`` chunks, as ``torch.chunk`` cuts them: of equal size, then a smaller one, then empty ones."""
     size = -(-(side.stop - side.start) // count)
     start = min(side.start + index * size, side.stop)
     return slice(start, min(start + size, side.stop))

@@ -1,4 +1,4 @@
-"""The weights that this rank shares with others."""
+"""The weights that this rank shares with other ranks, and their owners."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from lightning_muonclip.parallel.shards import extent
 
 
 class SharedWeights:
-    """Who owns which of the weights that this rank shares with others: agreed upon once.
+    """Assigns owners, once, to the weights that this rank shares with others.
 
     Args:
-        costs: Of every weight whose matrices other ranks may hold too, what it costs to orthogonalise it.
-        local_costs: The same of weights whose matrices are shared out: each rank has its own work with them.
-        process_group: The ranks that hold plain tensors alike.
+        costs: The cost of orthogonalizing each weight whose matrices other ranks may hold too.
+        local_costs: The cost of each weight that is sharded along its matrices, so that each rank works on its own.
+        process_group: The ranks that replicate plain tensors.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class SharedWeights:
         together: dict[Hashable, list[Tensor]] = defaultdict(list)
         for weight in costs:
             together[share_key(weight, process_group)].append(weight)
-        #: One for each set of ranks.
+        #: One per set of ranks, dtype and device.
         self.exchanges: list[Exchange] = []
         self._places: dict[Tensor, tuple[Exchange, int]] = {}
         for weights in together.values():
@@ -49,18 +49,18 @@ class SharedWeights:
         }
 
     def place(self, weight: Tensor) -> tuple[Exchange, int] | None:
-        """The exchange that a weight goes through and its number there; ``None`` if it does not leave this rank."""
+        """The exchange of a weight and its index there; ``None`` if the weight stays on this rank."""
         return self._places.get(weight)
 
     def collect(self, tensors: Mapping[Tensor, Tensor], to: int) -> dict[Tensor, Tensor]:
-        """What other owners have of plain weights, on one rank; to be called on all of them.
+        """Gathers the owners' tensors of plain weights to one rank. Must be called on all ranks.
 
         Args:
-            tensors: Of every weight that this rank owns, what it has.
-            to: The rank within the process group.
+            tensors: Those of the weights that this rank owns.
+            to: The destination, as a rank within the process group.
 
         Returns:
-            On that rank, what it did not have, on the CPU.
+            On the destination, the tensors of the other owners, on the CPU.
         """
         collected: dict[Tensor, Tensor] = {}
         for exchange in self.exchanges:
@@ -72,7 +72,7 @@ class SharedWeights:
 
 
 def _loads(local_costs: Mapping[Tensor, float], beside: Tensor, group: dist.ProcessGroup) -> list[float]:
-    """What every rank of a group has to do with weights that lie on the same mesh."""
+    """Each rank's own work on weights that lie on the same mesh."""
     loads = [0.0] * dist.get_world_size(group)
     for weight, cost in local_costs.items():
         if isinstance(weight, DTensor) and isinstance(beside, DTensor) and weight.device_mesh == beside.device_mesh:

@@ -1,1 +1,1 @@
-"""QK-Clip: which weights make which logits, how large the logits are, and the clip. Plain PyTorch."""
+"""QK-Clip: describes attention weights, observes their logits, and clips them."""

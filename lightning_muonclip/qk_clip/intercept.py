@@ -1,8 +1,8 @@
-"""Intercepts the attention calls of other libraries: the functions that they call are patched while somebody observes.
+"""Intercepts the attention calls of other libraries by patching the functions that they call.
 
 A function is patched where its caller looks it up: in ``torch.nn.functional``, in the globals of the file that defines an
 attention class, or as a method of the class. The patched function measures the logits if an observed module is running its
-forward, then calls the original. (A ``TorchFunctionMode`` does not see the calls inside ``nn.MultiheadAttention``.)
+forward, then calls the original. (A ``TorchFunctionMode`` would miss the calls inside ``nn.MultiheadAttention``.)
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from torch._guards import detect_fake_mode
 
 from lightning_muonclip.kernels.hidden import HIDDEN
-from lightning_muonclip.kernels.log_sum_exp import attention_log_sum_exp, tells_log_sum_exp
+from lightning_muonclip.kernels.log_sum_exp import attention_log_sum_exp, supports_log_sum_exp
 
 
 @dataclass(frozen=True)
 class Logits:
-    """What :func:`~lightning_muonclip.kernels.max_logits.max_logits` takes; a scale of ``None`` is ``d ** -0.5``."""
+    """Arguments of :func:`~lightning_muonclip.kernels.max_logits.max_logits`; ``scale`` defaults to ``d ** -0.5``."""
 
     query: Tensor
     key: Tensor
@@ -36,7 +36,7 @@ class Logits:
 
 
 class Listener(Protocol):
-    """Receives what an attention module computes: ``logits`` says how exactly, ``"exact"`` or ``"lse"``."""
+    """Receives the logits of an attention module, measured as ``logits`` says: ``"exact"`` or ``"lse"``."""
 
     logits: str
 
@@ -47,26 +47,26 @@ class Listener(Protocol):
         """Receives the maxima of one call, shape ``(heads,)``."""
 
 
-#: The attention modules whose forward is running, innermost last; ``None`` is one that is not recorded.
+#: Listeners of the attention modules whose forward is running, innermost last; ``None`` for one that is not recorded.
 running: list[Listener | None] = []
 
 #: Takes the original function and returns the patched one.
 Patch = Callable[[Any], Any]
 
-#: Where a function is patched: the holder, its name there, and the patch.
+#: Where a function is patched: the holder, the name of the function there, and the patch.
 Place = tuple[Any, str, Patch]
 
 _MULTI_HEAD_ARGUMENTS = tuple(inspect.signature(F.multi_head_attention_forward).parameters)
 
 
 class Patches:
-    """The functions that one observer has patched. A function that several observers need is patched once."""
+    """The functions patched by one observer. A function that several observers need is patched once."""
 
     def __init__(self) -> None:
         self._keys: list[tuple[int, str]] = []
 
     def add(self, places: Iterable[Place]) -> None:
-        """Patches these functions."""
+        """Patches functions."""
         for holder, name, patch in places:
             key = (id(holder), name)
             if key not in self._keys:
@@ -89,7 +89,7 @@ class _Patched:
         _set(holder, name, self.patched)
 
     def restore(self) -> None:
-        if _get(self.holder, self.name) is self.patched:  # else another library has patched it since
+        if _get(self.holder, self.name) is self.patched:  # otherwise another library has patched it since
             _set(self.holder, self.name, self.original)
 
 
@@ -122,13 +122,13 @@ def _set(holder: Any, name: str, value: Any) -> None:
 
 
 def _original(holder: Any, name: str) -> Any:
-    """The function that is there when nothing is patched."""
+    """The unpatched function."""
     patched = _patched.get((id(holder), name))
     return _get(holder, name) if patched is None else patched.original
 
 
 def attention_calls(cls: type[nn.Module]) -> Iterator[Place]:
-    """Every place where a function is looked up that modules of this class may call to attend."""
+    """Every place where modules of this class may look up an attention function."""
     yield F, "scaled_dot_product_attention", _patch_sdpa
     yield F, "multi_head_attention_forward", _patch_multi_head
     for scope in _scopes(cls):
@@ -137,23 +137,23 @@ def attention_calls(cls: type[nn.Module]) -> Iterator[Place]:
 
 
 def _scopes(cls: type) -> Iterable[dict[str, Any]]:
-    """The globals of every file in which a method of the class or its bases is written, each once."""
+    """The globals of every file that defines a method of the class or its bases, each once."""
     methods = (inspect.unwrap(x) for base in cls.__mro__ for x in vars(base).values() if inspect.isfunction(x))
     return {id(x.__globals__): x.__globals__ for x in methods if inspect.isfunction(x)}.values()
 
 
 def _hugging_face_places(scope: dict[str, Any]) -> Iterator[Place]:
-    """A model's file has its own eager function, and dispatches all others by the attention interface."""
+    """The eager function of a model's file, and the attention interface, which dispatches all others."""
     if "eager_attention_forward" in scope:
         eager = _original(scope, "eager_attention_forward")
-        if "scaling" in inspect.signature(eager).parameters:  # else it knows a scale that it does not tell
+        if "scaling" in inspect.signature(eager).parameters:  # otherwise its scale is unknown
             yield scope, "eager_attention_forward", _patch_eager
     if "ALL_ATTENTION_FUNCTIONS" in scope:
         yield scope, "ALL_ATTENTION_FUNCTIONS", _Interface
 
 
 def _imported_places(scope: dict[str, Any]) -> Iterator[Place]:
-    """Names under which a file has imported torch's functions for itself, and perhaps compiled them."""
+    """Names under which a file has imported, and possibly compiled, torch's functions."""
     patches: list[tuple[Any, Patch]] = [(_original(F, "scaled_dot_product_attention"), _patch_sdpa)]
     flex = sys.modules.get("torch.nn.attention.flex_attention")
     if flex is not None:
@@ -169,12 +169,12 @@ def _imported_places(scope: dict[str, Any]) -> Iterator[Place]:
 
 def _listener() -> Listener | None:
     if not running or (not torch.compiler.is_dynamo_compiling() and detect_fake_mode() is not None):
-        return None  # tensors without values: torch.compile looks at a function that it does not trace
+        return None  # fake tensors: torch.compile runs a function that it does not trace
     return running[-1]
 
 
 def _unrecorded(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Calls a function whose logits are measured already, so that the functions in it do not measure them again."""
+    """Calls a function whose logits are already measured, so that functions inside it do not measure them again."""
     running.append(None)
     try:
         return function(*args, **kwargs)
@@ -183,7 +183,7 @@ def _unrecorded(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def _patch_sdpa(original: Callable[..., Any]) -> Callable[..., Any]:
-    is_torchs = inspect.isbuiltin(original)  # else another library's, which is not to be replaced by a kernel of torch
+    is_torchs = inspect.isbuiltin(original)  # torch's kernel must not replace the function of another library
 
     def listen(
         listener: Listener,
@@ -197,7 +197,7 @@ def _patch_sdpa(original: Callable[..., Any]) -> Callable[..., Any]:
         enable_gqa: bool = False,
     ) -> Tensor | None:
         bounded = listener.logits == "lse" and is_torchs and not (is_causal and attn_mask is not None)
-        if bounded and tells_log_sum_exp(query, key, value, attn_mask, dropout_p):
+        if bounded and supports_log_sum_exp(query, key, value, attn_mask, dropout_p):
             factor = query.shape[-1] ** -0.5 if scale is None else scale
             output, bound = attention_log_sum_exp(query, key, value, attn_mask, is_causal, factor)
             listener.record(bound, "log-sum-exp of scaled_dot_product_attention")
@@ -219,7 +219,7 @@ def _patch_multi_head(original: Callable[..., Any]) -> Callable[..., Any]:
     def multi_head_attention_forward(*args: Any, **kwargs: Any) -> Any:
         listener = _listener()
         asked = {**dict(zip(_MULTI_HEAD_ARGUMENTS, args)), **kwargs}
-        # Asked for its weights it multiplies by itself, and to torch.compile it is opaque; else it calls the function above.
+        # With need_weights it computes the logits itself, and torch.compile does not trace it. Otherwise it calls SDPA.
         if listener is None or not (asked.get("need_weights", True) or torch.compiler.is_compiling()):
             return original(*args, **kwargs)
         with torch.no_grad():
@@ -230,7 +230,7 @@ def _patch_multi_head(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _multi_head_logits(asked: Mapping[str, Any]) -> Logits:
-    """The logits of torch's ``multi_head_attention_forward``, from its arguments by name."""
+    """The logits of torch's ``multi_head_attention_forward``, from its arguments."""
     query, key, heads = asked["query"], asked["key"], asked["num_heads"]
     padding, mask = asked.get("key_padding_mask"), asked.get("attn_mask")
     if query.ndim == 2:
@@ -256,7 +256,7 @@ def _multi_head_logits(asked: Mapping[str, Any]) -> Logits:
     for mask in masks:
         shown = ~mask if mask.dtype is torch.bool else mask > HIDDEN
         visible = shown if visible is None else visible & shown
-    if visible is not None:  # what was added behind the keys is always seen
+    if visible is not None:  # appended keys are always visible
         visible = F.pad(visible, (0, key.shape[-2] - visible.shape[-1]), value=True)
     return Logits(query, key, query.shape[-1] ** -0.5, visible)
 
@@ -275,7 +275,7 @@ def _patch_flex(original: Callable[..., Any]) -> Callable[..., Any]:
     ) -> None:
         if score_mod is not None and not torch.compiler.is_compiling():
             warnings.warn(
-                "QK-Clip cannot see what a score_mod hides: hide pairs by block_mask, or their logits count as visible",
+                "QK-Clip counts pairs that a score_mod hides as visible; hide pairs by block_mask instead",
                 stacklevel=3,
             )
         listener.measure("flex_attention", Logits(query, key, scale, _dense(block_mask, query, key)))
@@ -291,7 +291,7 @@ def _patch_flex(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def patch_method(read: Callable[..., Logits | None], original: Callable[..., Any]) -> Callable[..., Any]:
-    """Patches a method that attends; ``read`` takes its arguments and returns the logits, or ``None`` if it does not."""
+    """Patches a method that attends; ``read`` takes its arguments and returns the logits, or ``None`` to skip the call."""
 
     @functools.wraps(original)
     def method(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -311,7 +311,7 @@ def _patch_eager(original: Callable[..., Any]) -> Callable[..., Any]:
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> Any:
         listener = _listener()
-        if listener is not None:  # of itself it is never causal: the mask says everything
+        if listener is not None:  # the mask includes causality
             mask = None if attention_mask is None else attention_mask[..., : key.shape[-2]]
             listener.measure("eager_attention_forward", Logits(query, key, kwargs.get("scaling"), mask))
         return original(module, query, key, value, attention_mask, **kwargs)
@@ -337,14 +337,17 @@ def _through_interface(
 
 
 def _through_torch(original: Callable[..., Any], module: nn.Module, query: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """Torch's function knows its mask better, but a single query it may be given as several of fewer heads."""
+    """Leaves measuring to the patch of SDPA, which gets the final mask, except for a single query.
+
+    A single query may reach SDPA reshaped to several queries of fewer heads.
+    """
     if query.shape[-2] > 1:
         return original(module, query, *args, **kwargs)
     return _through_interface(original, module, query, *args, **kwargs)
 
 
 class _Interface(MutableMapping[str, Callable[..., Any]]):
-    """Stands before Hugging Face's table of attention functions and intercepts the calls of those that it returns."""
+    """Wraps Hugging Face's table of attention functions and intercepts calls of the functions that it returns."""
 
     def __init__(self, original: Any) -> None:
         self._original = original
@@ -379,7 +382,11 @@ class _Interface(MutableMapping[str, Callable[..., Any]]):
 
 
 def _visible(module: nn.Module, query: Tensor, key: Tensor, mask: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """What a function of the interface lets see: its mask, or if that only tells padding, also what it adds itself."""
+    """The visible pairs of a call through the interface.
+
+    A four-dimensional mask is complete. To a two-dimensional mask, which marks padding, or to none, the function adds
+    causality and the window itself.
+    """
     if mask is not None and (not isinstance(mask, Tensor) or mask.ndim == 4):
         return {"mask": mask[..., : key.shape[-2]] if isinstance(mask, Tensor) else _dense(mask, query, key)}
     queries, keys = query.shape[-2], key.shape[-2]
@@ -389,7 +396,7 @@ def _visible(module: nn.Module, query: Tensor, key: Tensor, mask: Any, kwargs: M
     visible = None if mask is None else mask[:, None, None, :].bool()
     if window is None and queries == keys:
         return {"mask": visible, "is_causal": is_causal}
-    # The last query stands at the last key: those before it may come from a cache.
+    # The last query is aligned with the last key: earlier keys may come from a cache.
     ahead = torch.arange(keys, device=query.device) - torch.arange(keys - queries, keys, device=query.device)[:, None]
     pairs = ahead <= 0 if is_causal else torch.ones_like(ahead, dtype=torch.bool)
     if window is not None:
@@ -398,14 +405,14 @@ def _visible(module: nn.Module, query: Tensor, key: Tensor, mask: Any, kwargs: M
 
 
 def _dense(block_mask: Any, query: Tensor, key: Tensor) -> Tensor | None:
-    """A BlockMask as booleans, or a tensor as it is."""
+    """A BlockMask as a boolean tensor; tensors are returned unchanged."""
     if block_mask is None or isinstance(block_mask, Tensor):
         return block_mask
     from torch.nn.attention.flex_attention import create_mask
 
     (batch, heads), (queries, keys) = block_mask.shape[:2], (query.shape[-2], key.shape[-2])
     rows, columns = block_mask.BLOCK_SIZE
-    # Hidden is what the function hides, and every block that is not listed.
+    # A pair is visible if its block is listed and the mask_mod allows it.
     listed = block_mask.to_dense().bool().repeat_interleave(rows, -2).repeat_interleave(columns, -1)
     visible = create_mask(block_mask.mask_mod, batch, heads, queries, keys, str(query.device))
     return visible & listed[..., :queries, :keys]

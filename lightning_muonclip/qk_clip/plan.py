@@ -1,4 +1,4 @@
-"""Which factor multiplies which channel of which parameter: compiled once, applied by one gather and one multiply."""
+"""ClipPlan: the factor of every channel of every parameter, compiled once and applied by one gather and one multiply."""
 
 from __future__ import annotations
 
@@ -18,34 +18,33 @@ from lightning_muonclip.qk_clip.rule import key_factors
 
 QK_NORM_CHOICES = ("error", "monitor", "gain")
 
-#: Rows of the table of factors: of queries, of keys, of rotated queries beside a shared key, and of gains that all heads
-#: share.
+#: Rows of the table of factors: queries, keys, rotated queries whose key is shared, and gains shared by all heads.
 _QUERY, _KEY, _WHOLE, _SHARED_QUERY, _SHARED_KEY = range(5)
 _SIDES = {"q": QUERY_KINDS, "k": KEY_KINDS}
 _FACTOR = {"q": _QUERY, "qn": _QUERY, "k": _KEY, "kn": _KEY, "qr": _WHOLE, "*": 0}
 
 
 class ClipPlan:
-    """How the clip of every head reaches the weights of its layer.
+    """Maps the gammas of all heads to factors on the weights of their layers.
 
-    A layer is only watched (:attr:`sides` says ``"watched"`` and why) where a clip would do nothing or no weight of it
-    is trained. Where only queries or only keys are trained, those take all of gamma.
+    A layer is only watched (:attr:`sides` says ``"watched"`` and why) if a clip would have no effect or none of its weights
+    is trained. If only queries or only keys are trained, those take all of gamma.
 
     Args:
         attention: The attention modules.
-        alpha: Share of gamma that queries take.
-        shared_keys: What happens to keys that several queries share.
-        qk_norm: What happens to attention that normalises queries or keys.
-        lora: What happens to weights that LoRA adapts.
+        alpha: Exponent of gamma on the queries.
+        shared_keys: Rule for keys that several queries share.
+        qk_norm: Policy for attention with QK-norm.
+        lora: Policy for weights with LoRA adapters.
 
     Raises:
-        ValueError: If a weight cannot be scaled, or is tied in a way that no factor fits.
+        ValueError: If a weight cannot be scaled, or if no single factor fits all uses of a tied weight.
     """
 
     def __init__(self, attention: AttentionModules, alpha: float, shared_keys: str, qk_norm: str, lora: str) -> None:
         layers = len(attention)
         heads = max(spec.num_heads for _, spec in attention.values())
-        #: What is scaled in every layer: "q and k", "q", "k", or "watched (...)".
+        #: What a clip scales in each layer: "q and k", "q", "k", or "watched (...)".
         self.sides: list[str] = []
         self._weights: list[tuple[nn.Module, Weight]] = []
         indices: list[Tensor] = []
@@ -55,7 +54,7 @@ class ClipPlan:
             weights, watched = clipped_weights(name, module, spec, qk_norm, lora)
             own, is_tied = _own_params(module, name, weights)
             trained = _trained_sides(weights)
-            # A weight that makes both is scaled as both; a rotated query is beside a shared key that no factor reaches.
+            # A weight that computes both is scaled as both. The shared key of a rotated query cannot be scaled.
             is_rotated = any(weight.has_kind(("qr",)) for weight in weights)
             needed = {"q", "k"} if is_tied else {"q"} if is_rotated else set()
             if not watched and (not trained or not needed <= set(trained)):
@@ -80,11 +79,11 @@ class ClipPlan:
     @property
     def params(self) -> list[Tensor]:
         """The parameters that a clip scales."""
-        # Looked up anew each time: FSDP2 and Module.to may replace a parameter after construction.
+        # Looked up each time: FSDP2 and Module.to may replace a parameter after construction.
         return [module.get_parameter(weight.path) for module, weight in self._weights]
 
     def apply(self, gamma: Tensor) -> Tensor:
-        """Scales the weights; returns the gamma that counted: 1 for heads that are only watched, tied heads alike."""
+        """Scales the weights. Returns the gamma applied: 1 for watched heads, equal for tied heads."""
         self._follow(gamma.device)
         gamma = gamma.masked_fill(self._watched, 1.0)
         if not self._weights:
@@ -92,7 +91,7 @@ class ClipPlan:
         if self._tied is not None:
             rows = self._tied[:, None].expand_as(gamma)
             gamma = torch.ones_like(gamma).scatter_reduce(0, rows, gamma, "amin").gather(0, rows)
-        # All factors in one flat vector, ordered (kind of factor, layer, head), behind a 1 for channels left alone.
+        # All factors in one flat vector, ordered (kind of factor, layer, head), after a 1 for unscaled channels.
         flat = torch.cat([gamma.new_ones(1), self._factors(gamma).flatten()])
         params = self.params
         factors = [
@@ -102,7 +101,7 @@ class ClipPlan:
         local = [to_local(param) for param in params]
         torch._foreach_mul_(local, factors)
         for param, factor, (_, weight) in zip(local, factors, self._weights):
-            if weight.offset:  # (w + offset) is what is to be scaled
+            if weight.offset:  # scale (w + offset)
                 param.add_(factor - 1, alpha=weight.offset)
         return gamma
 
@@ -113,7 +112,7 @@ class ClipPlan:
             self._tied = None if self._tied is None else self._tied.to(device)
 
     def _factors(self, gamma: Tensor) -> Tensor:
-        """Shape (kinds of factor, layers, heads)."""
+        """All factors, shape (kinds of factor, layers, heads)."""
         table = torch.ones(5, *gamma.shape, dtype=gamma.dtype, device=gamma.device)
         table[_WHOLE] = gamma
         smallest = gamma.amin(-1, keepdim=True)
@@ -128,18 +127,18 @@ class ClipPlan:
 def clipped_weights(
     name: str, module: nn.Module, spec: AttentionSpec, qk_norm: str, lora: str
 ) -> tuple[list[Weight], str]:
-    """What a clip of one layer would scale, and if it is only watched the reason.
+    """The weights that a clip of one layer scales, or the reason why the layer is only watched.
 
     Raises:
-        UnscalableError: If the layer normalises queries or keys and that is not allowed for, or a weight cannot be scaled.
-        ValueError: If its spec does not fit its weights.
+        UnscalableError: If the layer has QK-norm and ``qk_norm`` does not cover it, or if a weight cannot be scaled.
+        ValueError: If the spec does not match the weights.
     """
     if spec.qk_norm and qk_norm == "error":
         raise UnscalableError(
             "QK-norm",
-            f"attention {name!r} normalises queries or keys after the projection (QK-norm): a clip would shrink its"
-            " weights and leave its logits as they are; pass qk_norm='monitor' to only watch it, or qk_norm='gain' to scale"
-            " the gains of the norms",
+            f"attention {name!r} normalizes queries or keys after the projection (QK-norm), so a clip would shrink its"
+            " weights without lowering its logits; pass qk_norm='monitor' to only watch it, or qk_norm='gain' to scale the"
+            " gains of the norms",
         )
     if spec.qk_norm and qk_norm == "monitor":
         return [], "QK-norm"
@@ -147,8 +146,8 @@ def clipped_weights(
         if not spec.gains:
             raise UnscalableError(
                 "QK-norm without a gain",
-                f"attention {name!r} normalises queries or keys, and its spec names no gains for qk_norm='gain' to scale;"
-                " name them (AttentionSpec(gains=...)), or pass qk_norm='monitor'",
+                f"attention {name!r} has QK-norm, but its spec names no gains for qk_norm='gain' to scale; add them"
+                " (AttentionSpec(gains=...)), or pass qk_norm='monitor'",
             )
         return weights_of(module, name, spec.gains, spec, shared=True), ""
     makes_logits = [projection for projection in spec.projections if layout_kinds(projection.layout) != {"*"}]
@@ -158,14 +157,14 @@ def clipped_weights(
 
 
 def _aligned(factor: Tensor, param: Tensor, dim: int) -> Tensor:
-    """The factors of the channels that this rank holds of a parameter, shaped to multiply those."""
+    """The factors of this rank's channels of a parameter, shaped to multiply its local shard."""
     if isinstance(param, DTensor):
         factor = factor[local_box(param)[dim]]
     return factor.view([-1 if d == dim else 1 for d in range(param.ndim)])
 
 
 def _trained_sides(weights: list[Weight]) -> list[str]:
-    """The sides that have weights, all of which are trained."""
+    """The sides whose weights exist and are all trained."""
     own = {side: [weight for weight in weights if weight.has_kind(kinds)] for side, kinds in _SIDES.items()}
     return [side for side, members in own.items() if members and all(weight.trained for weight in members)]
 
@@ -180,10 +179,10 @@ def _factor_index(weight: Weight, layers: int, row: int, heads: int) -> Tensor:
 
 
 def _own_params(module: nn.Module, name: str, weights: list[Weight]) -> tuple[dict[Tensor, Weight], bool]:
-    """Every parameter once, and whether one of them makes queries and keys.
+    """Every parameter once, and whether one of them computes both queries and keys.
 
     Raises:
-        ValueError: If one does, but not of the same heads.
+        ValueError: If one does, but with different heads.
     """
     own: dict[Tensor, Weight] = {}
     is_tied = False
@@ -191,8 +190,8 @@ def _own_params(module: nn.Module, name: str, weights: list[Weight]) -> tuple[di
         first = own.setdefault(module.get_parameter(weight.path), weight)
         if not _same_heads(first, weight):
             raise ValueError(
-                f"attention {name!r} has one weight as {first.path} and {weight.path}, but with different heads, so no one"
-                f" factor fits both; leave it alone with specs={{{name!r}: None}}"
+                f"attention {name!r} uses one weight as {first.path} and {weight.path}, but with different heads, so no"
+                f" single factor fits both; skip it with specs={{{name!r}: None}}"
             )
         is_tied |= not torch.equal(first.channels.kinds, weight.channels.kinds)
     return own, is_tied
@@ -205,21 +204,21 @@ def _same_heads(a: Weight, b: Weight) -> bool:
 def _share(
     weights: list[Weight], trained: list[str], is_tied: bool, alpha: float, shared_keys: str
 ) -> tuple[float, str]:
-    """The queries' share of gamma in one layer, and its policy for shared keys."""
+    """The exponent of gamma on the queries of one layer, and its rule for shared keys."""
     if trained == ["q"]:
         return 1.0, "query"
     if trained == ["k"]:
         return 0.0, "group"
     if is_tied:
-        return 0.5, shared_keys  # it enters a logit twice
+        return 0.5, shared_keys  # the weight enters a logit twice
     has_own_heads = {bool((w.channels.heads[~w.channels.of_kind(("*",))] != NO_HEAD).any()) for w in weights}
     if len(has_own_heads) > 1:
-        return alpha, "group"  # gains of every head against gains of all: the smallest gamma has to reach both
+        return alpha, "group"  # per-head gains on one side, shared gains on the other: both need the smallest gamma
     return alpha, shared_keys
 
 
 class _Rule(NamedTuple):
-    """Arguments of :func:`~lightning_muonclip.qk_clip.rule.key_factors`, in which layers may be alike."""
+    """Arguments of :func:`~lightning_muonclip.qk_clip.rule.key_factors`, by which layers are grouped."""
 
     heads: int
     groups: int
@@ -237,7 +236,7 @@ class _Use(NamedTuple):
 
 
 class _Ties:
-    """Weights that several layers share: their heads are clipped alike, by the largest logit of all uses, once."""
+    """Weights shared by several layers: scaled once, by the largest logit of all uses."""
 
     def __init__(self, layers: int) -> None:
         self.joined: list[tuple[int, int]] = []
@@ -245,10 +244,10 @@ class _Ties:
         self._layers = layers
 
     def is_first(self, param: Tensor, use: _Use) -> bool:
-        """Notes the use of a weight; tells whether it is the first.
+        """Registers a use of a weight and returns whether it is the first.
 
         Raises:
-            ValueError: If no factor fits this use and the first.
+            ValueError: If no single factor fits this use and the first.
         """
         first = self._first.setdefault(param, use)
         if first is use:
@@ -256,15 +255,15 @@ class _Ties:
         same_kinds = torch.equal(first.weight.channels.kinds, use.weight.channels.kinds)
         if not _same_heads(first.weight, use.weight) or not same_kinds or first.rule != use.rule:
             raise ValueError(
-                f"attention {use.name!r} and {first.name!r} share {use.weight.path}, but use it as different heads or with"
-                " different weights trained, so no one factor fits both; leave one alone with"
+                f"attention {use.name!r} and {first.name!r} share {use.weight.path}, but use it as different heads or train"
+                " different weights beside it, so no single factor fits both; skip one with"
                 f" specs={{{use.name!r}: None}}"
             )
         self.joined.append((first.row, use.row))
         return False
 
     def rows(self) -> Tensor:
-        """For every layer the first of those that it shares weights with."""
+        """For each layer, the first layer that it shares weights with."""
         first = list(range(self._layers))
         for a, b in self.joined:
             low, high = sorted((first[a], first[b]))

@@ -1,4 +1,4 @@
-"""QK-Clip as formulas: from a head's largest logit to the factors of its query and key weights."""
+"""The formulas of QK-Clip: from per-head maximum logits to the factors of query and key weights."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ SHARED_KEYS = ("query", "group", "min_k", "compensate")
 
 
 def check_threshold(threshold: float | None) -> None:
-    """Raises ValueError unless the threshold is ``None`` (only monitor) or a positive number."""
+    """Raises ValueError unless the threshold is positive or ``None``, which only monitors."""
     if threshold is not None and not threshold > 0:
         raise ValueError(f"threshold must be positive, or None to only monitor; got {threshold}")
 
 
 def check_alpha(alpha: float) -> None:
-    """Raises ValueError unless alpha, the share of gamma that queries take, is in [0, 1]."""
+    """Raises ValueError unless alpha, the exponent of gamma on the queries, is in [0, 1]."""
     if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha, the queries' share of the clip, must be in [0, 1]; got {alpha}")
+        raise ValueError(f"alpha, the exponent of gamma on the queries, must be in [0, 1]; got {alpha}")
 
 
 def qk_clip_gamma(max_logits: Tensor, threshold: float | None) -> Tensor:
-    """The factor that brings each head's largest logit down to the threshold; 1 where nothing is to be done.
+    """The factor that brings each head's maximum logit down to the threshold; 1 where no clip is needed.
 
     Args:
-        max_logits: Any shape; signed maxima, ``-inf`` where nothing was seen.
+        max_logits: Signed maxima of any shape, ``-inf`` where nothing was seen.
         threshold: Positive; ``None`` clips nothing.
 
     Returns:
@@ -55,9 +55,9 @@ def key_factors(gamma: Tensor, alpha: float, groups: int, shared_keys: str) -> t
 
     Args:
         gamma: Shape ``(..., heads)``.
-        alpha: Share of gamma that the queries take where no key is shared.
-        groups: Number of key heads; each serves ``heads / groups`` query heads.
-        shared_keys: What happens to a key that several queries share, G being the smallest gamma among them:
+        alpha: Exponent of gamma on the queries where no key is shared; the key gets ``1 - alpha``.
+        groups: Number of key heads; each is shared by ``heads / groups`` query heads.
+        shared_keys: Rule for a key that several queries share, with G the smallest gamma among them:
             ``"query"``: gamma on the query, the key untouched (exact per head; K2's rule for its shared key);
             ``"group"``: G^alpha on every query, G^(1-alpha) on the key (Megatron-LM);
             ``"min_k"``: the query's own gamma^alpha, G^(1-alpha) on the key;
@@ -85,22 +85,22 @@ def key_factors(gamma: Tensor, alpha: float, groups: int, shared_keys: str) -> t
 def muonclip_qk_clip(
     W_q: Any, W_k: Any, x: Any, t: float, alpha: float = 0.5, eps: float = 1e-7
 ) -> tuple[list[list[float]], list[list[float]], bool, float]:
-    """QK-Clip of a single head without mask, as plain numbers: the reference to read and to test against.
+    """Reference implementation of QK-Clip for a single head without mask, on plain numbers.
 
     Args:
         W_q: Query weight, shape ``(d_head, d_model)``; a list, array or tensor.
         W_k: Key weight, same shape.
         x: Inputs, shape ``(batch, seq, d_model)``.
         t: Threshold, positive.
-        alpha: Share of the clip that the query weight takes, in [0, 1].
-        eps: Smallest maximum that is divided by.
+        alpha: Exponent of gamma on the query weight, in [0, 1]; the key weight gets ``1 - alpha``.
+        eps: Lower bound of the divisor.
 
     Returns:
         The query weight and the key weight after the clip, as lists rounded to 4 decimals; whether they were clipped;
-        and the largest logit after the clip (0.0 for an empty ``x``), rounded likewise.
+        and the maximum logit after the clip (0.0 for an empty ``x``), rounded likewise.
 
     Raises:
-        ValueError: If ``t`` or ``alpha`` is out of range, or the shapes do not fit.
+        ValueError: If ``t`` or ``alpha`` is out of range, or if the shapes do not match.
 
     Example:
         >>> eye = [[2.0, 0.0], [0.0, 2.0]]
@@ -111,7 +111,9 @@ def muonclip_qk_clip(
     check_alpha(alpha)
     query, key, inputs = (torch.as_tensor(value, dtype=torch.float64).detach() for value in (W_q, W_k, x))
     if query.ndim != 2 or query.shape != key.shape:
-        raise ValueError(f"W_q and W_k must be two matrices alike, got {tuple(query.shape)} and {tuple(key.shape)}")
+        raise ValueError(
+            f"W_q and W_k must be matrices of the same shape, got {tuple(query.shape)} and {tuple(key.shape)}"
+        )
     if inputs.numel() == 0:
         return _rounded(query), _rounded(key), False, 0.0
     if inputs.ndim != 3 or inputs.shape[-1] != query.shape[-1]:

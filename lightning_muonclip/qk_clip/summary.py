@@ -1,4 +1,4 @@
-"""What QK-Clip knows of a model, as a table."""
+"""The table that QKClip.summary() prints."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lightning_muonclip.tables import table
 
 
 def summary_table(observer: Observer, sides: Sequence[str]) -> str:
-    """One row a layer: name, class, heads, layouts, source of the logits, and the sides that a clip scales."""
+    """One row per layer: name, class, heads, layouts, source of the logits, and the sides that a clip scales."""
     rows = [("layer", "class", "heads", "layout", "logits from", "clip scales")]
     for (name, (module, spec)), recorder, side in zip(observer.attention.items(), observer.recorders, sides):
         rows.append(

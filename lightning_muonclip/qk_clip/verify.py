@@ -1,4 +1,4 @@
-"""Proves that a spec scales the rows that it thinks it scales: half a head's queries, and its logits are halved."""
+"""Verifies that a spec scales the right rows: halving the queries of a head must halve its logits."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ from lightning_muonclip.qk_clip.observe.observer import Observer
 from lightning_muonclip.qk_clip.plan import clipped_weights
 from lightning_muonclip.tables import table
 
-#: A factor of two is exact in floating point, so a right spec is off by rounding alone.
+#: A factor of two is exact in floating point, so a correct spec deviates by rounding only.
 TOLERANCE = 1e-4
 
 
-#: What leaves every logit as it is.
+#: Factors that leave every logit unchanged.
 _AGAINST = {**dict.fromkeys(("q", "qn"), 2.0), **dict.fromkeys(KEY_KINDS, 0.5)}
 
 
 @dataclass(frozen=True)
 class Check:
-    """What one experiment on one layer should have done to every head, and what it did.
+    """The expected and the actual effect of one experiment on every head of a layer.
 
     Attributes:
-        side: What was scaled: ``"q"``, ``"k"``, ``"q and k"`` where one weight makes both, ``"kn against qn"`` beside a
-            rotated key that all heads share, or ``"q against k"``.
-        head: Whose channels; ``NO_HEAD`` for those that all heads share, and for all heads.
-        what: What was looked at: ``"largest logit"``, or the norm of the ``"queries"``, ``"keys"`` or ``"output"``.
-        expected: What a right spec gives, shape (heads,); (1,) for the output.
-        found: What was seen.
-        errors: Largest deviation of an element, relative to the largest one; NaN where nothing was seen.
+        side: What was scaled: ``"q"``, ``"k"``, ``"q and k"`` if one weight computes both, ``"kn against qn"`` if a rotated
+            key is shared by all heads, or ``"q against k"``.
+        head: The head whose channels were scaled; ``NO_HEAD`` for channels that all heads share, and for all heads.
+        what: What was compared: ``"largest logit"``, or the norm of the ``"queries"``, ``"keys"`` or ``"output"``.
+        expected: The values under a correct spec, shape (heads,); (1,) for the output.
+        found: The observed values.
+        errors: Largest deviation of an element, relative to the largest element; NaN where nothing was seen.
     """
 
     layer: str
@@ -53,13 +53,13 @@ class Check:
 
     @property
     def wrong_heads(self) -> list[int]:
-        """Heads that are not as expected."""
+        """Heads that deviate from the expectation."""
         return [head for head, error in enumerate(self.errors.tolist()) if not error <= TOLERANCE]
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What :meth:`QKClip.verify` tried and found; printed, it is a table."""
+    """The result of :meth:`QKClip.verify`; prints as a table."""
 
     checks: list[Check]
     watched: dict[str, str]
@@ -84,10 +84,10 @@ def verify_attention(
 
     Args:
         attention: The modules and their specs.
-        inputs: What each was given in a forward.
+        inputs: The captured inputs of each module.
         qk_norm: As in :class:`~lightning_muonclip.QKClip`.
-        lora: As there.
-        scales: Whether anything will be scaled; if not, what cannot be scaled is no error.
+        lora: As in :class:`~lightning_muonclip.QKClip`.
+        scales: Whether anything will be scaled; if not, weights that cannot be scaled are not an error.
 
     Raises:
         ValueError: See :meth:`~lightning_muonclip.QKClip.verify`.
@@ -102,14 +102,17 @@ def verify_attention(
                 raise
             reason = error.reason
         if reason or not weights:
-            watched[name] = reason or "no weight is named"
+            watched[name] = reason or "its spec names no weight"
             continue
         if name not in inputs:
-            raise ValueError(f"attention {name!r} was not used in this forward, so its spec cannot be verified")
+            raise ValueError(
+                f"attention {name!r} was not used in this forward, so its spec cannot be verified; pass inputs that use it,"
+                f" or skip it with specs={{{name!r}: None}}"
+            )
         if _is_sharded(module):
             raise ValueError(
-                f"attention {name!r} has weights that are sharded over devices; verify the model before it is sharded, on"
-                " one device"
+                f"attention {name!r} has weights that are sharded over devices; verify the model on one device, before it is"
+                " sharded"
             )
         checks += _Laboratory(name, module, spec, inputs[name]).checks(weights)
     _raise_for(checks)
@@ -118,7 +121,7 @@ def verify_attention(
 
 @dataclass(frozen=True)
 class _Seen:
-    """What one forward shows: the largest logit of every head, all its queries and keys, and the output."""
+    """The observations of one forward: per-head maximum logits, all queries and keys, and the output."""
 
     logits: Tensor
     queries: Tensor
@@ -127,13 +130,13 @@ class _Seen:
 
 
 class _Laboratory:
-    """A copy of one attention module whose parameters are all random, so that none is zero or like another."""
+    """Runs experiments on a copy of an attention module with random parameters, so that none is zero or equals another."""
 
     def __init__(self, name: str, module: nn.Module, spec: AttentionSpec, inputs: Inputs) -> None:
         self.name = name
         self.spec = spec
         self.inputs = inputs
-        # Hooks on the module itself have had their say: what they make of its inputs is what was captured.
+        # Hooks on the module itself are dropped: the captured inputs already include their effect.
         no_hooks = {id(hooks): type(hooks)() for key, hooks in vars(module).items() if key.endswith("_hooks")}
         with DetachedCopies():
             self.module = copy.deepcopy(module, no_hooks)
@@ -180,7 +183,7 @@ class _Laboratory:
         return any(not torch.equal(first, weight.channels.kinds) for first, weight in zip(kinds, weights))
 
     def _halved(self, weights: list[Weight], base: _Seen, side: str, kinds: tuple[str, ...]) -> Iterator[Check]:
-        """Half of a head's queries or keys is half of its logits, and nothing to any other head."""
+        """Halving the queries or keys of a head must halve its logits and change no other head."""
         heads = torch.arange(self.spec.num_heads, device=base.logits.device)
         group = self.spec.num_heads // self.spec.sizes["G"]
         for head in _heads(weights, kinds):
@@ -205,7 +208,7 @@ class _Laboratory:
             yield from self._compared("kn against qn", head, "keys", keys, seen.keys)
 
     def _compared(self, side: str, head: int, what: str, expected: Tensor, found: Tensor) -> Iterator[Check]:
-        if not expected.numel():  # a module that tells its maxima and nothing else
+        if not expected.numel():  # the module reports only its maxima
             return
         size, deviation = expected.abs(), (found - expected).abs()
         if what != "largest logit":
@@ -220,11 +223,11 @@ class _Laboratory:
             if seen.numel() and zero.any():
                 raise ValueError(
                     f"attention {self.name!r}: the {what} of head {int(zero.nonzero()[0])} are all zero on these inputs, so"
-                    " its spec cannot be verified; pass others"
+                    " its spec cannot be verified; pass other inputs"
                 )
 
     def _refuse_other_groups(self, base: _Seen) -> None:
-        """Keys of one group are one and the same, and those of two are not."""
+        """Raises ValueError unless keys are equal within a group and differ between groups."""
         size = base.keys.abs().max() if base.keys.numel() else 0
         starts = ((base.keys[1:] - base.keys[:-1]).abs() > TOLERANCE * size).any(-1).nonzero()[:, 0] + 1
         groups = self.spec.sizes["G"]
@@ -236,7 +239,7 @@ class _Laboratory:
             )
 
     def _with_factors(self, weights: list[Weight], head: int | None, factors: Mapping[str, float]) -> _Seen:
-        """What is seen while channels of these kinds, of one head or of all (``None``), are scaled."""
+        """Runs a forward with the channels of these kinds scaled, for one head or for all (``None``)."""
         before: dict[Tensor, Tensor] = {}
         for weight in weights:
             param = self._param(weight)
@@ -263,7 +266,7 @@ class _Laboratory:
         ledger.close_step()
         args, kwargs = inputs.copied()
         pairs = self.observer.recorders[0].pairs = []
-        # Autocast would keep what it has cast once, although it was scaled since.
+        # Autocast's cache would return weights cast before they were scaled.
         autocast = torch.autocast(
             device_of(self.module).type, inputs.autocast, enabled=inputs.autocast is not None, cache_enabled=False
         )
@@ -286,7 +289,7 @@ def _is_sharded(module: nn.Module) -> bool:
 
 
 def _by_head(x: Tensor, heads: int | None = None) -> Tensor:
-    """Shape (heads, everything else), float32; keys that several queries share are repeated."""
+    """A float32 tensor of shape (heads, everything else); shared keys are repeated."""
     return x.repeat_interleave((heads or x.shape[-3]) // x.shape[-3], -3).movedim(-3, 0).flatten(1).float()
 
 
@@ -304,8 +307,8 @@ def _raise_for(checks: list[Check]) -> None:
             "a spec does not describe its attention, so QK-Clip would scale the wrong weights:\n    "
             + "\n    ".join(failures[:8])
             + more
-            + "\nCorrect the layout, the sizes or the number of heads; a bias has to be named with its weight."
-            "\nIf queries or keys are normalised after the projection, say qk_norm=True, or name the gains."
+            + "\nCorrect the layout, the sizes or the number of heads. The spec must also cover every bias."
+            "\nIf queries or keys are normalized after the projection, set qk_norm=True or list the gains."
         )
 
 
@@ -313,8 +316,8 @@ def _failure(check: Check, head: int) -> str:
     layer, expected, found = check.layer or "(model)", float(check.expected[head]), float(check.found[head])
     if check.what == "output":
         return (
-            f"{layer}: all queries doubled and all keys halved, the output should stay as it is (norm {expected:.6g}), but"
-            f" changes (norm {found:.6g}): channels of something else, such as values, are among those of queries or keys"
+            f"{layer}: with all queries doubled and all keys halved, the output should not change (norm {expected:.6g}), but"
+            f" it does (norm {found:.6g}): the layout of queries or keys includes other channels, such as values"
         )
     whose = "all heads'" if check.head == NO_HEAD else f"head {check.head}'s"
     done = {"kn against qn": "keys halved and queries doubled"}.get(check.side, f"{check.side} halved")

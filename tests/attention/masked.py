@@ -1,4 +1,4 @@
-"""Masks beside a predicate on indices that says the same, and attention as a loop over pairs in float64."""
+"""Masks with equivalent predicates on indices, and attention as a loop over pairs in float64."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Sees = Callable[[int, int, int, int], bool]
 
 @dataclass
 class Case:
-    """A mask, which pairs it shows, and which of them count for the maximum."""
+    """A mask, its visible pairs, and the pairs that count for the maximum."""
 
     mask: AttentionMask
     sees: Sees
@@ -96,7 +96,7 @@ def naive_attention(
     score: Callable[[Tensor, int, int, int], Tensor] | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """One query after the other; ``score(logit, head, i, j)`` is what is done to one logit."""
+    """Computes one query at a time; ``score(logit, head, i, j)`` modifies one logit."""
     batch, heads, length, _ = query.shape
     groups = heads // key.shape[1]
     rows = []

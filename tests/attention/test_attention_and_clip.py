@@ -1,4 +1,4 @@
-"""Packed documents as if each were alone, and QK-Clip where more than dot products goes into the softmax."""
+"""Packed documents against separate ones, and QK-Clip with terms other than dot products in the softmax."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HEADS, LENGTH = 4, 40
 SIZES: dict[str, Any] = {"hidden_size": 32, "num_attention_heads": HEADS}
 
 
-def learnt_bias() -> RelativeBias:
+def relative_bias() -> RelativeBias:
     bias = RelativeBias(HEADS, 8, 20)
     nn.init.normal_(bias.relative_attention_bias.weight)
     return bias
@@ -30,7 +30,7 @@ KINDS: dict[str, Callable[[], Any]] = {
     "soft-cap": lambda: Attention(**SIZES, num_key_value_heads=2, softcap=5.0),
     "alibi": lambda: Attention(**SIZES, rope_theta=None, score_mod=Alibi(HEADS)),
     "alibi and soft-cap": lambda: Attention(**SIZES, rope_theta=None, score_mod=Alibi(HEADS), softcap=5.0),
-    "learnt bias": lambda: Attention(**SIZES, score_mod=learnt_bias()),
+    "learned bias": lambda: Attention(**SIZES, score_mod=relative_bias()),
     "yarn": lambda: Attention(
         **SIZES, rope_scaling={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
     ),
@@ -48,7 +48,7 @@ def make(kind: str) -> Any:
 
 @pytest.mark.parametrize("restart", [True, False], ids=["positions restart", "positions go on"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_packed_documents_are_as_if_alone(kind: str, restart: bool) -> None:
+def test_packed_documents_equal_separate_ones(kind: str, restart: bool) -> None:
     packed, alone = make(kind), None
     alone = copy.deepcopy(packed)
     lengths = [13, 1, 20, 6]
@@ -88,7 +88,7 @@ def test_a_replay_of_the_batch_is_clipped_at_the_threshold(kind: str, backend: s
 
 
 @pytest.mark.parametrize("kind", ["soft-cap", "alibi", "alibi and soft-cap"])
-def test_it_is_the_dot_products_that_count(kind: str) -> None:
+def test_maxima_are_of_the_plain_dot_products(kind: str) -> None:
     module = make(kind)
     x = torch.randn(2, LENGTH, 32)
     query, key = queries_and_keys(module, x, 8) if module.rotary is not None else _unrotated(module, x)
@@ -97,7 +97,7 @@ def test_it_is_the_dot_products_that_count(kind: str) -> None:
         found = qk_clip.max_logits[0].double()
     torch.testing.assert_close(found, brute_max_logits(query, key, 8**-0.5, causal(LENGTH)), rtol=1e-5, atol=1e-5)
     if module.softcap is not None:
-        assert (found > module.softcap).any()  # which no capped logit could be
+        assert (found > module.softcap).any()  # impossible for capped logits
 
 
 def _unrotated(module: Any, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Tracking under torch.compile(fullgraph=True): one graph, compiled once, and the numbers of eager."""
+"""Tracking under torch.compile(fullgraph=True): one graph, compiled once, with the results of eager mode."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ KEEP = torch.arange(70) < torch.tensor([[70], [50]])
 
 
 class Padded(nn.Module):
-    """Hands a mask to its attention."""
+    """Passes a mask to its attention."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -99,12 +99,12 @@ def test_flex_is_part_of_the_graph_of_its_model(score_mod: ScoreMod | None) -> N
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
-def test_the_same_in_machine_code() -> None:
+def test_inductor_gives_the_same() -> None:
     check_one_graph(Residual(Attention(16, 2)), torch.randn(2, 2, 9, 16), "inductor")
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_qk_clip_watches_a_model_that_is_compiled_already(name: str) -> None:
+def test_qk_clip_observes_a_model_that_is_compiled_already(name: str) -> None:
     eager = MODELS[name]()
     enlarge(eager)
     compiled = torch.compile(copy.deepcopy(eager), fullgraph=True, backend="aot_eager")
@@ -136,7 +136,7 @@ def test_compiled_evaluation_records_nothing(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["latent", "third party"])
-def test_lengths_that_vary_do_not_compile_anew(name: str) -> None:
+def test_varying_lengths_do_not_recompile(name: str) -> None:
     model = SdpaAttention(16, 2) if name == "third party" else MODELS["ours"]().layers[1]
     counter = CompileCounterWithBackend("eager")
     forward = torch.compile(model, fullgraph=True, backend=counter)
@@ -147,8 +147,8 @@ def test_lengths_that_vary_do_not_compile_anew(name: str) -> None:
     assert counter.frame_count <= 2  # once for the first length, once for all others
 
 
-def test_layers_that_are_compiled_one_by_one_have_their_own_caps_and_slopes() -> None:
-    """The numbers of a score_mod stay constants, however many of them there are."""
+def test_separately_compiled_layers_keep_their_own_caps_and_slopes() -> None:
+    """The numbers of a score_mod stay constants, however many there are."""
     x = torch.randn(1, 20, 32)
     for heads, options in (
         (2, {"softcap": 2.0}),

@@ -34,7 +34,7 @@ def test_padding_hides_keys_from_every_query() -> None:
     assert visible.expand(2, 1, 3, 3).tolist() == [[[row.tolist()] * 3] for row in KEEP]
 
 
-def test_causality_and_padding_are_both_obeyed() -> None:
+def test_causality_and_padding_combine() -> None:
     visible = AttentionMask(padding=KEEP).dense(3)
     assert visible is not None
     assert visible.tolist() == [
@@ -63,11 +63,11 @@ def test_padding_that_is_no_boolean_matrix_is_refused(padding: torch.Tensor) -> 
 
 
 def test_padding_of_another_length_is_refused() -> None:
-    with pytest.raises(ValueError, match="padding is for 3 tokens, the sequence has 5"):
+    with pytest.raises(ValueError, match="padding is for 3 tokens, but the sequence has 5"):
         Attention(8, 2)(torch.randn(2, 5, 8), mask=AttentionMask(padding=KEEP))
 
 
-def test_without_causality_the_order_of_keys_is_nothing_but_their_position() -> None:
+def test_without_causality_only_positions_order_the_keys() -> None:
     module, x = Attention(8, 2), torch.randn(1, 5, 8)
     order = torch.tensor([3, 1, 4, 0, 2])
     positions = torch.arange(5)[None]
@@ -105,7 +105,7 @@ def test_windows_and_documents(is_causal: bool, padded: bool, options: dict[str,
     )
 
 
-def test_documents_see_themselves_as_if_they_were_alone() -> None:
+def test_documents_attend_as_if_alone() -> None:
     module, x = Attention(8, 2), torch.randn(1, 5, 8)
     ids = torch.tensor([[4, 4, 9, 9, 9]])
     positions = torch.tensor([[0, 1, 0, 1, 2]])
@@ -125,27 +125,25 @@ def test_and_takes_the_smaller_window_and_the_only_documents() -> None:
 
 @pytest.mark.parametrize("documents", [IDS.float(), IDS > 0, IDS[0], IDS[:, None]])
 def test_documents_that_are_no_matrix_of_integers_are_refused(documents: torch.Tensor) -> None:
-    with pytest.raises(ValueError, match=r"documents must be integers of shape \(batch, length\), one id a token"):
+    with pytest.raises(ValueError, match=r"documents must be integers of shape \(batch, length\), one id per token"):
         AttentionMask(documents=documents)
 
 
 def test_documents_of_another_length_and_an_empty_window_are_refused() -> None:
-    with pytest.raises(ValueError, match="documents are for 5 tokens, the sequence has 3"):
+    with pytest.raises(ValueError, match="documents are for 5 tokens, but the sequence has 3"):
         Attention(8, 2)(torch.randn(2, 3, 8), mask=AttentionMask(documents=IDS))
-    with pytest.raises(
-        ValueError, match="a window of 0 lets no query see even itself; give a whole number of at least 1, or None"
-    ):
+    with pytest.raises(ValueError, match="window must be an integer of at least 1, got 0; use None for any distance"):
         AttentionMask(window=0)
 
 
-def test_or_keeps_outside_what_both_say() -> None:
+def test_or_keeps_shared_conditions_outside() -> None:
     keep = torch.ones(2, 5, dtype=torch.bool)
     near, first = AttentionMask(window=2, padding=keep), AttentionMask(padding=keep, mask_mod=lambda b, h, q, k: k < 1)
     both = near | first
     assert both.causal and both.padding is keep and both.window is None
     ((one, other),) = both.either
     assert not one.causal and one.padding is None and one.window == 2 and other.mask_mod is first.mask_mod
-    assert (near | AttentionMask(padding=keep)).either == ()  # which hides no more than what both say
+    assert (near | AttentionMask(padding=keep)).either == ()  # hides no more than the shared conditions
     lengths = torch.tensor([1, 2])
     prefixed = AttentionMask(prefix=lengths) | AttentionMask(window=2, prefix=lengths)
     assert prefixed.prefix is lengths and prefixed.either == ()
@@ -158,30 +156,32 @@ def test_a_prefix_is_seen_by_all() -> None:
     shorter = AttentionMask(prefix=torch.tensor([2, 0])) & AttentionMask(prefix=torch.tensor([3, 1]))
     assert shorter.prefix is not None and shorter.prefix.tolist() == [2, 0]
     assert (AttentionMask(prefix=torch.tensor([2])) & AttentionMask()).prefix is None
-    with pytest.raises(ValueError, match="in spite of causality, but causal=False hides nothing"):
+    with pytest.raises(ValueError, match="prefix needs causal=True; without causality every token sees"):
         AttentionMask(causal=False, prefix=torch.tensor([2]))
     with pytest.raises(ValueError, match=r"prefix must be integers of shape \(batch,\)"):
         AttentionMask(prefix=torch.tensor([[2.0]]))
 
 
-def test_what_is_no_mask_is_refused() -> None:
+def test_invalid_masks_are_refused() -> None:
     x = torch.randn(2, 3, 8)
     for mask in (KEEP, torch.zeros(2, 1, 3, 3)):
-        with pytest.raises(ValueError, match=r"must be an AttentionMask, not a Tensor: AttentionMask\(padding=keep\)"):
+        with pytest.raises(
+            ValueError, match=r"must be an AttentionMask, got Tensor; use AttentionMask\(padding=keep\)"
+        ):
             Attention(8, 2)(x, mask=mask)  # type: ignore[arg-type]
     wrong: list[tuple[dict[str, Any], str]] = [
-        ({"causal": KEEP}, r"causal is True or False; got torch.bool of shape \(2, 3\): name the arguments"),
+        ({"causal": KEEP}, r"causal must be True or False, got torch.bool of shape \(2, 3\); pass masks by keyword"),
         ({"padding": [[True]]}, r"padding must be boolean .*; got \[\[True\]\]"),
         ({"documents": [[1]]}, r"documents must be integers .*; got \[\[1\]\]"),
         ({"prefix": 3}, "prefix must be integers .*; got 3"),
-        ({"window": 2.5}, "a window of 2.5 .* give a whole number"),
+        ({"window": 2.5}, "window must be an integer of at least 1, got 2.5"),
     ]
     for options, message in wrong:
         with pytest.raises(ValueError, match=message):
             AttentionMask(**options)
 
 
-def test_layers_share_what_is_built() -> None:
+def test_layers_share_built_masks() -> None:
     calls = []
     mask = AttentionMask(mask_mod=lambda b, h, q, k: calls.append(1) or k < 4)
     model = GPT(partial(Attention, num_attention_heads=2), 8, 8, num_hidden_layers=3)
@@ -200,7 +200,7 @@ def test_layers_share_what_is_built() -> None:
     assert mask.within(2) is mask.within(2) and mask.within(2).mask_mod is mask.mask_mod
 
 
-def test_what_inference_has_built_does_not_spoil_training() -> None:
+def test_masks_built_in_inference_mode_are_not_reused_in_training() -> None:
     module, mask = Attention(8, 2), AttentionMask(padding=KEEP)
     x = torch.randn(2, 3, 8)
     with torch.inference_mode():
@@ -210,7 +210,7 @@ def test_what_inference_has_built_does_not_spoil_training() -> None:
     assert torch.equal(output, expected)
 
 
-def test_a_mask_moves_and_travels() -> None:
+def test_a_mask_moves_between_devices_and_pickles() -> None:
     union = AttentionMask(padding=KEEP) | AttentionMask(documents=torch.ones(2, 3, dtype=torch.long))
     union.dense(3)
     assert {x.device.type for mask in union.to("meta").either[0] for x in mask._tensors().values()} == {"meta"}
@@ -223,11 +223,11 @@ def test_a_mask_moves_and_travels() -> None:
 
 def test_a_union_with_a_part_for_another_length_is_refused() -> None:
     union = AttentionMask(padding=KEEP) | AttentionMask(documents=torch.ones(2, 4, dtype=torch.long))
-    with pytest.raises(ValueError, match="documents are for 4 tokens, the sequence has 3"):
+    with pytest.raises(ValueError, match="documents are for 4 tokens, but the sequence has 3"):
         union.dense(3)
 
 
-def test_a_block_mask_is_no_larger_than_it_must_be() -> None:
+def test_a_block_mask_broadcasts_where_it_can() -> None:
     assert AttentionMask(causal=False).block_mask(2 * BLOCK) is None
     table = torch.tensor([True, False])
     masks = {
@@ -245,7 +245,7 @@ def test_a_block_mask_is_no_larger_than_it_must_be() -> None:
     assert full is not None and full.sum() == 0
 
 
-def test_tokens_that_only_the_user_knows_how_to_hide() -> None:
+def test_a_mask_mod_of_the_user() -> None:
     """StreamingLLM's sinks: a window, and the first tokens beside it."""
     mask = AttentionMask(window=2) | AttentionMask(mask_mod=lambda b, h, q, k: k < 1)
     module, x = Attention(8, 2), torch.randn(1, 6, 8)
@@ -289,7 +289,7 @@ def test_blocks_by_distance_are_those_of_all_pairs(causal: bool, window: int | N
         for name in listed
     }
     assert named["kv"] | named["full_kv"] == {(int(i), int(j)) for i, j in blocks.any(-1).nonzero()}
-    rows = blocks[: length // BLOCK]  # of queries that fill up nobody knows what they see
+    rows = blocks[: length // BLOCK]  # padding queries are undefined
     assert {pair for pair in named["full_kv"] if pair[0] < len(rows)} == {
         (int(i), int(j)) for i, j in rows.all(-1).nonzero()
     }
@@ -298,27 +298,27 @@ def test_blocks_by_distance_are_those_of_all_pairs(causal: bool, window: int | N
     assert torch.equal(found.mask_mod(zero, zero, q, k) & torch.ones_like(visible), visible)
 
 
-def test_parts_of_parts_are_looked_at_too() -> None:
+def test_nested_unions_are_checked() -> None:
     some = AttentionMask(causal=False, padding=torch.ones(2, 7, dtype=torch.bool))
     nested = (some | AttentionMask(window=1)) | AttentionMask(window=2)
-    with pytest.raises(ValueError, match="padding is for 7 tokens, the sequence has 5"):
+    with pytest.raises(ValueError, match="padding is for 7 tokens, but the sequence has 5"):
         nested.dense(5)
-    with pytest.raises(ValueError, match="padding is for 2 sequences, the batch has 3"):
+    with pytest.raises(ValueError, match="padding is for 2 sequences, but the batch has 3"):
         nested.dense(7, batch=3)
     visible = nested.dense(7)
     assert visible is not None and visible.shape[0] == 2
 
 
-def test_paddings_that_do_not_fit_each_other_are_named() -> None:
+def test_mismatched_paddings_are_refused() -> None:
     both = AttentionMask(padding=torch.ones(2, 7, dtype=torch.bool)) & AttentionMask(padding=KEEP)
-    with pytest.raises(ValueError, match="padding is for 7 tokens, the sequence has 3"):
+    with pytest.raises(ValueError, match="padding is for 7 tokens, but the sequence has 3"):
         both.dense(3)
     one_for_all = AttentionMask(padding=KEEP) & AttentionMask(padding=KEEP[:1])
     visible, expected = one_for_all.dense(3), AttentionMask(padding=KEEP & KEEP[:1]).dense(3)
     assert visible is not None and expected is not None and torch.equal(visible, expected)
 
 
-def test_a_model_without_values_leaves_nothing_behind() -> None:
+def test_masks_of_fake_tensors_are_not_cached() -> None:
     module = Attention(8, 2, sliding_window=2)
     x = torch.randn(1, 33, 8)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
@@ -347,7 +347,7 @@ def test_a_mask_in_a_batch_of_lightning(precision: Any) -> None:
     trainer([], precision=precision, max_steps=1).fit(LitMasked(), torch.utils.data.DataLoader(data, batch_size=None))
 
 
-def test_a_block_mask_that_is_made_before_is_the_one_of_a_compiled_model(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiled_model_uses_a_prebuilt_block_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     module = Attention(32, 2, backend="flex").requires_grad_(False)
     masks = [AttentionMask(documents=torch.randint(3, (2, 20)).sort(1).values) for _ in range(4)]
     for mask in masks:

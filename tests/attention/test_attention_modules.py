@@ -32,7 +32,7 @@ LLAMA3 = {**YARN, "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_fact
 
 
 class Kind(NamedTuple):
-    """A class of Hugging Face's, what its config is given, our arguments where they are others, and the scaling of RoPE."""
+    """A Hugging Face class, the arguments of its config, ours where they differ, and the scaling of RoPE."""
 
     family: str
     theirs: dict[str, Any]
@@ -60,7 +60,7 @@ LATENT = {
     "mla_bias": Kind("DeepseekV3", {"v_head_dim": 8, "q_lora_rank": 20, "attention_bias": True}),
     "mla_wide_values": Kind("DeepseekV3", {"v_head_dim": 20}),
 }
-#: Whose logits are not those of the oracles.
+#: Modules whose logits the oracles do not compute.
 OTHERS = {
     "linear": Kind("Llama", GQA, rope={"rope_type": "linear", "factor": 3.0}),
     "dynamic": Kind("Llama", GQA, rope={**YARN, "rope_type": "dynamic"}),
@@ -126,7 +126,7 @@ def near(module: Any, length: int) -> Tensor:
 
 
 def right_padding(batch: int, length: int) -> Tensor:
-    """Every sequence of another length."""
+    """Sequences of different lengths."""
     return torch.arange(length) < torch.tensor([[length - 9 * b] for b in range(batch)])
 
 
@@ -134,7 +134,7 @@ def right_padding(batch: int, length: int) -> Tensor:
 def test_output_and_gradients_are_hugging_faces(kind: str) -> None:
     ours, theirs, rotary = pair(kind)
     x = torch.randn(2, LENGTH, 32)
-    # Their own mask, to be sure of what they call a window.
+    # Hugging Face's own mask, to use its definition of a window.
     make_mask = create_causal_mask if ours.sliding_window is None else create_sliding_window_causal_mask
     positions = torch.arange(LENGTH)[None]
     mask = make_mask(theirs.config, x, None, None, position_ids=positions)
@@ -183,26 +183,26 @@ def test_position_ids_of_every_sequence_are_its_own(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["mha", "mla"])
-def test_positions_count_from_zero_for_all_sequences_unless_told(kind: str) -> None:
+def test_positions_default_to_counting_from_zero(kind: str) -> None:
     ours, _, _ = pair(kind)
     x = torch.randn(2, 9, 32)
     assert torch.equal(ours(x), ours(x, position_ids=torch.arange(9)[None]))
     assert torch.equal(ours(x), ours(x, position_ids=torch.arange(9).expand(2, 9)))
 
 
-class Listener:
-    """Collects what a module reports."""
+class Recorder:
+    """Collects the maxima that a module reports."""
 
     def __init__(self, logits: str = "exact") -> None:
         self.logits = logits
-        self.heard: list[Tensor] = []
+        self.maxima: list[Tensor] = []
 
     def record(self, maxima: Tensor, *, pair: tuple[Tensor, Tensor]) -> None:
-        self.heard.append(maxima)
+        self.maxima.append(maxima)
 
 
 def masked(case: str) -> tuple[Tensor, dict[str, Any]]:
-    """Which pairs count, and the arguments that say so to a module."""
+    """The pairs that count, and the arguments of a module for them."""
     if case == "positions":
         return causal(LENGTH), {"position_ids": torch.randint(200, (3, LENGTH))}
     if case == "causal":
@@ -220,12 +220,12 @@ CASES = ["causal", "padded", "padded both ways", "positions"]
 @pytest.mark.parametrize("case", CASES)
 def test_maxima_are_those_of_brute_force(kind: str, case: str) -> None:
     module = make(kind)
-    module.max_logits_recorder = Listener()
+    module.max_logits_recorder = Recorder()
     x = torch.randn(3, LENGTH, 32)
     visible, options = masked(case)
     visible = visible & near(module, LENGTH)
     module(x, **options)
-    (maxima,) = module.max_logits_recorder.heard
+    (maxima,) = module.max_logits_recorder.maxima
     expected = module_max_logits(module, x, visible, options.get("position_ids"))
     torch.testing.assert_close(maxima.double(), expected, rtol=1e-5, atol=0)
 
@@ -235,12 +235,12 @@ def test_maxima_are_those_of_brute_force(kind: str, case: str) -> None:
 def test_the_log_sum_exp_bounds_them_and_attends_alike(kind: str, case: str) -> None:
     module = make(kind)
     twin = copy.deepcopy(module)
-    module.max_logits_recorder, twin.max_logits_recorder = Listener("lse"), Listener("exact")
+    module.max_logits_recorder, twin.max_logits_recorder = Recorder("lse"), Recorder("exact")
     x = torch.randn(3, LENGTH, 32)
     visible, options = masked(case)
     visible = visible & near(module, LENGTH)
     with pytest.MonkeyPatch.context() as patch:
-        if kind != "mla_wide_values":  # whose values are wider than its keys, so that torch has no such kernel
+        if kind != "mla_wide_values":  # values are wider than keys, for which torch has no such kernel
             patch.setattr("lightning_muonclip.attention.tracking.max_logits", None)
         output = module(x, **options)
     expected_output = twin(x, **options)
@@ -250,11 +250,11 @@ def test_the_log_sum_exp_bounds_them_and_attends_alike(kind: str, case: str) -> 
     for param, expected in zip(module.parameters(), twin.parameters()):
         torch.testing.assert_close(param.grad, expected.grad, rtol=1e-6, atol=1e-6)
     (bounds,), largest = (
-        module.max_logits_recorder.heard,
+        module.max_logits_recorder.maxima,
         module_max_logits(module, x, visible, options.get("position_ids")),
     )
     if kind == "mla_wide_values":
-        assert torch.equal(bounds, twin.max_logits_recorder.heard[0])
+        assert torch.equal(bounds, twin.max_logits_recorder.maxima[0])
     else:
         assert (bounds > largest).any()
     assert (bounds >= largest - 1e-5 * largest.abs()).all()
@@ -264,34 +264,34 @@ def test_the_log_sum_exp_bounds_them_and_attends_alike(kind: str, case: str) -> 
 @pytest.mark.parametrize("logits", ["exact", "lse"])
 def test_a_batch_of_padding_alone_has_no_maximum(logits: str) -> None:
     module = make("gqa")
-    module.max_logits_recorder = Listener(logits)
+    module.max_logits_recorder = Recorder(logits)
     output = module(torch.randn(1, 5, 32), mask=AttentionMask(padding=torch.zeros(1, 5, dtype=torch.bool)))
-    assert module.max_logits_recorder.heard[0].tolist() == [-INF] * 4
+    assert module.max_logits_recorder.maxima[0].tolist() == [-INF] * 4
     assert output.isfinite().all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_reporting_changes_neither_output_nor_gradients(kind: str) -> None:
     module = make(kind)
-    listened = copy.deepcopy(module)
-    listened.max_logits_recorder = Listener()
+    observed = copy.deepcopy(module)
+    observed.max_logits_recorder = Recorder()
     x = torch.randn(2, 9, 32)
-    outputs = [m(x) for m in (module, listened)]
+    outputs = [m(x) for m in (module, observed)]
     assert torch.equal(*outputs)
     for output in outputs:
         output.square().sum().backward()
-    for plain, watched in zip(module.parameters(), listened.parameters()):
+    for plain, watched in zip(module.parameters(), observed.parameters()):
         assert torch.equal(plain.grad, watched.grad)
-    assert not listened.max_logits_recorder.heard[0].requires_grad
+    assert not observed.max_logits_recorder.maxima[0].requires_grad
 
 
 @pytest.mark.parametrize("kind", ["mha", "mla"])
 def test_nothing_is_reported_in_evaluation(kind: str) -> None:
     module = make(kind).eval()
-    module.max_logits_recorder = Listener()
+    module.max_logits_recorder = Recorder()
     assert module.track is None
     module(torch.randn(2, 9, 32))
-    assert module.max_logits_recorder.heard == []
+    assert module.max_logits_recorder.maxima == []
 
 
 @pytest.mark.parametrize("kind", ["mha", "mla"])
@@ -304,7 +304,7 @@ def test_positions_keep_their_precision_in_a_bfloat16_module(kind: str) -> None:
     assert module(torch.randn(2, 9, 32, dtype=torch.bfloat16)).dtype is torch.bfloat16
 
 
-def test_a_module_made_without_memory_turns_as_any_other() -> None:
+def test_a_module_created_on_meta_rotates_correctly() -> None:
     with torch.device("meta"):
         module = Attention(32, 4)
     expected = Attention(32, 4).rotary(torch.arange(9)[None])
@@ -337,7 +337,7 @@ def naive(
 @pytest.mark.parametrize("options", [{}, {"sliding_window": 7, "sinks": True}, {"softcap": 3.0, "sinks": True}])
 def test_latent_attention_with_all_options_is_that_of_a_loop(options: dict[str, Any]) -> None:
     module = make("mla_lora", **options)
-    module.max_logits_recorder = Listener()
+    module.max_logits_recorder = Recorder()
     x = torch.randn(1, 30, 32)
     query, key = latent_queries_and_keys(module, x)
     latent = module.kv_a_layernorm(module.kv_a_proj_with_mqa(x)[..., :16])
@@ -346,22 +346,22 @@ def test_latent_attention_with_all_options_is_that_of_a_loop(options: dict[str, 
     expected, logits = naive(module, query, key, value, visible)
     torch.testing.assert_close(module(x).double(), expected, rtol=1e-5, atol=1e-5)
     largest = logits.masked_fill(~visible, -INF).amax((1, 2))
-    torch.testing.assert_close(module.max_logits_recorder.heard[0].double(), largest, rtol=1e-5, atol=0)
+    torch.testing.assert_close(module.max_logits_recorder.maxima[0].double(), largest, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("logits", ["exact", "lse"])
 @pytest.mark.parametrize("kind", ["gemma2", "gpt_oss"])
 def test_maxima_are_of_the_visible_dot_products_before_soft_cap_and_sinks(kind: str, logits: str) -> None:
     module = make(kind, rope_scaling=None)
-    module.max_logits_recorder = Listener(logits)
+    module.max_logits_recorder = Recorder(logits)
     x = torch.randn(2, LENGTH, 32)
     module(x)
     query, key = queries_and_keys(module, x, module.head_dim)
     expected = brute_max_logits(query, key, module.scaling, causal(LENGTH) & near(module, LENGTH))
-    torch.testing.assert_close(module.max_logits_recorder.heard[0].double(), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(module.max_logits_recorder.maxima[0].double(), expected, rtol=1e-5, atol=0)
 
 
-def test_a_score_mod_takes_the_place_of_rotation() -> None:
+def test_a_score_mod_replaces_rotation() -> None:
     module = make("gqa", rope_theta=None, score_mod=Alibi(4))
     x = torch.randn(1, 30, 32)
     with torch.no_grad():
@@ -387,7 +387,7 @@ def test_a_module_keeps_its_window_in_any_mask() -> None:
 
 
 @pytest.mark.parametrize(("windows", "layers"), [([5, None], 3), ((5,), 2), ([None, 3, 9, 4], 3)])
-def test_a_model_takes_a_window_a_layer_over_and_over(windows: list[int | None], layers: int) -> None:
+def test_a_model_cycles_windows_over_its_layers(windows: list[int | None], layers: int) -> None:
     attention = partial(Attention, num_attention_heads=4)
     local = GPT(attention, hidden_size=32, num_hidden_layers=layers, sliding_window=windows)
     enlarge(local)
@@ -403,9 +403,9 @@ def test_a_model_takes_a_window_a_layer_over_and_over(windows: list[int | None],
     assert not torch.allclose(local(tokens), plain(tokens), atol=1e-2)
 
 
-def test_a_model_asks_nothing_of_attention_that_it_is_not_told() -> None:
+def test_a_model_passes_no_window_unless_given_one() -> None:
     GPT(lambda hidden_size: nn.Linear(hidden_size, hidden_size), num_hidden_layers=1)
-    with pytest.raises(ValueError, match="sliding_window has an entry for no layer; give at least one, or None"):
+    with pytest.raises(ValueError, match=r"sliding_window needs at least one entry, got \[\]; use None for no window"):
         GPT(partial(Attention, num_attention_heads=4), sliding_window=[])
 
 
@@ -414,11 +414,11 @@ def test_a_model_asks_nothing_of_attention_that_it_is_not_told() -> None:
     [
         (
             {"sliding_window": 0},
-            "sliding_window of 0 lets no query see even itself; give a whole number of at least 1, or None",
+            "sliding_window must be an integer of at least 1, got 0; use None for no window",
         ),
-        ({"softcap": 0.0}, "soft-cap of 0.0 leaves no logit; give a positive number, or None"),
-        ({"softcap": -1.0}, "soft-cap of -1.0"),
-        ({"backend": "flash"}, "unknown attention backend 'flash'; known: auto, eager, sdpa, flex"),
+        ({"softcap": 0.0}, "softcap must be positive, got 0.0; use None for no cap"),
+        ({"softcap": -1.0}, "softcap must be positive, got -1.0"),
+        ({"backend": "flash"}, "unknown attention backend 'flash'; use one of auto, eager, sdpa, flex"),
         ({"rope_scaling": {"rope_type": "linear"}}, "rope_type 'linear' needs 'factor'"),
     ],
 )
@@ -428,15 +428,15 @@ def test_options_out_of_range_are_refused(kind: str, options: dict[str, Any], me
         make(kind, **options)
 
 
-def test_a_rotation_cannot_be_left_out_and_stretched() -> None:
-    with pytest.raises(ValueError, match="rope_theta=None has none; give only one of them"):
+def test_rope_scaling_without_rotation_is_refused() -> None:
+    with pytest.raises(ValueError, match="rope_scaling has no effect with rope_theta=None"):
         Attention(32, 4, rope_theta=None, rope_scaling=YARN)
 
 
 def test_sizes_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(ValueError, match="hidden_size 30 is not divisible by 4 heads; give head_dim"):
+    with pytest.raises(ValueError, match="hidden_size 30 is not divisible by 4 heads; set head_dim"):
         Attention(30, 4)
-    with pytest.raises(ValueError, match="4 heads cannot share 3 key heads"):
+    with pytest.raises(ValueError, match="must be a multiple of num_key_value_heads; got 4 and 3"):
         Attention(32, 4, num_key_value_heads=3)
     with pytest.raises(ValueError, match="must be even; got 5"):
         RotaryEmbedding(5)

@@ -1,10 +1,11 @@
-"""Every backend against the eager one in float64, which is held against a loop over pairs."""
+"""Every backend against the eager one in float64, and that against a loop over pairs."""
 
 from __future__ import annotations
 
 import copy
 import math
 import pickle
+import re
 from typing import Any
 
 import pytest
@@ -161,7 +162,7 @@ def test_flex_in_its_own_eager_mode_is_eager(
 
 @pytest.mark.parametrize("backend", ["sdpa", "eager"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_near(backend: str, dtype: torch.dtype) -> None:
+def test_half_precision_is_close(backend: str, dtype: torch.dtype) -> None:
     inputs = tensors(70, 2, 16, 16, seed=0)
     expected, gradients, maxima = run("eager", [x.to(dtype).double() for x in inputs], torch.float64)
     output, found, largest = run(backend, inputs, dtype)
@@ -174,7 +175,7 @@ def test_half_precision_is_near(backend: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_nothing_gives_nothing(backend: str) -> None:
+def test_empty_inputs(backend: str) -> None:
     for batch, length in ((0, 5), (2, 0)):
         query = torch.randn(batch, 4, length, 16, requires_grad=True)
         output, maxima = attention(query, query, query[..., :8], scale=1.0, track="exact", backend=backend)
@@ -184,7 +185,7 @@ def test_nothing_gives_nothing(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ["eager", "flex"])
-def test_sinks_of_no_weight_change_nothing(backend: str) -> None:
+def test_sinks_of_minus_infinity_change_nothing(backend: str) -> None:
     inputs = [x.float() for x in tensors(6, 2, 16, 16, seed=0)]
     mask = AttentionMask(mask_mod=lambda b, h, q, k: q != 2)
     options: dict[str, Any] = {"scale": 1.0, "mask": mask, "backend": backend}
@@ -202,7 +203,7 @@ def test_under_autocast_flex_works_in_half_precision_as_sdpa_does() -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_who_sees_nothing_gets_zeros_and_no_gradient(backend: str) -> None:
+def test_a_query_that_sees_nothing_gets_zeros_and_no_gradient(backend: str) -> None:
     inputs = [x.float().requires_grad_(backend != "flex") for x in tensors(6, 2, 16, 16, seed=0)]
     mask = AttentionMask(mask_mod=lambda b, h, q, k: (q != 2) & (k != 5)) & AttentionMask(
         padding=torch.tensor([[True] * 6, [False] * 6])
@@ -253,7 +254,7 @@ def test_alibi_has_the_slopes_of_hugging_faces_bloom(heads: int) -> None:
     torch.testing.assert_close(ours - ours[..., :1], theirs - theirs[..., :1])
 
 
-def test_modules_that_keep_score_mods_travel() -> None:
+def test_modules_with_score_mods_pickle() -> None:
     x = torch.randn(1, 5, 16)
     for score_mod in (Alibi(2), SoftCap(1.0), RelativeBias(2)):
         module = Attention(16, 2, score_mod=score_mod)
@@ -278,20 +279,20 @@ def test_relative_bias_has_the_buckets_of_hugging_faces_t5(
 def test_score_mods_for_other_heads_or_no_distances_are_refused() -> None:
     for score_mod in (Alibi(8), RelativeBias(3)):
         with pytest.raises(
-            ValueError, match=r"the score_mod is for \d heads, the attention has 4; give it num_heads=4"
+            ValueError, match=r"the score_mod is for \d heads, but the attention has 4; create it with num_heads=4"
         ):
             Attention(16, 4, score_mod=score_mod)
     with pytest.raises(ValueError, match="num_heads must be at least 1"):
         Alibi(0)
     with pytest.raises(
-        ValueError, match="of 400 buckets 200 are for near distances, which must be less than max_distance"
+        ValueError, match="max_distance must be above 200, the number of near distances of 400 buckets; got 128"
     ):
         RelativeBias(4, num_buckets=400)
     with pytest.raises(ValueError, match="num_buckets must be at least 4"):
         RelativeBias(4, num_buckets=2, bidirectional=True)
 
 
-def test_a_learnt_bias_is_learnt() -> None:
+def test_a_relative_bias_trains() -> None:
     bias = RelativeBias(HEADS, 8, 20)
     inputs = tensors(12, 4, 4, 4, seed=0)
     output, _ = attention(*inputs, scale=1.0, score_mod=bias)
@@ -308,7 +309,7 @@ def test_a_learnt_bias_is_learnt() -> None:
     )
 
 
-def test_heads_that_start_later_are_those_of_the_whole() -> None:
+def test_from_head_equals_a_slice_of_all_heads() -> None:
     query, key, value = tensors(9, 4, 4, 4, seed=0)
     table = torch.rand(HEADS, 9) < 0.7
     mask = (AttentionMask() | AttentionMask(causal=False, mask_mod=lambda b, h, q, k: table[h, q])) & AttentionMask(
@@ -325,7 +326,7 @@ def test_heads_that_start_later_are_those_of_the_whole() -> None:
     assert torch.equal(part, whole[:, 2:]) and maxima is not None and torch.equal(own, maxima[2:])
 
 
-def test_flex_is_asked_for_whole_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flex_gets_whole_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     lengths = []
 
     def listen(query: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -339,7 +340,7 @@ def test_flex_is_asked_for_whole_blocks(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_compiled_once_it_takes_any_number_of_masks_lengths_and_score_mods(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU: more graphs than torch would make of one function, all whole, none wrong."""
+    """As on a GPU: more graphs than torch's recompile limit allows, without graph breaks and with correct results."""
     plain = torch.nn.attention.flex_attention.flex_attention
     torch._dynamo.reset()
     monkeypatch.setattr("torch.nn.attention.flex_attention.flex_attention", compiled(plain, "aot_eager"))
@@ -360,10 +361,10 @@ def test_compiled_once_it_takes_any_number_of_masks_lengths_and_score_mods(monke
                 found = attention(*inputs, backend="flex", **own)[0]
             torch.testing.assert_close(found, attention(*inputs, backend="eager", **own)[0])
         graphs.append(count["unique_graphs"] - before)
-    assert 8 < graphs[0] == graphs[1]  # the limit of torch, and again none is made
+    assert 8 < graphs[0] == graphs[1]  # torch's limit; no further graph is compiled
 
 
-def test_a_table_of_positions_is_never_read_behind_its_end() -> None:
+def test_a_table_of_positions_is_never_read_out_of_bounds() -> None:
     inputs = [x.float() for x in tensors(9, 4, 16, 16, seed=0)]
     table = torch.randn(9, 9)
     options: dict[str, Any] = {
@@ -374,7 +375,7 @@ def test_a_table_of_positions_is_never_read_behind_its_end() -> None:
     torch.testing.assert_close(found, attention(*inputs, scale=1.0, backend="eager", **options)[0])
 
 
-def test_auto_on_a_cpu_takes_what_can_be_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_on_a_cpu_picks_a_trainable_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[str] = []
     for name in BACKENDS:
         function = BACKENDS[name]
@@ -386,37 +387,40 @@ def test_auto_on_a_cpu_takes_what_can_be_trained(monkeypatch: pytest.MonkeyPatch
     assert called == ["sdpa", "eager", "eager", "eager"]
 
 
-def test_what_cannot_be_is_refused() -> None:
+def test_invalid_arguments_are_refused() -> None:
     query, key, value = (x.float() for x in tensors(5, 2, 16, 16, seed=0))
     cases: dict[str, tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any]]] = {
-        "unknown backend 'flash'; known: auto, eager, sdpa, flex": ((query, key, value), {"backend": "flash"}),
-        "4 query heads cannot share 3 key heads": ((query, key[:, [0, 0, 0]], value[:, [0, 0, 0]]), {}),
-        "queries, keys and values are of one sequence": ((query, key[:, :, :4], value[:, :, :4]), {}),
-        "no score_mod, soft-cap or sinks; take backend='auto'": (
+        "unknown backend 'flash'; use one of auto, eager, sdpa, flex": ((query, key, value), {"backend": "flash"}),
+        "a multiple of the number of key heads; got 4, 3": ((query, key[:, [0, 0, 0]], value[:, [0, 0, 0]]), {}),
+        "queries, keys and values must have shapes": ((query, key[:, :, :4], value[:, :, :4]), {}),
+        "no score_mod, soft-cap or sinks; use backend='auto'": (
             (query, key, value),
             {"backend": "sdpa", "softcap": 1.0},
         ),
-        "sinks are one logit for each of 4 query heads": ((query, key, value), {"sinks": torch.zeros(2)}),
+        "sinks must have shape (4,), one logit per query head; got (2,)": (
+            (query, key, value),
+            {"sinks": torch.zeros(2)},
+        ),
         "FlexAttention has no backward on this device": ((query.requires_grad_(), key, value), {"backend": "flex"}),
-        "a soft-cap of 0 leaves no logit": ((query, key, value), {"softcap": 0}),
-        "padding is for 7 tokens, the sequence has 5": (
+        "softcap must be positive, got 0": ((query, key, value), {"softcap": 0}),
+        "padding is for 7 tokens, but the sequence has 5": (
             (query, key, value),
             {"mask": AttentionMask(padding=torch.ones(2, 7, dtype=torch.bool))},
         ),
-        "documents are for 3 sequences, the batch has 2": (
+        "documents are for 3 sequences, but the batch has 2": (
             (query, key, value),
             {"mask": AttentionMask(documents=torch.ones(3, 5, dtype=torch.long))},
         ),
-        "queries, keys and values have four dimensions each": ((query[0], key[0], value[0]), {}),
-        "a mask_mod must give a boolean tensor, True where a key is visible; got torch.int64": (
+        "queries, keys and values must have four dimensions": ((query[0], key[0], value[0]), {}),
+        "a mask_mod must return a boolean tensor, True where a key is visible; got torch.int64": (
             (query, key, value),
             {"mask": AttentionMask(mask_mod=lambda b, h, q, k: q * k)},
         ),
-        "a mask_mod must give a boolean tensor, True where a key is visible; got bool": (
+        "a mask_mod must return a boolean tensor, True where a key is visible; got bool": (
             (query, key, value),
             {"mask": AttentionMask(mask_mod=lambda b, h, q, k: True)},
         ),
-        "prefix is on meta, the sequence on cpu; move the mask with mask.to": (
+        "prefix is on meta, but the sequence is on cpu; move the mask with mask.to": (
             (query, key, value),
             {"mask": AttentionMask(prefix=torch.ones(2, dtype=torch.long, device="meta"))},
         ),
@@ -424,13 +428,13 @@ def test_what_cannot_be_is_refused() -> None:
     for message, (inputs, options) in cases.items():
         for backend in BACKENDS if "mask" in options else [options.pop("backend", "auto")]:
             with (
-                pytest.raises(ValueError, match=message.replace("(", "\\(")),
+                pytest.raises(ValueError, match=re.escape(message)),
                 torch.set_grad_enabled("backward" in message),
             ):
                 attention(*inputs, scale=1.0, backend=backend, **options)
 
 
-def test_a_log_sum_exp_bounds_what_general_masks_show() -> None:
+def test_the_log_sum_exp_is_a_bound_under_general_masks() -> None:
     inputs = [x.float() for x in tensors(40, 2, 16, 16, seed=0)]
     mask = AttentionMask(window=5) | AttentionMask(mask_mod=lambda b, h, q, k: k < 3)
     exact, bound = (attention(*inputs, scale=1.0, mask=mask, track=track)[1] for track in ("exact", "lse"))

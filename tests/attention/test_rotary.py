@@ -1,4 +1,4 @@
-"""Rotary embeddings against those of Hugging Face: cosines and sines, in the original length and beyond."""
+"""Rotary embeddings against those of Hugging Face, within the original length and beyond."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ SCALINGS: dict[str, dict[str, Any]] = {
 def theirs(dim: int, scaling: dict[str, Any]) -> LlamaRotaryEmbedding:
     rope = {"rope_theta": THETA, **scaling}
     if scaling["rope_type"] == "dynamic":
-        del rope["original_max_position_embeddings"]  # theirs is the config's
+        del rope["original_max_position_embeddings"]  # Hugging Face takes it from the config
     config = LlamaConfig(
         hidden_size=2 * dim,
         num_attention_heads=2,
@@ -67,7 +67,7 @@ def test_a_scaling_changes_what_it_should(name: str) -> None:
     assert torch.equal(cos, plain) == (name == "default")
 
 
-def test_the_dynamic_one_goes_by_the_largest_position_and_forgets_it() -> None:
+def test_dynamic_scaling_depends_on_the_current_forward_only() -> None:
     rotary, plain = RotaryEmbedding(64, THETA, SCALINGS["dynamic"]), RotaryEmbedding(64, THETA)
     short, long = torch.arange(ORIGINAL)[None], torch.arange(200)[None]
     before = rotary(short)
@@ -77,10 +77,10 @@ def test_the_dynamic_one_goes_by_the_largest_position_and_forgets_it() -> None:
 
 
 @pytest.mark.parametrize("name", SCALINGS)
-def test_nothing_waits_for_the_device(name: str) -> None:
+def test_no_host_synchronization(name: str) -> None:
     positions = torch.arange(200)[None]
     rotary = RotaryEmbedding(64, THETA, SCALINGS[name])
-    cos, _ = rotary(positions.to("meta"))  # where a value cannot be asked for
+    cos, _ = rotary(positions.to("meta"))  # no values can be read there
     assert cos.is_meta and cos.shape == (1, 1, 200, 64)
     assert torch.equal(rotary.bfloat16()(positions)[0], RotaryEmbedding(64, THETA, SCALINGS[name])(positions)[0])
     assert not rotary.state_dict()
@@ -119,23 +119,27 @@ def test_scalings_as_configs_have_them() -> None:
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("linear", {"rope_type": "ntk"}, "unknown rope_type 'ntk' in rope_scaling; known: default, linear, dynamic"),
+        (
+            "linear",
+            {"rope_type": "ntk"},
+            "unknown rope_type 'ntk' in rope_scaling; use one of default, linear, dynamic",
+        ),
         ("linear", {"rope_type": None}, "unknown rope_type None"),
         ("linear", {"factor": None}, "rope_type 'linear' needs 'factor' in rope_scaling"),
         ("dynamic", {"original_max_position_embeddings": None}, "needs 'original_max_position_embeddings'"),
         ("llama3", {"low_freq_factor": None}, "rope_type 'llama3' needs 'low_freq_factor'"),
-        ("linear", {"beta_fast": 32}, "rope_type 'linear' takes no 'beta_fast' in rope_scaling; it takes factor"),
-        ("default", {"factor": 2.0}, "rope_type 'default' takes no 'factor' in rope_scaling; it takes none"),
-        ("linear", {"factor": 0.5}, "factor of rope_scaling must be a number of at least 1; got 0.5"),
-        ("linear", {"factor": "3"}, "factor of rope_scaling must be a number of at least 1; got '3'"),
+        ("linear", {"beta_fast": 32}, "unknown key 'beta_fast' in rope_scaling of rope_type 'linear'; known: factor"),
+        ("default", {"factor": 2.0}, "unknown key 'factor' in rope_scaling of rope_type 'default'; known: none"),
+        ("linear", {"factor": 0.5}, "factor in rope_scaling must be a number of at least 1; got 0.5"),
+        ("linear", {"factor": "3"}, "factor in rope_scaling must be a number of at least 1; got '3'"),
         ("yarn", {"original_max_position_embeddings": 0}, "must be a number of at least 1; got 0"),
-        ("yarn", {"attention_factor": -1.0}, "attention_factor of rope_scaling must be a number of at least 0"),
-        ("yarn", {"beta_slow": 40}, "beta_slow of rope_scaling must be below beta_fast; got 40 and 32"),
-        ("llama3", {"low_freq_factor": 4.0}, "low_freq_factor of rope_scaling must be below high_freq_factor"),
-        ("linear", {"rope_theta": 1e4}, "rope_theta of rope_scaling is 10000.0, here it is 5000.0; leave it out"),
-        ("linear", {"partial_rotary_factor": 0.5}, "partial_rotary_factor of rope_scaling is 0.5, here it is 1.0"),
+        ("yarn", {"attention_factor": -1.0}, "attention_factor in rope_scaling must be a number of at least 0"),
+        ("yarn", {"beta_slow": 40}, "beta_slow in rope_scaling must be below beta_fast; got 40 and 32"),
+        ("llama3", {"low_freq_factor": 4.0}, "low_freq_factor in rope_scaling must be below high_freq_factor"),
+        ("linear", {"rope_theta": 1e4}, "rope_theta in rope_scaling is 10000.0, but here it is 5000.0; leave it out"),
+        ("linear", {"partial_rotary_factor": 0.5}, "partial_rotary_factor in rope_scaling is 0.5, but here it is 1.0"),
     ],
 )
-def test_mistakes_in_a_scaling_are_named(name: str, changes: dict[str, Any], message: str) -> None:
+def test_invalid_scalings_are_refused(name: str, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         RotaryEmbedding(8, THETA, SCALINGS[name] | changes)

@@ -1,4 +1,4 @@
-"""Trains under Lightning's strategies on so many processes; what every rank has in the end is compared by the tests."""
+"""Trains under Lightning's strategies in several processes; the tests compare the final results of every rank."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from lightning_muonclip import MuonClipCallback
 
 STEPS, SAVED, KILLED = 10, 5, 7  # of a run, before its checkpoint, and before one rank is killed
 
-#: Seconds after which a rank that hears nothing from another gives up; in a run in which one is killed.
+#: Timeout in seconds of a collective, in a run in which one rank is killed.
 PATIENCE = 20
 
 
@@ -50,11 +50,11 @@ class Run:
     Attributes:
         name: Names its checkpoint.
         strategy: ``"ddp"``, ``"fsdp2"`` with full checkpoints, ``"fsdp2 sharded"`` with a folder of shards, or ``"auto"``.
-        resume: The name of the run to go on with; it saves nothing then.
-        steps: How many it makes in all.
-        killed: Whether rank 1 is killed on the way.
-        plain: Leaves out MuonClip.
-        groups: How AdamW is given its parameters.
+        resume: The name of the run to resume; the resumed run saves nothing.
+        steps: Total number of steps.
+        killed: Whether rank 1 is killed during the run.
+        plain: Trains without MuonClip.
+        groups: How AdamW's parameters are grouped.
         options: Arguments of the callback.
     """
 
@@ -69,7 +69,7 @@ class Run:
 
 
 def projections_apart(lit: LitSharded) -> list[dict[str, Any]]:
-    """Of the first group Muon leaves nothing."""
+    """Muon takes all parameters of the first group."""
     return [group_of(lit, "proj", 0.1), group_of(lit, "norm", 0.0), group_of(lit, "embed", 0.0)]
 
 
@@ -92,7 +92,7 @@ class Tokens(pl.LightningDataModule):
 
 
 class _Rest:
-    """Serves what a run has not seen yet; it has a state, so that Lightning trusts it to."""
+    """Serves the batches that a run has not seen yet; stateful, so that Lightning relies on it."""
 
     def __init__(self, batches: Any, fit: pl.Trainer) -> None:
         self.batches, self.fit = batches, fit
@@ -111,7 +111,7 @@ class _Rest:
 
 
 class Kill(pl.Callback):
-    """Ends rank 1 as the kernel would, without a word to anyone, and writes a file at that moment."""
+    """Kills rank 1 with SIGKILL and writes a file at that moment."""
 
     def __init__(self, moment: Path) -> None:
         self.moment = moment
@@ -135,7 +135,7 @@ def strategy_of(name: str, ranks: int, patience: timedelta) -> Any:
 
 
 def train(run: Run, ranks: int, folder: Path) -> dict[str, Any]:
-    """What a rank has at the end of a run, or the error that ended it."""
+    """The final state of a rank, or the error that ended it."""
     torch.manual_seed(0)
     lit = LitSharded(tiny_gpt(), lambda _: torch.optim.AdamW(run.groups(lit), lr=3e-3), schedule=True)
     callback = MuonClipCallback(threshold=1.0, dtype=torch.float32, **dict(run.options))
@@ -179,7 +179,7 @@ def train_all(runs: list[Run], ranks: int, folder: Path) -> dict[str, dict[str, 
 
 @dataclass
 class Ranks:
-    """Processes that were started together, and what they leave behind."""
+    """Processes started together, and their results."""
 
     processes: list[BaseProcess]
     folder: Path
@@ -206,7 +206,7 @@ class Ranks:
 
 
 def start(count: int, folder: Path, function: Callable[..., Any], *args: Any) -> Ranks:
-    """Runs a function on so many ranks that find one another as those of torchrun do."""
+    """Runs a function on several ranks that rendezvous as under torchrun."""
     context = multiprocessing.get_context("forkserver")  # imports this only once:
     context.set_forkserver_preload(["lightning_muonclip", "torch.distributed.fsdp"])
     with socket.socket() as probe:

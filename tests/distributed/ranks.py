@@ -1,4 +1,4 @@
-"""Runs a function in several real processes that talk by gloo."""
+"""Runs a function in several real processes connected by gloo."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TIMEOUT = 240
 
 
 def on_ranks(count: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """What ``function(*args)`` returns on every rank."""
+    """The results of ``function(*args)`` on every rank."""
     context = multiprocessing.get_context("forkserver")  # imports once, not on every rank
     context.set_forkserver_preload([function.__module__])
     with tempfile.TemporaryDirectory() as folder:
@@ -28,7 +28,7 @@ def on_ranks(count: int, function: Callable[..., Any], *args: Any) -> list[Any]:
             if process.exitcode != 0:
                 break
         for process in processes:
-            process.kill()  # whoever still waits for a rank that failed
+            process.kill()  # ranks that still wait for one that failed
         errors = [file.read_text() for file in sorted(Path(folder).glob("*.txt"))]
         assert not errors, "\n".join(errors)
         files = [Path(folder) / f"rank{rank}.pt" for rank in range(count)]

@@ -1,4 +1,4 @@
-"""Checkpoints move between strategies and numbers of ranks; a rank that dies costs no more than the way back to one."""
+"""Checkpoints move between strategies and numbers of ranks, and a killed run resumes from its last one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from torch import nn
 
 from lightning_muonclip import Muon, MuonClip, split_params
 
-#: Runs on other numbers of ranks are not bitwise equal: the mean of two halves is rounded otherwise than of four quarters.
+#: Runs on different numbers of ranks are not bitwise equal: the means of two halves and of four quarters round differently.
 TOLERANCE = 1e-6
 
 MOMENTUM_SHARDED = (("shard_momentum", True),)
@@ -96,7 +96,7 @@ def saved(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def killed(folder: Path) -> dict[str, tuple[list[int | None], str, float]]:
-    """Exit codes, the error of the rank that is left, and how long that took it."""
+    """Exit codes, the error of the remaining rank, and its time to stop."""
     outcomes = {}
     for run in KILLED:
         ranks = start(2, folder / run.name, train, run, 2, folder)
@@ -126,7 +126,7 @@ def assert_equal_weights(run: dict[str, Any], other: dict[str, Any], tolerance: 
 
 
 class TestResumed:
-    """Whatever saved on 4 ranks after half of the way, and whatever goes on, ends where the run that went on ends."""
+    """A run saved on 4 ranks at half time and resumed in any way ends like the uninterrupted run."""
 
     @pytest.mark.parametrize("name", [run.name for run in SAVERS])
     def test_uninterrupted(self, name: str, saved: list[dict[str, Any]]) -> None:
@@ -163,7 +163,7 @@ def test_emptied_groups_that_torch_cannot_load_are_warned_of(one: list[dict[str,
     assert not warned("emptied fsdp2")
 
 
-def test_other_settings_give_way_to_those_of_the_checkpoint(folder: Path, saved: list[dict[str, Any]]) -> None:
+def test_settings_of_the_checkpoint_take_precedence(folder: Path, saved: list[dict[str, Any]]) -> None:
     other = Run("other", "auto", "ddp", options=(("momentum", 0.5), ("ns_coefficients", "jordan")))
     resumed = train(other, 1, folder)
     assert_equal_weights(resumed, saved[0]["ddp"], TOLERANCE)
@@ -192,7 +192,7 @@ class TestKilled:
         assert "Connection closed by peer" in error or "Connection reset by peer" in error, error
 
     @pytest.mark.parametrize(("straight", "rescued"), [(a.name, b.name) for a, b in zip(STRAIGHT, RESCUED)])
-    def test_a_new_run_goes_on_to_the_bit(self, straight: str, rescued: str, two: list[dict[str, Any]]) -> None:
+    def test_a_new_run_resumes_bitwise(self, straight: str, rescued: str, two: list[dict[str, Any]]) -> None:
         for rank in two:
             assert_equal_weights(rank[rescued], rank[straight], 0.0)
             assert torch.equal(rank[rescued]["clips"], rank[straight]["clips"])
@@ -208,7 +208,7 @@ def test_a_checkpoint_without_the_callback_is_refused(name: str, two: list[dict[
 class TestStatesOfOthers:
     """What plain PyTorch saved on one process."""
 
-    def test_torch_muon_goes_on(self) -> None:
+    def test_torch_muon_resumes(self) -> None:
         generator = torch.Generator().manual_seed(0)
         shapes = [(6, 4), (4, 6), (6, 4)]
         params = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]

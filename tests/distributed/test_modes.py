@@ -1,4 +1,4 @@
-"""What users combine with DDP and FSDP2, in two real processes, against one process on the whole batch."""
+"""Features combined with DDP and FSDP2, in two real processes, against one process on the whole batch."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def train_mode(mode: str, rank: int = 0, ranks: int = 1) -> tuple[dict[str, Tens
 
 
 class EarlyOverflow(Overflow):
-    """The same before DDP has averaged gradients over ranks, as a real infinity would be."""
+    """Injects the infinity before DDP averages gradients, as a real one would occur."""
 
     def on_fit_start(self, fit: pl.Trainer, lit: pl.LightningModule) -> None:
         def spoil(name: str, grad: Tensor) -> Tensor:
@@ -179,7 +179,7 @@ def test_ten_steps_equal_those_of_one_process(mode: str, results: list[dict[str,
 
 
 @pytest.mark.parametrize(("mode", "legs"), [("ddp", 1), ("fsdp2", 2)])
-def test_a_step_has_few_collectives_and_no_host_synchronisation(
+def test_a_step_has_few_collectives_and_no_host_synchronization(
     mode: str, legs: int, results: list[dict[str, Any]]
 ) -> None:
     for rank in results:
@@ -189,7 +189,7 @@ def test_a_step_has_few_collectives_and_no_host_synchronisation(
         assert collectives.pop("c10d.allreduce_.default") == 1  # the maxima of all heads
         assert not collectives
         assert "aten._local_scalar_dense.default" not in calls
-        assert "aten.bmm.default" in calls  # the watch did see Muon's step
+        assert "aten.bmm.default" in calls  # Muon's step was counted
 
 
 def test_an_infinity_on_one_rank_skips_the_step_of_both_optimizers_on_all(results: list[dict[str, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""Muon over several real processes: every way to shard a matrix gives what one process computes."""
+"""Muon in several real processes: every sharding of a matrix gives the result of one process."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def sharded(mesh: DeviceMesh, placements: list[Any]) -> dict[str, list[nn.Parame
 
 
 def fully_sharded(mesh: DeviceMesh) -> dict[str, list[nn.Parameter]]:
-    """As tensor parallelism and FSDP2 leave them: columns of some, rows of others, both by what FSDP2 makes of them."""
+    """Weights sharded by tensor parallelism, some by columns and some by rows, and then by FSDP2."""
     layers = nn.ModuleList()
     for w in weights()["matrix"] + weights()["fused"]:
         layers.append(nn.Linear(w.shape[1], w.shape[0], bias=False))
@@ -148,7 +148,7 @@ def every_layout() -> dict[str, Any]:
 
 
 def other_cases() -> dict[str, Any]:
-    """Whatever else wants real ranks."""
+    """The other cases that need real ranks."""
     return {
         "missing gradients": missing_gradients(),
         "gradients in parts": gradients_in_parts(),
@@ -193,7 +193,7 @@ def other_values() -> str:
 
 
 def unknown_sharding() -> str:
-    """Rank 0 has more rows than torch would give it."""
+    """Rank 0 has more rows than torch would shard to it."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     local = torch.zeros(3 if dist.get_rank() == 0 else 1, 3)
     return refusal(nn.Parameter(DTensor.from_local(local, mesh, [Shard(0)], shape=(4, 3), stride=(3, 1))))
@@ -282,7 +282,7 @@ def others() -> list[dict[str, Any]]:
     return on_ranks(2, other_cases)
 
 
-#: Elements of which a rank holds only a part, so that they have to travel to an owner and back.
+#: Elements that must be sent to an owner and back, because each rank holds only a part.
 PARTED = sum(w.numel() for kind, own in weights().items() for w in own if kind != "experts")
 ALL = sum(w.numel() for own in weights().values() for w in own)
 
@@ -293,11 +293,11 @@ class TestEveryLayout:
         for weight, whole in zip(results[0][layout][0], expected()):
             torch.testing.assert_close(weight, whole, atol=1e-6, rtol=1e-6)
 
-    def test_ranks_agree_to_the_bit(self, layout: str, results: list[dict[str, Any]]) -> None:
+    def test_ranks_agree_bitwise(self, layout: str, results: list[dict[str, Any]]) -> None:
         for other in results[1:]:
             assert all(map(torch.equal, results[0][layout][0], other[layout][0]))
 
-    def test_only_exchanges(self, layout: str, results: list[dict[str, Any]]) -> None:
+    def test_a_step_only_exchanges(self, layout: str, results: list[dict[str, Any]]) -> None:
         for rank in results:
             calls = rank[layout][1]
             assert set(calls) == {"c10d.alltoall_base_.default"}
@@ -311,7 +311,7 @@ def sent(layout: str, results: list[dict[str, Any]]) -> int:
     return sum(rank[layout][2] for rank in results) // 4
 
 
-def test_no_rank_is_sent_what_it_has(results: list[dict[str, Any]]) -> None:
+def test_ranks_receive_only_what_they_lack(results: list[dict[str, Any]]) -> None:
     assert sent("ddp", results) == sent("replicas", results) == 3 * ALL
     # Whoever owns a matrix lacks all of it but its own rows, and the others lack theirs of the result.
     own = sum(biggest_possible(w, 4) for kind, ws in weights().items() for w in ws if kind != "experts")
@@ -339,26 +339,27 @@ def test_gradients_that_are_sums_over_ranks(others: list[dict[str, Any]]) -> Non
             torch.testing.assert_close(weight, whole, atol=1e-6, rtol=1e-6)
 
 
-def test_ranks_with_other_matrices_are_refused(others: list[dict[str, Any]]) -> None:
+def test_ranks_with_different_matrices_are_refused(others: list[dict[str, Any]]) -> None:
     for number, rank in enumerate(others):
-        assert f"rank {number} has other matrices" in rank["disagreement"]
+        assert f"ranks have different matrices for Muon: rank {number} has" in rank["disagreement"]
         assert f"({4 + number}, 3)" in rank["disagreement"]
 
 
-def test_ranks_that_train_other_models_are_refused(others: list[dict[str, Any]]) -> None:
+def test_ranks_with_different_weights_are_refused(others: list[dict[str, Any]]) -> None:
     for number, rank in enumerate(others):
-        assert f"rank {number} has other values in its weights" in rank["other values"]
+        assert "ranks have different weight values" in rank["other values"]
+        assert f"on rank {number} " in rank["other values"]
 
 
-def test_ranks_with_other_gradients_are_told_which(others: list[dict[str, Any]]) -> None:
+def test_ranks_with_different_gradients_are_refused(others: list[dict[str, Any]]) -> None:
     for rank, absent in zip(others, ["(5, 2)", "(4, 3)"]):
-        assert "1 of 2 matrices" in rank["other gradients"]
-        assert f"none is for matrices of shapes {absent}" in rank["other gradients"]
+        assert "has 1 of 2 and lacks those of shapes" in rank["other gradients"]
+        assert f"of shapes {absent}" in rank["other gradients"]
 
 
-def test_parts_that_torch_would_not_make_are_refused_on_all_ranks(others: list[dict[str, Any]]) -> None:
+def test_unsupported_sharding_is_refused_on_all_ranks(others: list[dict[str, Any]]) -> None:
     for rank in others:
-        assert "sharded in an unknown way" in rank["unknown sharding"] or "fully_shard" in rank["unknown sharding"]
+        assert "unsupported sharding" in rank["unknown sharding"]
 
 
 class TestShardedMomentum:
@@ -384,7 +385,7 @@ class TestShardedMomentum:
             assert torch.equal(own["momentum_buffer"], other["momentum_buffer"])
 
     @pytest.mark.parametrize("shard_momentum", [True, False])
-    def test_goes_on_as_if_nothing_had_happened(self, shard_momentum: bool, others: list[dict[str, Any]]) -> None:
+    def test_resumes_from_the_consolidated_state(self, shard_momentum: bool, others: list[dict[str, Any]]) -> None:
         for rank in others:
             for weight, whole in zip(rank["checkpoint"]["resumed"][shard_momentum], expected()):
                 torch.testing.assert_close(weight, whole, atol=1e-6, rtol=1e-6)

@@ -60,11 +60,11 @@ def test_every_rank_knows_the_logits_of_all_heads_also_when_compiled(two: list[d
             torch.testing.assert_close(seen, expected)
 
 
-def test_heads_that_cannot_be_shared_out_are_refused(two: list[dict[str, Any]]) -> None:
+def test_heads_that_cannot_be_sharded_are_refused(two: list[dict[str, Any]]) -> None:
     for rank in two:
         query, key, spec = rank["refusals"]
-        assert "8 channels are no whole number of heads of 16" in query
-        assert "2 channels are no whole number of heads of 4" in key
+        assert "8 channels for heads of 16" in query
+        assert "2 channels for heads of 4" in key
         assert "computed 1 heads, but its spec says 8" in spec
 
 

@@ -1,4 +1,4 @@
-"""Trains tiny models under tensor parallelism and FSDP2 on several CPU processes; every rank writes down what it has.
+"""Trains tiny models under tensor parallelism and FSDP2 in several CPU processes; every rank saves its results.
 
 python tp_worker.py RANKS FOLDER
 """
@@ -57,7 +57,7 @@ class Case(NamedTuple):
 
 
 class LitLlama(LitTiny):
-    """Hugging Face's model, parallelised as its users do."""
+    """Hugging Face's model, parallelized as a user would."""
 
     def configure_model(self) -> None:
         if self.device_mesh is None:
@@ -119,7 +119,7 @@ MLA = partial(MultiheadLatentAttention, num_attention_heads=2, **LATENT)
 
 
 def biased(hidden_size: int) -> Attention:
-    """What knows one head from another beside their projections."""
+    """Parts other than the projections that differ between heads."""
     score_mod = RelativeBias(4, num_buckets=4, max_distance=6)
     nn.init.normal_(score_mod.relative_attention_bias.weight)
     return Attention(hidden_size, 4, 2, sinks=True, sliding_window=5, score_mod=score_mod)
@@ -133,13 +133,13 @@ CASES: dict[str, Case] = {
     "gains": Case(partial(gpt, partial(GQA, qk_norm=True)), {"qk_norm": "gain"}),
     "mla, low-rank queries": Case(partial(gpt, partial(MLA, q_lora_rank=8)), {}),
     "mla, soft-cap, sinks, ALiBi": Case(partial(gpt, partial(MLA, softcap=9.0, sinks=True, score_mod=Alibi(2))), {}),
-    "window, sinks, learnt bias": Case(partial(gpt, biased), {}),
+    "window, sinks, learned bias": Case(partial(gpt, biased), {}),
     "llama": Case(llama, {"shared_keys": "group"}),
 }
-#: Which of them run on so many ranks, and over how many of data and tensor parallelism.
+#: By number of ranks, the data-parallel and tensor-parallel sizes and the cases to run.
 RUNS = {
     2: ((1, 2), ("mha, biases, tied embeddings", "gqa", "gains", "mla, soft-cap, sinks, ALiBi", "llama")),
-    4: ((2, 2), ("window, sinks, learnt bias", "gqa in muP", "mla, low-rank queries", "llama")),
+    4: ((2, 2), ("window, sinks, learned bias", "gqa in muP", "mla, low-rank queries", "llama")),
 }
 
 
@@ -229,7 +229,7 @@ def observed(mesh: DeviceMesh | None, compiled: bool) -> dict[str, Tensor]:
 
 
 def refusals(mesh: DeviceMesh) -> list[str]:
-    """What is said to heads that cannot be shared out, and to a spec with too many."""
+    """The errors for heads that cannot be sharded and for a spec with too many heads."""
     too_many = AttentionSpec((Projection("q_proj", "q(H d)"), Projection("k_proj", "k(H d)")), 8, sizes={"d": 2})
     attentions = [Attention(16, 1), Attention(16, 4, num_key_value_heads=1), Attention(16, 2)]
     messages = []
@@ -244,7 +244,7 @@ def refusals(mesh: DeviceMesh) -> list[str]:
 
 
 def scaled(shard: Callable[[nn.Module], None]) -> tuple[dict[str, Tensor], int]:
-    """Weights of three heads of six channels after a clip, and how often ranks talked."""
+    """Weights of three heads of six channels after a clip, and the number of collectives."""
     torch.manual_seed(0)
     module = Attention(12, 3, head_dim=6, attention_bias=True, qk_norm=True)
     d = {"d": 6}
@@ -299,5 +299,5 @@ if __name__ == "__main__":
     with socket.socket() as free:
         free.bind(("localhost", 0))
         os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(free.getsockname()[1]))
-    # Forked, which spares imports.
+    # Forked, which avoids repeated imports.
     torch.multiprocessing.start_processes(main, (ranks, folder), nprocs=ranks, start_method="fork")

@@ -220,7 +220,7 @@ def test_overfit_batches(book: TextFiles, tmp_path: Path) -> None:
 
 
 def digests(folder: str) -> list[str]:
-    """What the corpora give, in order: the standard library, and a folder of many files."""
+    """Digests of the corpora: the standard library, and a folder of many files."""
     parts = [part for corpus in (StandardLibrary(), TextFiles(folder)) for part in vars(corpus.load()).values()]
     return [hashlib.sha256(part.numpy().tobytes()).hexdigest() for part in parts if isinstance(part, Tensor)]
 
@@ -358,7 +358,7 @@ def test_shakespeare_without_its_package(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_missing_path(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"nowhere\.txt does not exist: give") as error:
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.txt does not exist; use") as error:
         TextFiles(str(tmp_path / "nowhere.txt")).load()
     assert str(tmp_path) in str(error.value)
 
@@ -394,9 +394,9 @@ def test_empty_files(tmp_path: Path, files: list[str]) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"block_size": 81}, r"validation part has 81 tokens, and one window takes block_size \+ 1 = 82"),
+        ({"block_size": 81}, r"validation part has 81 tokens, but one window needs block_size \+ 1 = 82"),
         ({"block_size": 1539}, r"training part has 1539 tokens.*smaller block_size"),
-        ({"block_size": 79, "batch_size": 20}, r"19 windows of 79 tokens.*takes 20 on each of 1 ranks.*batch_size"),
+        ({"block_size": 79, "batch_size": 20}, r"19 windows of 79 tokens.*needs 20 on each of 1 ranks.*batch_size"),
     ],
 )
 def test_corpus_too_small(book: TextFiles, settings: dict[str, int], message: str) -> None:
@@ -495,12 +495,12 @@ def test_hugging_face_tokenizer_folder_and_max_tokens(stories: str, tokenizer_fi
 
 @pytest.mark.usefixtures("hub_cache")
 def test_hugging_face_errors(stories: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"'json' has no column 'text', only \['id', 'story'\]: set text_column"):
+    with pytest.raises(ValueError, match=r"'json' has no column 'text', only \['id', 'story'\]; set text_column"):
         HuggingFace("json", data_files=stories).load()
     with pytest.raises(FileNotFoundError, match=r"absent\.json"):
         HuggingFace("json", data_files=stories, tokenizer=str(tmp_path / "absent.json")).load()
     (tmp_path / "blank.txt").write_text("\n\n")
-    with pytest.raises(ValueError, match=r"'text', split 'train', holds no text"):
+    with pytest.raises(ValueError, match=r"has no text in column 'text', split 'train'"):
         HuggingFace("text", data_files=str(tmp_path / "blank.txt")).load()
 
 

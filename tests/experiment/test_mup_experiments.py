@@ -1,4 +1,4 @@
-"""The coordinate check as a test, and the commands, run tiny."""
+"""The coordinate check as a test, and small runs of the commands."""
 
 from __future__ import annotations
 

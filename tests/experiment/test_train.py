@@ -1,4 +1,4 @@
-"""muonclip-train, as a user runs it: on a model small enough for seconds."""
+"""muonclip-train as a user runs it, on a model that takes seconds."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def assert_equal_trees(a: Any, b: Any, path: str = "") -> None:
         assert a == b, path
 
 
-def test_a_run_leaves_everything_behind(train: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_writes_its_outputs(train: Any, capsys: pytest.CaptureFixture[str]) -> None:
     folder = train("muonclip.threshold=1e-3")
     for name in ("metrics.csv", "config.yaml", "max_logits.png", "heads.png", "sample.txt", "checkpoints/last.ckpt"):
         assert (folder / name).stat().st_size > 0, name
@@ -191,10 +191,10 @@ def test_every_model_clips(train: Any, model: str) -> None:
     assert max(largest[1:]) < 0.1 * largest[0]
 
 
-def test_a_folder_that_holds_a_run_is_left_alone(train: Any) -> None:
+def test_an_existing_run_is_not_overwritten(train: Any) -> None:
     folder = train("trainer.max_steps=1")
     before = (folder / "metrics.csv").read_bytes()
-    with pytest.raises(SystemExit, match="holds a run already"):
+    with pytest.raises(SystemExit, match="already contains a run"):
         train("trainer.max_steps=1")
     assert (folder / "metrics.csv").read_bytes() == before
 
@@ -284,7 +284,7 @@ def test_ctrl_c_leaves_a_checkpoint_that_resumes(train: Any, tmp_path: Path) -> 
 
 
 class CtrlC(Callback):
-    """Somebody presses it in the third batch."""
+    """Presses Ctrl-C in the third batch."""
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if batch_idx == 2:
@@ -300,7 +300,7 @@ def test_ctrl_c_ends_a_sweep(train: Any, tmp_path: Path) -> None:
     assert not (tmp_path / "sweep" / "1").exists()
 
 
-def test_a_run_that_ends_while_it_is_profiled_ends_well(tmp_path: Path) -> None:
+def test_a_run_may_end_while_it_is_profiled(tmp_path: Path) -> None:
     short = ["trainer.max_steps=3", "callbacks.summary.profile_from=1", "callbacks.summary.profile_batches=10"]
     subprocess.run(command(*short, out="short"), cwd=tmp_path, check=True, timeout=120, stdout=-3, stderr=-3)
 

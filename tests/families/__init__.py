@@ -1,1 +1,1 @@
-"""Every family of attention modules that is known by its class, on the real module of its library."""
+"""Tests of every registered family of attention modules, on the real module of its library."""

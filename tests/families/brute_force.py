@@ -1,11 +1,10 @@
-"""The largest logits of any model, read from the arithmetic that it does and from nothing else.
+"""An oracle for the maximum logits of any model, from its elementary operations only.
 
-The oracle of the families. It shares no line and no idea with the library under test: it knows no module, no projection, no
-name of a tensor and no function that attends, and rebinds nothing. Under a ``TorchDispatchMode`` a model in float64 shows
-every elementary operation. Each batched product of two matrices is a candidate for queries times keys; it is followed
-through reshapings, and through factors, which it takes, and additive masks, position biases, soft-caps and fills, which it
-does not, to the softmax that makes probabilities of it. A pair is visible where that softmax gives it one above zero. An
-operation on the way that is not understood breaks the trail, and the oracle has no answer.
+It shares no code or idea with the library under test: it knows no modules, projections, tensor names or attention
+functions, and patches nothing. A ``TorchDispatchMode`` shows every elementary operation of a model in float64. Each batched
+matrix product is a candidate for queries times keys. The oracle follows it to a softmax, through reshapes and factors, which
+it applies, and through additive masks, position biases, soft-caps and fills, which it does not. A pair is visible where the
+softmax gives a probability above zero. An unknown operation ends the trail, and the oracle has no answer.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ PASSED = ("alias", "detach", "clone", "_to_copy", "add", "where", "masked_fill",
 
 
 class Logits(TorchDispatchMode):
-    """Gives every softmax over products of queries and keys to ``attended(logits, visible)``."""
+    """Calls ``attended(logits, visible)`` for every softmax over products of queries and keys."""
 
     def __init__(self, attended: Callable[[Tensor, Tensor], None]) -> None:
         super().__init__()
@@ -84,10 +83,10 @@ def brute_force(
     """Largest visible logit of every head of some modules of a model, float64.
 
     Args:
-        model: Left alone: a copy in float64 is run, with torch's attention in plain operations.
+        model: Not modified: a copy runs in float64, with torch's attention in plain operations.
         attention: The names of the modules, in order.
         heads: Number of heads of each.
-        inputs: What the model is given: positional arguments and arguments by name.
+        inputs: Positional and keyword arguments of the model.
         queries: Which queries count, shape (batch, length); ``None`` is all.
     """
     model = copy.deepcopy(model).double()

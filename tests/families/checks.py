@@ -1,4 +1,4 @@
-"""What has to hold for every family."""
+"""Checks that every family must pass."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lightning_muonclip.qk_clip import intercept
 TOLERANCE = 1e-4
 CHECKS = ("brute force", "verify", "replay")
 
-#: What the table says of a family and an implementation: worst errors by check, and where the logits came from.
+#: A row of the table: worst errors by check, and the source of the logits.
 Row = dict[str, Any]
 rows: dict[tuple[str, str], Row] = defaultdict(dict)
 
@@ -92,7 +92,7 @@ def check_verify(case: Case, implementation: str) -> None:
 
 
 def check_replay(case: Case, implementation: str) -> None:
-    """The same batch again after a clip has the threshold as its maximum where it was passed, and is the same elsewhere."""
+    """After a clip, the same batch has the threshold as its maximum where it was exceeded, and is unchanged elsewhere."""
     model = case.model(implementation)
     cut_off_outputs(model)
     args, kwargs = case.inputs()
@@ -122,7 +122,7 @@ def check_replay(case: Case, implementation: str) -> None:
 
 
 def check_undone(case: Case, implementation: str) -> None:
-    """After close nothing is rebound in torch, in the library's files or in its classes, and no hook is left."""
+    """After close, nothing in torch or in the library's modules and classes is patched, and no hook is left."""
     model = case.model(implementation)
     args, kwargs = case.inputs()
     places = _places(model)
@@ -162,7 +162,7 @@ def cut_off_outputs(model: nn.Module) -> None:
 
 
 def _places(model: nn.Module) -> list[Any]:
-    """Namespaces in which something could be rebound."""
+    """Namespaces that may contain patches."""
     places: dict[int, Any] = {id(vars(F)): vars(F)}
     for module in model.modules():
         for cls in type(module).__mro__[:-1]:

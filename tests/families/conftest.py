@@ -1,4 +1,4 @@
-"""Writes the table of families where it is asked for."""
+"""Writes the table of families on request."""
 
 from __future__ import annotations
 

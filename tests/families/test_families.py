@@ -1,4 +1,4 @@
-"""Every family of attention on the real module of its library: what is seen, verified, clipped, and left behind."""
+"""Observing, verifying, clipping and closing, for every family on the real module of its library."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_a_replay_has_the_threshold_as_its_maximum(case: Case, implementation: s
 
 
 @every_family
-def test_nothing_is_left_behind(case: Case, implementation: str) -> None:
+def test_close_restores_everything(case: Case, implementation: str) -> None:
     check_undone(case, implementation)
 
 
@@ -44,7 +44,7 @@ def test_keys_of_a_cache_count(case: Case, implementation: str) -> None:
 
 
 @parameters(CLAMPED)
-def test_clamped_projections_are_seen_as_they_are_and_not_verified(case: Case, implementation: str) -> None:
+def test_clamped_projections_are_observed_but_not_verified(case: Case, implementation: str) -> None:
     check_brute_force(case, implementation)
     model = case.model(implementation)
     args, kwargs = case.inputs()

@@ -1,4 +1,4 @@
-"""Tiny models of every family with random weights, and what they are given."""
+"""Tiny models of every family with random weights, and their inputs."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ class Case:
     Args:
         family: Its row in the table; several cases may share one.
         classes: Qualified names of its attention modules' classes.
-        make: Takes an implementation and makes the model.
-        inputs: Makes positional arguments and arguments by name.
-        implementations: Ways to attend that the model has a choice of.
-        variant: Tells cases of one family apart.
+        make: Creates the model for an implementation.
+        inputs: Creates positional and keyword arguments.
+        implementations: The attention implementations of the model.
+        variant: Distinguishes cases of one family.
         heads: Number of query heads.
         truth: The implementation that the oracle runs, ``None`` for the same one.
         queries: Which queries count, shape (batch, length), where not all do.
         qk_norm: As in :class:`~lightning_muonclip.QKClip`.
         shared_gain: Whether all heads of a layer are scaled by one gain.
-        cached: Whether the model can go on from a cache of keys.
+        cached: Whether the model accepts a cache of keys.
     """
 
     family: str
@@ -51,14 +51,14 @@ class Case:
     cached: bool = False
 
     def model(self, implementation: str) -> nn.Module:
-        """The model in training mode without dropout, with large random weights, always the same."""
+        """The model in training mode without dropout, with large, reproducible random weights."""
         torch.manual_seed(0)
         model = self.make(implementation).train()
-        randomise(model)
+        randomize(model)
         return model
 
     def batches(self) -> list[Inputs]:
-        """The inputs, and where padding is optional the same without it."""
+        """The inputs and, if padding is optional, the same without it."""
         args, kwargs = self.inputs()
         without = {name: value for name, value in kwargs.items() if not name.endswith("attention_mask")}
         return [(args, kwargs), *([(args, without)] if len(without) < len(kwargs) else [])]
@@ -83,7 +83,7 @@ def parameters(cases: Sequence[Case]) -> Any:
 
 
 @torch.no_grad()
-def randomise(model: nn.Module) -> None:
+def randomize(model: nn.Module) -> None:
     """Large weights, random biases and gains, no dropout."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -148,7 +148,7 @@ def additive(hidden: Tensor) -> Tensor:
 
 
 class Multihead(nn.Module):
-    """A layer of torch's attention, and what it is called with."""
+    """A layer of torch's attention, and its arguments."""
 
     def __init__(self, need_weights: bool, masks: dict[str, Any], **kwargs: Any) -> None:
         super().__init__()
@@ -509,7 +509,7 @@ HUGGING_FACE = [
     ),
 ]
 
-#: Models that clamp what their projections give: no factor on a weight scales their logits.
+#: Models that clamp the outputs of their projections: no factor on a weight scales their logits.
 CLAMPED = [
     hf("OLMo", "Olmo", "olmo.OlmoAttention", {**_GROUPED, "clip_qkv": 1.0}),
     hf("MPT", "Mpt", "mpt.MptAttention", {**_MPT, "attn_config": {"clip_qkv": 1.0}}, **_EAGER),

@@ -1,7 +1,7 @@
-"""Triton's kernels run on the GPU if there is one, and in triton's interpreter elsewhere.
+"""Triton kernels run on the GPU if there is one, else in Triton's interpreter.
 
-Whether triton interprets is settled when it is imported, and torch's compiler imports it too. So where other tests have done
-that already, the tests of a kernel run in a process of their own.
+Triton decides whether to interpret when it is imported, and torch's compiler imports it too. If other tests have imported
+it already, the tests of a kernel run in a separate process.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ def device() -> torch.device:
     """Where kernels run in this process."""
     pytest.importorskip("triton")
     if not (HAS_GPU or CAN_INTERPRET):
-        pytest.skip("triton does not interpret here; the test of a process of its own does")
+        pytest.skip("triton was imported without its interpreter; test_in_a_separate_process covers this file")
     return torch.device("cuda" if HAS_GPU else "cpu")
 
 
 @pytest.fixture(scope="session")
 def run_alone() -> Callable[[str], None]:
-    """Runs a test file in a process where triton interprets, unless it runs in this one."""
+    """Runs a test file in a process with Triton's interpreter, unless this process can run it."""
 
     def run(path: str) -> None:
         pytest.importorskip("triton")

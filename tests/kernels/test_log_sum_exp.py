@@ -1,4 +1,4 @@
-"""The log-sum-exp of torch's kernel bounds the largest logit, and the attention is torch's."""
+"""attention_log_sum_exp bounds the largest logit and computes torch's attention."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from oracles import INF, brute_max_logits, causal
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lightning_muonclip.kernels.log_sum_exp import attention_log_sum_exp, tells_log_sum_exp
+from lightning_muonclip.kernels.log_sum_exp import attention_log_sum_exp, supports_log_sum_exp
 
 
 def normal(shape: tuple[int, ...], seed: int = 0) -> Tensor:
@@ -52,7 +52,7 @@ def inputs(draw: Any) -> tuple[Tensor, Tensor, Tensor, Tensor | None, bool, floa
 @given(inputs())
 def test_bounds_the_largest_logit_and_attends_as_torch_does(drawn: Any) -> None:
     query, key, value, mask, is_causal, scale = drawn
-    assert tells_log_sum_exp(query, key, value, mask, 0.0)
+    assert supports_log_sum_exp(query, key, value, mask, 0.0)
     query.requires_grad_()
     output, bounds = attention_log_sum_exp(*drawn)
     keys = key.shape[-2]
@@ -88,7 +88,7 @@ def test_the_same_kernel_gives_the_same_bits(dtype: torch.dtype) -> None:
     torch.testing.assert_close(bounds.double(), expected, rtol=1e-2 if dtype.itemsize == 2 else 1e-5, atol=0)
 
 
-def test_a_query_that_sees_nothing_has_no_say() -> None:
+def test_a_query_that_sees_nothing_does_not_count() -> None:
     query = key = value = torch.ones(1, 2, 3, 1)
     visible = torch.tensor([[True, False, True], [False, False, False], [False, True, False]])
     _, bounds = attention_log_sum_exp(query, -key, value, visible, False, 5.0)  # all logits are -5
@@ -100,7 +100,7 @@ def test_a_query_that_sees_nothing_has_no_say() -> None:
 
 
 @pytest.mark.parametrize("fill", [INF, torch.nan])
-def test_a_logit_that_is_not_finite_shows(fill: float) -> None:
+def test_non_finite_logits_propagate(fill: float) -> None:
     query, key = normal((2, 3, 33, 8)), normal((2, 3, 33, 8), 1)
     query[1, 2, 4, 3] = fill
     assert attention_log_sum_exp(query, key, key, None, True, 1.0)[1].isfinite().tolist() == [True, True, False]
@@ -118,27 +118,27 @@ REFUSED: dict[str, tuple[Tensor, Tensor, Tensor, Tensor | None, float]] = {
     "two batch dimensions": (Q[None], K[None], K[None], None, 0.0),
     "no batch dimension": (Q[0], K[0], K[0], None, 0.0),
     "keys of another dtype": (Q, K.double(), K, None, 0.0),
-    "channels that are not neighbours": (Q, K, normal((2, 2, 6, 7)).mT, None, 0.0),
+    "channels that are not contiguous": (Q, K, normal((2, 2, 6, 7)).mT, None, 0.0),
     "no queries": (Q[:, :, :0], K, K, None, 0.0),
     "no keys": (Q, K[:, :, :0], K[:, :, :0], None, 0.0),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_the_kernel_cannot_do_or_would_do_wrong_is_left_to_torch(case: str) -> None:
-    assert tells_log_sum_exp(Q, K, K, ALL, 0.0)
-    assert not tells_log_sum_exp(*REFUSED[case])
+def test_unsupported_inputs_are_left_to_torch(case: str) -> None:
+    assert supports_log_sum_exp(Q, K, K, ALL, 0.0)
+    assert not supports_log_sum_exp(*REFUSED[case])
 
 
 def test_autocast_is_left_to_torch() -> None:
     with torch.autocast("cpu", torch.bfloat16):
-        assert not tells_log_sum_exp(Q, K, K, None, 0.0)
-    assert not tells_log_sum_exp(*(x.to("meta") for x in (Q, K, K)), None, 0.0)
+        assert not supports_log_sum_exp(Q, K, K, None, 0.0)
+    assert not supports_log_sum_exp(*(x.to("meta") for x in (Q, K, K)), None, 0.0)
 
 
 def test_is_traced_into_one_graph() -> None:
     def attend(query: Tensor, key: Tensor, mask: Tensor) -> Any:
-        assert tells_log_sum_exp(query, key, key, mask, 0.0)
+        assert supports_log_sum_exp(query, key, key, mask, 0.0)
         return attention_log_sum_exp(query, key, key, mask, False, 0.5)
 
     compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")

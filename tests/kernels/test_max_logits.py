@@ -32,7 +32,7 @@ def visible_pairs(
     mask: Tensor | None = None,
     scale: float = 1.0,
 ) -> Tensor:
-    """What the options of max_logits let be seen, as one matrix for every head; without ``scale``'s doing."""
+    """The visible pairs under the options of max_logits, one matrix per head, computed without max_logits."""
     length, key_length = query.shape[-2], key.shape[-2]
     visible = torch.ones(*query.shape[:-1], key_length, dtype=torch.bool, device=query.device)
     i, j = torch.arange(length, device=query.device)[:, None], torch.arange(key_length, device=query.device)
@@ -108,7 +108,7 @@ def test_an_additive_mask_hides_but_does_not_count(drawn: tuple[Tensor, Tensor, 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bias", [-700.0, 0.0, 700.0])
-def test_a_bias_hides_nothing_and_uncovers_nothing(dtype: torch.dtype, bias: float) -> None:
+def test_a_bias_does_not_change_visibility(dtype: torch.dtype, bias: float) -> None:
     query, key = torch.ones(1, 1, 1, 1), torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0]).reshape(1, 1, 5, 1)
     lowest = torch.finfo(dtype).min
     mask = torch.tensor([0.0, 0.0, -1e4, lowest, -INF], dtype=dtype) + torch.tensor(bias, dtype=dtype)
@@ -116,7 +116,7 @@ def test_a_bias_hides_nothing_and_uncovers_nothing(dtype: torch.dtype, bias: flo
 
 
 @pytest.mark.parametrize("slopes", [[0.5, 0.25], [0.004, 1.0]])
-def test_alibi_hides_nothing_before_its_weight_is_nothing(slopes: list[float]) -> None:
+def test_alibi_hides_only_pairs_without_weight(slopes: list[float]) -> None:
     length = 8192
     query, key = torch.ones(1, 2, 1, 1), torch.arange(length, 0.0, -1)[:, None].expand(1, 2, length, 1)
     distance = torch.arange(length - 1, -1.0, -1)
@@ -147,7 +147,7 @@ def test_maxima_are_signed() -> None:
     assert max_logits(query, -query, scale=2.0).tolist() == [-2.0, -2.0]
 
 
-def test_a_visible_nan_shows_and_a_hidden_one_does_not() -> None:
+def test_a_visible_nan_propagates_and_a_hidden_one_does_not() -> None:
     query, key = normal((2, 3, 130, 4)), normal((2, 3, 130, 4), seed=1)
     key[1, 1, 129, 0] = torch.nan
     maxima = max_logits(query, key, scale=1.0, is_causal=True)
@@ -183,7 +183,7 @@ def test_autocast_changes_nothing() -> None:
 
 @pytest.mark.parametrize("mask", [None, torch.ones(1, 1, 1, 1, dtype=torch.bool)])
 @pytest.mark.parametrize("shape", [(0, 2, 5, 4), (2, 2, 0, 4)], ids=["no batch", "no queries"])
-def test_nothing_to_see(shape: tuple[int, ...], mask: Tensor | None) -> None:
+def test_empty_inputs(shape: tuple[int, ...], mask: Tensor | None) -> None:
     key = normal((shape[0], 2, 5, 4))
     assert max_logits(torch.empty(shape), key, scale=1.0, mask=mask).tolist() == [-INF, -INF]
 
@@ -234,7 +234,7 @@ class Products(TorchDispatchMode):
         return result
 
 
-def test_the_whole_logit_matrix_is_never_made_and_the_future_is_skipped() -> None:
+def test_no_whole_logit_matrix_and_no_future_tiles() -> None:
     query = normal((1, 2, 512, 4))
     whole = 2 * 512 * 512
     with Products() as products:
@@ -246,7 +246,7 @@ def test_the_whole_logit_matrix_is_never_made_and_the_future_is_skipped() -> Non
 
 
 def test_heads_that_cannot_share_keys_are_refused() -> None:
-    with pytest.raises(ValueError, match="3 query heads cannot share 2 key heads"):
+    with pytest.raises(ValueError, match="must be a multiple of the number of key heads; got 3, 2"):
         max_logits(normal((1, 3, 5, 4)), normal((1, 2, 5, 4)), scale=1.0)
 
 
@@ -276,7 +276,7 @@ def test_a_nan_that_only_the_future_would_see_is_hidden_by_a_window_documents_an
     assert not max_logits(query, key, scale=1.0, is_causal=True, mask=mask).isnan().any()
 
 
-def test_no_tile_outside_the_window_is_made() -> None:
+def test_tiles_outside_the_window_are_skipped() -> None:
     query = normal((1, 2, 2048, 4))
     with Products() as products:
         max_logits(query, query, scale=1.0, is_causal=True, window=64)
@@ -288,22 +288,20 @@ def test_no_tile_outside_the_window_is_made() -> None:
 
 @pytest.mark.parametrize("window", [0, -3])
 def test_an_empty_window_is_refused(window: int) -> None:
-    with pytest.raises(
-        ValueError, match=f"a window of {window} lets no query see even itself; give at least 1, or None"
-    ):
+    with pytest.raises(ValueError, match=f"the window hides every key, got {window}; use at least 1, or None"):
         max_logits(normal((1, 1, 5, 4)), normal((1, 1, 5, 4)), scale=1.0, window=window)
 
 
-def test_documents_that_cannot_be_are_refused() -> None:
+def test_invalid_documents_are_refused() -> None:
     query, key = normal((2, 1, 5, 4)), normal((2, 1, 6, 4))
     with pytest.raises(
-        ValueError, match=r"documents must be integers, one id a token, negative for padding; got torch\.bool"
+        ValueError, match=r"documents must be integer ids, one per token, negative for padding; got torch\.bool"
     ):
         max_logits(query, query, scale=1.0, documents=torch.ones(2, 5, dtype=torch.bool))
-    with pytest.raises(ValueError, match="for self-attention, but there are 5 queries and 6 keys; give a mask instead"):
+    with pytest.raises(ValueError, match="as many queries as keys, got 5 queries and 6 keys; use a mask instead"):
         max_logits(query, key, scale=1.0, documents=torch.ones(2, 5, dtype=torch.long))
     for shape in ((2, 6), (3, 5), (1, 2, 5)):
-        with pytest.raises(ValueError, match=r"is not for a batch of shape \(2,\) and 5 tokens"):
+        with pytest.raises(ValueError, match=r"documents must match a batch of shape \(2,\) and 5 tokens, got shape"):
             max_logits(query, query, scale=1.0, documents=torch.ones(shape, dtype=torch.long))
 
 
@@ -312,7 +310,7 @@ def test_documents_that_cannot_be_are_refused() -> None:
 def test_windows_and_documents_compile(window: int | None, documents: Tensor | None) -> None:
     query, key = normal((2, 4, 70, 8)), normal((2, 2, 70, 8), seed=1)
     torch.library.opcheck(torch.ops.muonclip.max_logits.default, (query, key, 0.5, True, window, documents, None))
-    torch._dynamo.reset()  # every case is compiled anew, which has a limit
+    torch._dynamo.reset()  # every case recompiles, and Dynamo limits recompilations
     compiled = torch.compile(max_logits, fullgraph=True, backend="aot_eager")
     options: dict[str, Any] = {"scale": 0.5, "window": window, "documents": documents}
     assert torch.equal(compiled(query, key, **options), max_logits(query, key, **options))
@@ -323,7 +321,7 @@ def test_windows_and_documents_compile(window: int | None, documents: Tensor | N
 def test_is_an_operation_that_torch_can_compile(is_causal: bool, mask: Tensor | None) -> None:
     query, key = normal((2, 4, 70, 8)), normal((2, 2, 70, 8), seed=1)
     torch.library.opcheck(torch.ops.muonclip.max_logits.default, (query, key, 0.5, is_causal, None, None, mask))
-    torch._dynamo.reset()  # every case is compiled anew, which has a limit
+    torch._dynamo.reset()  # every case recompiles, and Dynamo limits recompilations
     compiled = torch.compile(max_logits, fullgraph=True, backend="aot_eager")
     options = {"scale": 0.5, "is_causal": is_causal, "mask": mask}
     assert torch.equal(compiled(query, key, **options), max_logits(query, key, **options))
@@ -332,14 +330,14 @@ def test_is_an_operation_that_torch_can_compile(is_causal: bool, mask: Tensor | 
 @pytest.mark.parametrize("shape", [(2, 3, 4, 7), (4, 5), (1, 1, 3, 6), (5,)])
 def test_a_mask_for_other_lengths_is_refused(shape: tuple[int, ...]) -> None:
     query, key = torch.randn(2, 3, 4, 8), torch.randn(2, 3, 6, 8)
-    with pytest.raises(ValueError, match="is not for 4 queries and 6 keys"):
+    with pytest.raises(ValueError, match="the mask must broadcast to 4 queries and 6 keys, got shape"):
         max_logits(query, key, scale=1.0, mask=torch.ones(shape, dtype=torch.bool))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"is_causal": True, "window": 3}])
 def test_the_default_dtype_does_not_matter(dtype: torch.dtype, options: dict[str, Any]) -> None:
-    """Lightning sets another one while a model runs in bf16-true, 16-true or 64-true."""
+    """Lightning changes it while a model runs in bf16-true, 16-true or 64-true."""
     query = normal((2, 3, 70, 8)).to(dtype)
     expected = max_logits(query, query, scale=0.5, **options)
     torch.set_default_dtype(dtype)

@@ -1,4 +1,4 @@
-"""The max-QK kernel against the whole logit matrix in float64 and against its torch twin."""
+"""The Triton kernel of max_logits against the whole logit matrix in float64 and against its torch twin."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ SMALL = (16, 16, 16, 4, 1)  # queries, keys and channels of a tile: many tiles o
 WIDE = (32, 32, 64, 4, 1)
 
 
-def test_in_a_process_of_its_own(run_alone: Callable[[str], None]) -> None:
+def test_in_a_separate_process(run_alone: Callable[[str], None]) -> None:
     run_alone(__file__)
 
 
 def run(
     query: Tensor, key: Tensor, tile: tuple[int, ...] | None = SMALL, into: Tensor | None = None, **options: Any
 ) -> Tensor:
-    """What the kernel says, of tensors of any device."""
+    """The maxima of the kernel, for tensors on any device."""
     from lightning_muonclip.kernels.max_logits_triton import Tile, launch
 
     maxima = torch.full((query.shape[1],), -INF, device=query.device) if into is None else into
@@ -97,11 +97,11 @@ def test_integers_are_exact(device: torch.device, dtype: torch.dtype, mixed: boo
     assert torch.equal(found.cpu().double(), brute_max_logits(query, key, -2.0))
 
 
-def test_only_tiles_of_the_own_document_are_looked_at(device: torch.device) -> None:
+def test_tiles_of_other_documents_are_skipped(device: torch.device) -> None:
     query = torch.ones(1, 1, 64, 1, device=device)
     documents = torch.arange(64, device=device)[None] // 16  # a tile each
     key = query * documents[0, :, None]
-    query[0, 0, 16:] = -INF  # only the first document counts, and none of the others is multiplied with it
+    query[0, 0, 16:] = -INF  # only the first document is affected, since it is multiplied with no other
     assert run(query, key, scale=1.0, documents=documents).tolist() == [0.0]
 
 
@@ -122,7 +122,7 @@ def test_a_head_that_sees_nothing_is_minus_infinity(device: torch.device, hidden
 
 
 @pytest.mark.parametrize(("sign", "scale"), [(1.0, 0.5), (-1.0, 0.5), (-1.0, -0.5)])
-def test_a_visible_nan_shows_and_a_hidden_one_does_not(device: torch.device, sign: float, scale: float) -> None:
+def test_a_visible_nan_propagates_and_a_hidden_one_does_not(device: torch.device, sign: float, scale: float) -> None:
     query, key = normal((2, 3, 50, 4)).to(device), normal((2, 3, 50, 4), 1).to(device)
     key[1, 1, 49, 0] = torch.tensor(torch.nan, device=device).copysign(torch.tensor(sign, device=device))
     assert run(query, key, WIDE, scale=scale, is_causal=True).isnan().tolist() == [False, True, False]
@@ -147,7 +147,7 @@ def test_infinities(device: torch.device) -> None:
 
 @pytest.mark.parametrize("batches", [((), ()), ((2,), (1,)), ((2, 1), (2,))])
 @pytest.mark.parametrize("mask_batch", [None, (), (1, 1), (2, 1)])
-def test_max_logits_hands_any_batch_to_the_kernel(
+def test_max_logits_passes_any_batch_to_the_kernel(
     device: torch.device, monkeypatch: pytest.MonkeyPatch, batches: Any, mask_batch: tuple[int, ...] | None
 ) -> None:
     from lightning_muonclip.kernels import max_logits as room
@@ -176,7 +176,7 @@ def test_raises_the_maxima_so_far(device: torch.device, before: float, own: floa
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dim", [64, 128, 192])
-def test_the_gpu_is_sent_to_the_kernel_without_a_wait_and_in_a_graph(dtype: torch.dtype, dim: int) -> None:
+def test_a_gpu_runs_the_kernel_without_synchronization_and_in_a_graph(dtype: torch.dtype, dim: int) -> None:
     query, key = (normal((2, 1000, 4, dim), seed).to("cuda", dtype).transpose(1, 2) for seed in range(2))
     documents = torch.arange(1000, device="cuda").expand(2, -1) // 300
     options: dict[str, Any] = {"scale": 0.1, "is_causal": True, "window": 200, "documents": documents}

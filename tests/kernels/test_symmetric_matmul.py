@@ -48,7 +48,7 @@ def in_float64(
 
 
 def terms(a: Tensor, b: Tensor | None = None, **options: Any) -> Tensor:
-    """The same with every number's absolute value: no partial sum is larger."""
+    """The same product of absolute values, which bounds every partial sum."""
     return in_float64(a.abs(), None if b is None else b.abs(), **{name: abs(x) for name, x in options.items()})
 
 
@@ -61,9 +61,9 @@ def _call(
 
 @pytest.fixture(scope="module")
 def triton_module() -> Iterator[Any]:
-    """The kernel, interpreted: a copy of its own, because triton looks at its variable when it decorates.
+    """A separate, interpreted copy of the kernel, since Triton reads its environment variable when it decorates.
 
-    Neither triton nor the library's own copy of the kernel, which may long have been imported, sees anything of it.
+    Triton itself and the library's copy of the kernel, which may have been imported before, are not affected.
     """
     pytest.importorskip("triton")
     from triton.runtime import interpreter
@@ -75,7 +75,7 @@ def triton_module() -> Iterator[Any]:
         patch.setenv("TRITON_INTERPRET", "1")
         spec.loader.exec_module(interpreted)
     with pytest.MonkeyPatch.context() as patch:
-        # The interpreter has the bits of a bfloat16 only, and would multiply those.
+        # The interpreter stores bfloat16 as raw bits and would multiply those.
         dot = interpreter.InterpreterBuilder.create_dot
 
         def exact_dot(self: Any, a: Any, b: Any, *others: Any) -> Any:
@@ -110,7 +110,7 @@ def product(request: Any, monkeypatch: pytest.MonkeyPatch) -> Product:
 
 @st.composite
 def strided(draw: Any, batch: int, n: int, k: int, dtype: torch.dtype, make: Product = normal) -> Tensor:
-    """A batch of matrices that lie in memory in any way."""
+    """A batch of matrices with any strides."""
     seed = draw(st.integers(0, 2**20))
     way = draw(st.sampled_from(["contiguous", "transposed", "sliced", "expanded", "apart"]))
     if way == "transposed":
@@ -139,7 +139,7 @@ def problems(draw: Any, dtype: torch.dtype, make: Product = normal) -> tuple[Ten
 
 
 def check(product: Product, a: Tensor, b: Tensor | None, options: dict[str, Any]) -> None:
-    """Near to float64, with sums in float32: the kernel rounds once, torch may round each of its terms."""
+    """Close to float64, with sums in float32: the kernel rounds once, torch may round each of its terms."""
     found = product(a, b, **options)
     assert found.dtype is a.dtype
     unit, expected, largest = torch.finfo(a.dtype).eps / 2, in_float64(a, b, **options), terms(a, b, **options)
@@ -156,7 +156,7 @@ HYPOTHESIS = settings(max_examples=12, suppress_health_check=[HealthCheck.functi
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @HYPOTHESIS
 @given(st.data())
-def test_near_to_float64(product: Product, dtype: torch.dtype, data: Any) -> None:
+def test_close_to_float64(product: Product, dtype: torch.dtype, data: Any) -> None:
     check(product, *data.draw(problems(dtype)))
 
 
@@ -175,7 +175,7 @@ def test_integers_are_exact(product: Product, dtype: torch.dtype, data: Any) -> 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("n", "k"), [(7, 33), (130, 65), (64, 256), (200, 64)])
-def test_the_kernel_is_as_exact_as_torch(kernel: Product, n: int, k: int, dtype: torch.dtype) -> None:
+def test_the_kernel_is_as_accurate_as_torch(kernel: Product, n: int, k: int, dtype: torch.dtype) -> None:
     a, c = normal((2, n, k), dtype=dtype), symmetric(normal((2, n, n), 1, dtype=dtype))
     options = {"alpha": torch.tensor([0.7, -1.3]), "beta": -0.6, "c": c, "gamma": 0.3}
     expected = in_float64(a, **options)
@@ -219,7 +219,7 @@ def test_float64_is_summed_in_float64() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_uninitialised_memory_and_an_ignored_addend_leave_no_trace(product: Product, dtype: torch.dtype) -> None:
+def test_uninitialized_memory_and_an_unused_addend_do_not_leak(product: Product, dtype: torch.dtype) -> None:
     a, nan = normal((2, 70, 9), dtype=dtype), torch.full((2, 70, 70), torch.nan, dtype=dtype)
     expected = product(a)
     assert torch.equal(product(a, c=nan if product is symmetric_matmul else None), expected)
@@ -246,7 +246,7 @@ def _write_tiles(out, tiles, GROUP):  # noqa: N803
     tl.store(out + 2 * tl.program_id(0) + 1, column)  # noqa: F821
 
 
-def test_every_tile_of_the_triangle_once_and_neighbours_together(
+def test_every_tile_of_the_triangle_once_and_neighbors_together(
     triton_module: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import triton
@@ -264,7 +264,7 @@ def test_every_tile_of_the_triangle_once_and_neighbours_together(
 
 
 def test_offsets_pass_two_to_the_31(kernel: Product, tmp_path: Path) -> None:
-    """A file that is all hole: as long as it says, and as large as what is written."""
+    """Uses a sparse file, which takes only the disk space of what is written."""
     apart, n, k = 2**31 + 40, 5, 3
     path = tmp_path / "sparse"
     with path.open("wb") as file:
@@ -309,14 +309,14 @@ def test_is_an_operation_that_torch_can_compile(dtype: torch.dtype, alpha: Any) 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"a": torch.ones(3, 4)}, "needs a batch of real matrices"),
-        ({"a": torch.ones(1, 3, 4, dtype=torch.int32)}, "needs a batch of real matrices"),
+        ({"a": torch.ones(3, 4)}, "needs a batch of real floating-point matrices"),
+        ({"a": torch.ones(1, 3, 4, dtype=torch.int32)}, "needs a batch of real floating-point matrices"),
         ({"a": torch.ones(1, 3, 4), "b": torch.ones(1, 4, 3)}, r"needs b to be torch.float32 of shape \(1, 3, 4\)"),
         ({"a": torch.ones(1, 3, 4), "c": torch.ones(1, 3, 3).double()}, "got torch.float64"),
-        ({"a": torch.ones(2, 3, 4), "alpha": torch.ones(3)}, r"needs shape \(2,\) on cpu"),
+        ({"a": torch.ones(2, 3, 4), "alpha": torch.ones(3)}, r"must have shape \(2,\) and be on cpu, got shape \(3,\)"),
     ],
 )
-def test_what_does_not_fit_is_refused(arguments: dict[str, Any], message: str) -> None:
+def test_mismatched_arguments_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         symmetric_matmul(**arguments)
 
@@ -351,7 +351,7 @@ def test_float32_is_not_tf32() -> None:
 
 @gpu
 @pytest.mark.parametrize("n", [32, 256])
-def test_waits_for_nothing_and_can_be_captured(n: int) -> None:
+def test_no_synchronization_and_capturable(n: int) -> None:
     a = normal((3, n, 64)).cuda().bfloat16()
     alpha, c = torch.ones(3, device="cuda"), torch.zeros(3, n, n, device="cuda", dtype=a.dtype)
 

@@ -1,4 +1,4 @@
-"""Orthogonalisation against the float64 SVD, over a zoo of spectra: the schedules that may be the default."""
+"""Orthogonalization against the float64 SVD, over many spectra, for the candidate default schedules."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ def measured(spectrum: str, ratio: int, name: str, dtype: torch.dtype, method: s
 
 
 def noise(spectrum: str, ratio: int, name: str, dtype: torch.dtype) -> float:
-    """Most that rounding may add to the result, relative to it.
+    """Bound on the error of the result due to rounding, relative to the result.
 
-    Rounding a matrix moves every entry by at most a unit, ``unit / sqrt(3)`` in the mean square, and the schedule lifts what
-    is moved by at most its slope at zero. That is much for a matrix of low rank: everything else is noise then. Two
-    roundings count, of the matrix and of its rescale or first step; those that follow are amplified less. Sums of products
-    are in float32, so for float32 itself they count too: n of them are off by sqrt(n) units.
+    Rounding moves every entry of a matrix by at most a unit, ``unit / sqrt(3)`` in the mean square, and the schedule
+    amplifies this by at most its slope at zero. That is large for a matrix of low rank, where everything else is noise. Two
+    roundings count, that of the matrix and that of its rescale or first step; later ones are amplified less. Products are
+    summed in float32, so for float32 the sums count too: n terms are off by sqrt(n) units.
     """
     schedule = SCHEDULES[name].first(None)
     s = reference(spectrum, ratio).s
@@ -56,7 +56,7 @@ def noise(spectrum: str, ratio: int, name: str, dtype: torch.dtype) -> float:
     return float(slope * unit * s.norm() / schedule(s).norm())
 
 
-def test_the_zoo_is_what_it_is_said_to_be() -> None:
+def test_the_spectra_are_as_described() -> None:
     assert tuple(zoo(N)) == SPECTRA
     of = {name: reference(name, 1) for name in SPECTRA}
     assert (of["low rank"].rank, of["rank one"].rank) == (12, 1)
@@ -90,7 +90,7 @@ def test_in_exact_arithmetic_no_spectrum_is_worse_than_by_jordans(spectrum: str,
 @schedules
 @dtypes
 @pytest.mark.parametrize("method", ["direct", "gram"])
-def test_rounding_costs_what_it_must(spectrum: str, ratio: int, name: str, dtype: torch.dtype, method: str) -> None:
+def test_rounding_stays_within_its_bound(spectrum: str, ratio: int, name: str, dtype: torch.dtype, method: str) -> None:
     found = measured(spectrum, ratio, name, dtype, method)
     exact, jordan = (measured(spectrum, ratio, own, torch.float64) for own in (name, "jordan"))
     # Noise is at right angles to the result: this is the cosine of the angle by which it turns.
@@ -125,14 +125,14 @@ def test_singular_vectors_stay(spectrum: str, ratio: int, name: str, dtype: torc
 @pytest.mark.parametrize("name", ["cubic5", "turbo"])
 @pytest.mark.parametrize("spectrum", ["log-spaced 1..1e-3", "power law 1.5", *REAL])
 def test_cheaper_schedules_are_worse_on_heavy_tails(spectrum: str, name: str) -> None:
-    """As docs/orthogonalization.md says; and what is asserted of the others is not true of any schedule."""
+    """As in docs/orthogonalization.md; shows that the other assertions do not hold for every schedule."""
     cheap, jordan = (measured(spectrum, 1, own, torch.float64)["cosine"] for own in (name, "jordan"))
     assert cheap < jordan - 5e-3
 
 
 @pytest.mark.parametrize(("name", "holds"), [("jordan", False), ("polar_express", False), ("schatten4", True)])
 def test_one_percent_of_the_largest_in_a_wide_layer(name: str, holds: bool) -> None:
-    """By the quarter circle law: the Frobenius norm outgrows the largest singular value, that of Schatten does less."""
+    """By the quarter-circle law: the Frobenius norm outgrows the largest singular value, the Schatten-4 norm less so."""
     schedule = SCHEDULES[name].first(None)
     for n in (1024, 4096, 16384):
         size = float(n) if schedule.norm == "frobenius" else (2 * n**3) ** 0.25

@@ -15,7 +15,7 @@ JORDAN = (3.4445, -4.7750, 2.0315)
 
 
 def scalar_map(polynomials: tuple[tuple[float, ...], ...], values: torch.Tensor) -> torch.Tensor:
-    """What polynomials do to singular values, term by term."""
+    """Applies the polynomials to singular values, term by term."""
     values = values.double()
     for entry in polynomials:
         values = sum(c * values ** (2 * k + 1) for k, c in enumerate(entry))
@@ -90,7 +90,7 @@ def test_calling_a_schedule_applies_its_polynomials(polynomials: list[list[float
     torch.testing.assert_close(schedule(values), scalar_map(schedule.polynomials, values), rtol=1e-9, atol=1e-9)
 
 
-# Ranges over all singular values from 1e-3 of the norm, computed apart from this code.
+# Ranges over all singular values from 1e-3 of the norm, computed independently of this code.
 @pytest.mark.parametrize(
     ("name", "low", "high"),
     [("jordan", 0.470544, 1.202369), ("you", 0.474982, 1.145020), ("polar_express", 0.846177, 1.123559)],
@@ -101,8 +101,8 @@ def test_five_steps_bring_singular_values_near_one(name: str, low: float, high: 
     assert values.max().item() == pytest.approx(high, abs=1e-6)
 
 
-@pytest.mark.parametrize("name", [name for name in SCHEDULES if name != "cans"])  # which was published without safety
-def test_a_norm_rounded_above_one_does_not_run_away(name: str) -> None:
+@pytest.mark.parametrize("name", [name for name in SCHEDULES if name != "cans"])  # published without safety
+def test_a_norm_rounded_above_one_does_not_diverge(name: str) -> None:
     values = torch.linspace(0, 1.01, 10_001)
     assert all(scalar_map(entries(name, steps), values).max() < 2 for steps in range(1, 20))
 
@@ -126,13 +126,17 @@ def test_polar_express_converges() -> None:
         ((JORDAN, (1.0,)), None, r"got \(1.0,\)"),
         ((JORDAN, 1.0), None, r"sequence of numbers \(a, b, c\), got 1.0"),
         ((JORDAN, ("1", 2.0)), None, r"sequence of numbers \(a, b, c\), got \('1', 2.0\)"),
-        (3.4, None, "a schedule's name, .* got 3.4"),
-        ((0.0, 1.5, -0.5), None, "the first is not 0"),
-        ((1.5, float("nan")), None, "are finite"),
-        ("jordan", 2.5, "an integer, at least 1 .* got 2.5"),
+        (3.4, None, "the name of a schedule, .* got 3.4"),
+        ((0.0, 1.5, -0.5), None, "the first of them not 0"),
+        ((1.5, float("nan")), None, "must be finite"),
+        ("jordan", 2.5, "an integer of at least 1 .* got 2.5"),
         (("abc",), None, "got 'abc'"),
-        ({"polynomials": [JORDAN], "norm": "spectral"}, None, "unknown norm 'spectral'; known: frobenius"),
-        ({"polynomial": [JORDAN]}, None, "has polynomials, a norm and steps, got polynomial"),
+        ({"polynomials": [JORDAN], "norm": "spectral"}, None, "unknown norm 'spectral'; use one of frobenius"),
+        (
+            {"polynomial": [JORDAN]},
+            None,
+            "needs the key 'polynomials' and may have 'norm' and 'steps', got: polynomial",
+        ),
     ],
 )
 def test_errors(coefficients: Any, steps: int | None, message: str) -> None:

@@ -1,4 +1,4 @@
-"""Schedules by Remez against those that were published, and against what makes a polynomial the best."""
+"""Remez schedules against published ones, and against the characterization of best polynomials."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ def test_in_the_limit_it_is_newton_schulz() -> None:
 
 @settings(max_examples=150)
 @given(st.sampled_from([3, 5, 7, 9, 11]), st.floats(1e-3, 0.9), st.floats(0.5, 3))
-def test_the_error_takes_its_largest_size_in_turns(degree: int, ratio: float, high: float) -> None:
-    """Chebyshev: a polynomial with k coefficients is best if and only if its error does so k + 1 times."""
+def test_the_error_equioscillates(degree: int, ratio: float, high: float) -> None:
+    """Chebyshev: a polynomial with k coefficients is best if and only if its error equioscillates k + 1 times."""
     low = ratio * high
     coefficients, error = best_odd_polynomial(degree, low, high)
     x = torch.linspace(low**0.5, high**0.5, 200_001, dtype=torch.float64) ** 2
@@ -87,7 +87,7 @@ def test_schatten4_is_minimax() -> None:
     assert_same(minimax_schedule(5, 2e-3, cushion=0.05, safety=1.02), SCHEDULES["schatten4"].first(None).polynomials)
 
 
-def test_a_generated_schedule_orthogonalises() -> None:
+def test_a_generated_schedule_orthogonalizes() -> None:
     x = torch.randn(12, 30, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     schedule = minimax_schedule(6, 1e-2, degree=9, norm="schatten4", safety=1.0)
     u, _, vh = torch.linalg.svd(x, full_matrices=False)
@@ -97,10 +97,10 @@ def test_a_generated_schedule_orthogonalises() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((4, 0.1, 1.0), "degree of at least 3 is needed, got degree 4"),
-        ((1, 0.1, 1.0), "got degree 1"),
-        ((5, 0.0, 1.0), r"interval \[0.0, 1.0\] must lie above 0"),
-        ((5, 1.0, 0.5), r"interval \[1.0, 0.5\] must .* not be empty"),
+        ((4, 0.1, 1.0), "degree must be odd and at least 3, got 4"),
+        ((1, 0.1, 1.0), "at least 3, got 1"),
+        ((5, 0.0, 1.0), r"above 0, got \[0.0, 1.0\]"),
+        ((5, 1.0, 0.5), r"interval must be non-empty .* got \[1.0, 0.5\]"),
     ],
 )
 def test_errors(arguments: Any, message: str) -> None:
@@ -115,13 +115,13 @@ def test_a_schedule_needs_steps() -> None:
 
 @pytest.mark.parametrize("options", [{"low": 2.0}, {"low": 1e-2, "safety": 0.5}, {"low": 1e-2, "cushion": 1.5}])
 def test_options_out_of_range(options: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match=r"needs low in .* safety at least 1 and cushion in"):
+    with pytest.raises(ValueError, match=r"low must be in .* safety at least 1 and cushion in"):
         minimax_schedule(3, **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("norm", ["frobenius", "schatten4"])
-def test_as_it_comes_a_schedule_does_not_run_away_in_half_precision(dtype: torch.dtype, norm: str) -> None:
+def test_the_default_safety_prevents_divergence_in_half_precision(dtype: torch.dtype, norm: str) -> None:
     for seed in range(10):
         generator = torch.Generator().manual_seed(seed)
         x = torch.randn(64, 1, generator=generator) @ torch.randn(1, 128, generator=generator)

@@ -33,13 +33,13 @@ def polar_factor(x: Tensor) -> Tensor:
 
 
 def normalized(s: Tensor, norm: str) -> Tensor:
-    """Singular values over the norm that is made of them."""
+    """Singular values divided by their norm."""
     power = {"frobenius": 2, "schatten4": 4}[norm]
     return s / s.pow(power).sum(-1, keepdim=True).pow(1 / power)
 
 
 def mapped_by_svd(x: Tensor, schedule: Schedule) -> Tensor:
-    """A Newton-Schulz schedule in exact arithmetic: it acts on the singular values over their norm, and only on them."""
+    """A Newton-Schulz schedule in exact arithmetic: it acts on the normalized singular values only."""
     u, s, vh = torch.linalg.svd(x.double(), full_matrices=False)
     return (u * schedule(normalized(s, schedule.norm)).unsqueeze(-2)) @ vh
 
@@ -153,7 +153,7 @@ def test_a_negated_matrix_gives_the_negated_result() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_a_zero_matrix_stays_zero_and_leaves_its_batch_alone(dtype: torch.dtype) -> None:
+def test_a_zero_matrix_stays_zero_and_does_not_affect_its_batch(dtype: torch.dtype) -> None:
     x = gaussian(3, 4, 7).float()
     with_zero = x.clone()
     with_zero[1] = 0
@@ -166,7 +166,7 @@ def test_a_zero_matrix_stays_zero_and_leaves_its_batch_alone(dtype: torch.dtype)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(3, 4, 7), (3, 7, 4)])
-def test_a_non_finite_matrix_is_alone_in_it(bad: float, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+def test_a_non_finite_matrix_does_not_affect_its_batch(bad: float, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     x = gaussian(*shape).float()
     with_bad = x.clone()
     with_bad[1, 2, 3] = bad
@@ -279,7 +279,7 @@ def test_a_dominant_direction_stays_in_the_range_of_half_precision(dtype: torch.
             image = resolve_schedule(name, None)(torch.ones((), dtype=torch.float64)).item()
             assert norm == pytest.approx(
                 image, abs=0.2
-            )  # a run-away would be far off: the largest value is the most sensitive
+            )  # divergence would be far off: the largest value is the most sensitive
 
 
 @pytest.mark.parametrize("method", ["direct", "gram"])
@@ -292,7 +292,7 @@ def test_autocast_changes_nothing(method: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("factor", [1e-2, 2.5e-4, 1e-5])
-def test_turbo_stands_rows_of_any_size(dtype: torch.dtype, factor: float) -> None:
+def test_turbo_handles_rows_of_any_scale(dtype: torch.dtype, factor: float) -> None:
     x = torch.eye(8, 16)
     x[0] *= factor
     assert torch.linalg.matrix_norm(orthogonalize(x, coefficients="turbo", dtype=dtype), 2) < 1.4
@@ -329,7 +329,7 @@ def test_methods_differ_by_rounding_alone(method: str, name: str) -> None:
         (torch.ones(2, 2), {"method": "fast"}, "unknown method 'fast'"),
         (torch.ones(2, 2), {"steps": 0}, "got 0"),
         (torch.ones(2, 2), {"steps": 100}, "got 100"),
-        (torch.ones(2, 2, dtype=torch.complex64), {}, "real floating-point numbers, got torch.complex64"),
+        (torch.ones(2, 2, dtype=torch.complex64), {}, "real floating-point dtype, got torch.complex64"),
         (torch.ones(2, 2, dtype=torch.int64), {}, "got torch.int64"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The rule that places restarts: against every other way, against counted products, and against what rounding does."""
+"""The placement of restarts: against all other plans, against counted products, and against actual rounding."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def permitted(schedule: Schedule, restarts: tuple[int, ...], unit: float) -> boo
 
 @settings(max_examples=200)
 @given(st.sampled_from(FIVE), st.sampled_from([*UNITS.values()]), st.floats(1, 9), st.sampled_from([0.5, 0.7, 1.0]))
-def test_no_permitted_way_is_cheaper(name: str, unit: float, ratio: float, symmetric: float) -> None:
+def test_no_permitted_plan_is_cheaper(name: str, unit: float, ratio: float, symmetric: float) -> None:
     schedule = resolve_schedule(name, None)
     steps = len(schedule.polynomials)
     ways = [way for k in range(steps) for way in combinations(range(1, steps), k) if permitted(schedule, way, unit)]
@@ -44,7 +44,7 @@ def test_no_permitted_way_is_cheaper(name: str, unit: float, ratio: float, symme
     assert cost[found] <= min(cost.values()) * (1 + 1e-12)
 
 
-def test_ninety_nine_steps_are_planned_in_no_time() -> None:
+def test_ninety_nine_steps_are_planned_quickly() -> None:
     schedule = resolve_schedule("polar_express", 99)
     for unit in UNITS.values():
         restarts = best_restarts(schedule.polynomials, 4.0, unit, 0.5)
@@ -102,7 +102,7 @@ def test_wide_matrices_restart_seldom_and_square_ones_by_the_price_of_symmetry()
     assert best_restarts(schedule.polynomials, 1.0, UNITS[torch.float32], 1.0) == (1, 2, 3, 4)
 
 
-def test_the_coarser_the_numbers_the_more_restarts() -> None:
+def test_coarser_dtypes_need_more_restarts() -> None:
     counts = [
         len(best_restarts(resolve_schedule("polar_express", None).polynomials, 9.0, unit, 0.5))
         for unit in UNITS.values()
@@ -112,7 +112,7 @@ def test_the_coarser_the_numbers_the_more_restarts() -> None:
 
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_what_is_permitted_stays_near_the_direct_form(name: str, dtype: torch.dtype) -> None:
+def test_permitted_plans_stay_close_to_the_direct_form(name: str, dtype: torch.dtype) -> None:
     """Without a dominant direction, the Gram form differs from the exact result by at most the rule's tolerance."""
     x = torch.randn(2, 96, 288, generator=torch.Generator().manual_seed(0))
     exact = orthogonalize(x.double(), coefficients=name, method="direct", dtype=torch.float64)
@@ -122,7 +122,7 @@ def test_what_is_permitted_stays_near_the_direct_form(name: str, dtype: torch.dt
     assert error < 2 * least + 0.01
 
 
-def test_without_the_rule_rounding_wins() -> None:
+def test_without_the_rule_rounding_dominates() -> None:
     """The rule is needed: in bfloat16 the Gram form without a restart leaves nothing of the result."""
     spectrum = torch.logspace(0, -3, 64)
     x = torch.linalg.qr(torch.randn(64, 64))[0] * spectrum

@@ -270,17 +270,19 @@ class TestPatterns:
             split_params(gpt(), **{option: ["*.weight", "*.router.weight"]})
 
     @pytest.mark.parametrize(("pattern", "shape"), [("norm.weight", r"\(16,\)"), ("layers.*.bias", r"\(16,\)")])
-    def test_include_of_what_is_no_matrix(self, pattern: str, shape: str) -> None:
-        with pytest.raises(ValueError, match=rf"include names .*{shape} is no matrix"):
+    def test_include_of_something_that_is_not_a_matrix(self, pattern: str, shape: str) -> None:
+        with pytest.raises(ValueError, match=rf"include matches .*{shape}, which is not a matrix"):
             split_params(gpt_with_biases(), include=[pattern])
         grouped = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2), nn.ConvTranspose1d(4, 4, 3))
         for name in ("0.weight", "1.weight"):
-            with pytest.raises(ValueError, match=rf"include names {name}, .* grouped or transposed convolution"):
+            with pytest.raises(ValueError, match=rf"include matches {name} .* grouped or transposed convolution"):
                 split_params(grouped, include=[name])
 
     @pytest.mark.parametrize("option", ["exclude", "include"])
     def test_a_bare_string_is_no_list(self, option: str) -> None:
-        with pytest.raises(ValueError, match=rf"{option} is a list of patterns, got '0.weight'; write \['0.weight'\]"):
+        with pytest.raises(
+            ValueError, match=rf"{option} must be a list of patterns, got '0.weight'; use \['0.weight'\]"
+        ):
             split_params(convolutions(), **{option: "0.weight"})
 
 
@@ -300,14 +302,14 @@ class TestTensorsOfMoreDimensions:
         model.table = nn.Parameter(torch.randn(2, 3, 5))
         return model
 
-    def test_experts_are_muons_and_the_rest_is_not_guessed(self) -> None:
+    def test_experts_go_to_muon_and_the_rest_is_not_guessed(self) -> None:
         routes = {route.name: (route.algorithm, route.kind, route.reason) for route in route_params(self.model())}
         assert routes["layers.0.experts.gate_up_proj"] == ("muon", "experts", "expert stack")
         assert routes["layers.0.experts.down_proj_bias"] == ("adamw", "matrix", "biases of experts")
         assert routes["layers.0.conv.weight"] == ("adamw", "convolution", "3-D tensor")
         assert routes["table"] == ("adamw", "experts", "3-D tensor")
 
-    def test_include_says_how(self) -> None:
+    def test_include_names_the_kind(self) -> None:
         model = self.model()
         groups = {group["name"]: group for group in split_params(model, include=["*conv.weight", "table"])}
         assert {name: group.get("kind") for name, group in groups.items() if name != "adamw"} == {
@@ -346,7 +348,7 @@ class TestTable:
         assert column == sorted(column, key=["muon", "adamw", "frozen"].index)
         assert set(column) == {"muon", "adamw", "frozen"}
 
-    def test_what_goes_elsewhere_is_not_collapsed(self) -> None:
+    def test_different_routes_are_not_collapsed(self) -> None:
         table = routing_table(route_params(gpt(), exclude=["layers.0.mlp.up_proj.weight"]))
         assert len([line for line in table.splitlines() if "layers.*.mlp.up_proj.weight" in line]) == 2
 

@@ -1,4 +1,4 @@
-"""Owners of matrices: every job has one, and no rank has much more to do than it must."""
+"""Every job has one owner, and the work is balanced."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def test_largest_load_is_near_the_least_possible(costs: list[float], ranks: int)
 
 
 @given(costs=COSTS, ranks=st.integers(1, 4))
-def test_every_rank_comes_to_the_same_owners(costs: list[float], ranks: int) -> None:
+def test_owners_are_the_same_on_every_rank(costs: list[float], ranks: int) -> None:
     assert assign_owners(costs, [0.0] * ranks) == assign_owners(list(costs), [0.0] * ranks)
 
 
-def test_like_jobs_are_dealt_out_evenly() -> None:
+def test_equal_jobs_are_spread_evenly() -> None:
     owners = assign_owners([1.0] * 12, [0.0] * 4)
     assert [owners.count(rank) for rank in range(4)] == [3, 3, 3, 3]
 
 
-def test_whoever_has_much_to_do_already_gets_less() -> None:
+def test_a_loaded_rank_gets_less() -> None:
     assert assign_owners([1.0, 1.0, 1.0], [2.5, 0.0, 1.0]) == [1, 1, 2]

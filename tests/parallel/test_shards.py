@@ -1,4 +1,4 @@
-"""Boxes of sharded tensors, against torch's own chunks; real shardings are in tests/distributed."""
+"""Boxes of sharded tensors against torch.chunk; tests/distributed covers real shardings."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PLACEMENTS = st.sampled_from([Shard(0), Shard(1), Replicate()])
 
 
 def by_chunks(tensor: torch.Tensor, placements: list[Any], mesh: tuple[int, ...], coordinate: tuple[int, ...]) -> Any:
-    """What torch.chunk leaves to one rank."""
+    """One rank's chunk by torch.chunk."""
     for placement, size, i in zip(placements, mesh, coordinate):
         if placement.is_shard():
             chunks = tensor.chunk(size, placement.dim)
@@ -42,7 +42,7 @@ def test_boxes_are_chunks_of_chunks(shape: tuple[int, int], mesh: list[int], dat
 
 
 @given(rows=st.integers(1, 20), data=st.integers(1, 4), tensor=st.integers(2, 4))
-def test_fsdp_cuts_what_tensor_parallelism_has_cut(rows: int, data: int, tensor: int) -> None:
+def test_fsdp_shards_what_tensor_parallelism_has_sharded(rows: int, data: int, tensor: int) -> None:
     placements = [_StridedShard(0, split_factor=tensor), Shard(0)]
     for d, t in product(range(data), range(tensor)):
         expected = by_chunks(torch.arange(rows), [Shard(0), Shard(0)], (tensor, data), (t, d))

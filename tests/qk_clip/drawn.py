@@ -1,4 +1,4 @@
-"""Attention modules drawn at random, each with the spec that describes it and many that do not."""
+"""Random attention modules, each with its correct spec and many wrong ones."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LENGTH = 5
 
 @dataclass(frozen=True)
 class Case:
-    """What is drawn.
+    """A random case.
 
     ``form`` is ``"separate"`` (three weights), ``"concatenated"`` (``[q | k | v]`` in some order), ``"interleaved"`` (by
     head), ``"grouped"`` (by key head), or ``"latent"`` (with a rotated key that all heads share).
@@ -154,7 +154,7 @@ class Drawn(nn.Module):
 
 
 def true_spec(case: Case) -> AttentionSpec:
-    """The spec of a case, in the words of its user."""
+    """The correct spec of a case."""
     return AttentionSpec(
         _projections(case, _layouts(case)),
         case.heads,
@@ -205,7 +205,7 @@ def _gains(case: Case) -> tuple[Projection, ...]:
 
 
 def other_specs(case: Case) -> Iterator[tuple[str, AttentionSpec]]:
-    """Specs that one may write by mistake, each with what is wrong; now and then one is right all the same."""
+    """Plausible wrong specs, each with its mistake; some happen to be correct."""
     spec = true_spec(case)
     if case.gains != "none":
         yield from _other_gains(case, spec)
@@ -230,7 +230,7 @@ def _sizes(case: Case) -> tuple[int, int, int]:
 
 
 def _other_gains(case: Case, spec: AttentionSpec) -> Iterator[tuple[str, AttentionSpec]]:
-    yield "the norm is not told", replace(spec, qk_norm=False, gains=())
+    yield "the norm is missing", replace(spec, qk_norm=False, gains=())
     for offset in (0.0, 1.0, 0.5):
         if offset != case.offset:
             yield f"offset {offset}", replace(spec, gains=tuple(replace(gain, offset=offset) for gain in spec.gains))

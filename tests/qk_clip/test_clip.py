@@ -1,4 +1,4 @@
-"""QKClip: what a step does to weights, and to nothing else."""
+"""QKClip: the effect of a step on weights, and on nothing else."""
 
 from __future__ import annotations
 
@@ -268,7 +268,7 @@ def test_under_autocast_maxima_are_those_of_the_rounded_projections(kind: str) -
         torch.testing.assert_close(qk_clip.max_logits[0].double(), true_maxima(module, x), rtol=0.03, atol=0.05)
 
 
-# When nothing may happen
+# When nothing may change
 
 
 @pytest.mark.parametrize("value", [math.nan, INF, -INF])
@@ -313,7 +313,7 @@ def test_without_a_forward_since_the_last_step_nothing_changes(kind: str) -> Non
         assert same(before, module.state_dict())
 
 
-def test_a_step_that_is_skipped_is_forgotten() -> None:
+def test_discard_forgets_a_skipped_step() -> None:
     module, x = make("gqa"), torch.randn(3, 9, 16)
     before = snapshot(module)
     with QKClip(module, threshold=1e-3) as qk_clip:
@@ -345,9 +345,9 @@ def test_without_a_threshold_it_only_watches() -> None:
     assert same(before, model.state_dict())
 
 
-def test_queries_that_are_normalised_are_refused_or_watched() -> None:
+def test_normalized_queries_are_refused_or_watched() -> None:
     model = Residual(make("mha"), Attention(16, 2, qk_norm=True))
-    with pytest.raises(ValueError, match=r"attention 'layers.1' normalises queries or keys.*qk_norm='monitor'"):
+    with pytest.raises(ValueError, match=r"attention 'layers.1' normalizes queries or keys.*qk_norm='monitor'"):
         QKClip(model)
     x = torch.randn(3, 9, 16)
     before = snapshot(model)
@@ -385,7 +385,7 @@ def test_a_module_that_is_used_twice_is_scaled_once(kind: str) -> None:
     close(true_maxima(once, x), true_maxima(layer, x))
 
 
-def test_frozen_values_are_nobodys_business() -> None:
+def test_frozen_values_do_not_matter() -> None:
     module = make("mha_bias")
     for name in ("v_proj.weight", "o_proj.bias"):
         module.get_parameter(name).requires_grad_(False)
@@ -447,7 +447,7 @@ def test_maxima_of_another_shape_are_refused(maxima: Any) -> None:
     assert same(before, model.state_dict())
 
 
-# Life with an optimizer, and in a checkpoint
+# With an optimizer, and in a checkpoint
 
 
 def test_attached_it_acts_after_every_step_of_the_optimizer() -> None:
@@ -585,7 +585,7 @@ def test_counts_saved_without_steps_are_taken_as_of_the_first_step() -> None:
         assert qk_clip.is_due and qk_clip.clips.tolist() == [[1] * 4]
 
 
-def test_a_closed_one_that_is_loaded_does_not_watch_again() -> None:
+def test_loading_into_a_closed_one_does_not_reopen_it() -> None:
     module = make("mha")
     with QKClip(module, every_n_steps=2) as qk_clip:
         state = qk_clip.state_dict()
@@ -596,10 +596,10 @@ def test_a_closed_one_that_is_loaded_does_not_watch_again() -> None:
         assert other.max_logits.isfinite().all()
 
 
-# What it says of itself
+# Summary
 
 
-def test_the_summary_tells_heads_layouts_sources_and_sides() -> None:
+def test_the_summary_shows_heads_layouts_sources_and_sides() -> None:
     model = nn.Sequential(make("mha"), make("third_party"), make("mla"), Attention(16, 2, qk_norm=True))
     model[1].k_proj.requires_grad_(False)
     with QKClip(model, qk_norm="monitor") as qk_clip:

@@ -1,4 +1,4 @@
-"""Whatever is overheard stays one graph under torch.compile(fullgraph=True), and says the same."""
+"""Intercepted attention stays one graph under torch.compile(fullgraph=True), with the same results."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from intercepted import HEADS, NO_TOKENS, Flex, Layers, SelfMultihead, bloom, gptj, llama, plain_attention, self_sdpa
 from oracles import Residual
-from tapped import HEADS, NO_TOKENS, Flex, Layers, SelfMultihead, bloom, gptj, llama, plain_attention, self_sdpa
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
@@ -100,7 +100,7 @@ OBSERVED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "falcon alibi": (lambda: falcon(alibi=True), "recomputed"),
 }
 every = pytest.mark.parametrize("name", OBSERVED)
-#: One of every way to be heard.
+#: One of each way to observe.
 a_few = pytest.mark.parametrize(
     "name",
     ["ours", "sdpa", "multihead with weights", "hugging face eager", "hugging face, a user's", "gpt-neo", "bloom"],
@@ -136,7 +136,7 @@ def output_of(forward: Callable[[Tensor], Any], batch: Tensor) -> Tensor:
 
 
 def train(model: nn.Module, forward: Callable[[Tensor], Any], logits: str = "exact") -> tuple[list[Tensor], set[Any]]:
-    """Three steps of SGD and QK-Clip: the maxima of each and the gradients of the last, and where the maxima came from."""
+    """Three steps of SGD and QK-Clip: the maxima of each, the gradients of the last, and the source of the maxima."""
     found = []
     with QKClip(model, threshold=1e-3, logits=logits) as qk_clip:
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
@@ -179,12 +179,12 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a
 @pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("name", ["bloom"])
-def test_the_same_in_machine_code(name: str) -> None:
+def test_inductor_gives_the_same(name: str) -> None:
     check_one_graph(make(name), "inductor", OBSERVED[name][1])
 
 
 @a_few
-def test_a_model_that_was_compiled_before_is_heard_by_every_observer_that_comes(name: str) -> None:
+def test_a_model_compiled_before_is_observed_by_every_later_observer(name: str) -> None:
     model = make(name)
     forward = torch.compile(model, fullgraph=True, backend="eager")
     batch = tokens(1)[0]

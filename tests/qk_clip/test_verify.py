@@ -1,4 +1,4 @@
-"""QKClip.verify: accepts what is true of a module, refuses what is not, and changes nothing."""
+"""QKClip.verify accepts correct specs, refuses wrong ones, and changes nothing."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def separate(heads: int, groups: int, dim: int) -> AttentionSpec:
 
 
 def meaning(module: nn.Module, spec: AttentionSpec) -> set[Any]:
-    """What a spec says of every number of every weight. One head is all heads, and then no dimension matters."""
+    """The meaning of a spec for every element of every weight. With a single head, dimensions do not matter."""
     said: set[Any] = {(spec.num_heads, spec.num_key_value_heads)}
     projections = spec.gains if spec.qk_norm else spec.projections
     for weight in weights_of(module, "", projections, spec, shared=spec.qk_norm):
@@ -81,7 +81,7 @@ def some(case: Case, count: int) -> Iterator[tuple[str, AttentionSpec]]:
 
 
 def try_all(case: Case, others: Iterator[tuple[str, AttentionSpec]], tried: Counter[str]) -> None:
-    """The right spec is accepted; of the others those that say the same, and no other."""
+    """The correct spec and equivalent ones are accepted, all others are refused."""
     torch.manual_seed(case.seed)
     module, x = Drawn(case), torch.randn(2, LENGTH, case.hidden)
     spec = true_spec(case)
@@ -91,7 +91,7 @@ def try_all(case: Case, others: Iterator[tuple[str, AttentionSpec]], tried: Coun
         try:
             is_right = meaning(module, other) == meaning(module, spec)
         except ValueError:  # not even the shapes fit
-            with pytest.raises(ValueError, match=r"describes|has a key for each|none is dim|does not tell"):
+            with pytest.raises(ValueError, match=r"describes|has a key for each|is out of range|does not determine"):
                 QKClip(module, specs={"": other}, qk_norm="gain")
             tried["of another shape"] += 1
             continue
@@ -152,9 +152,9 @@ def test_every_mistake_with_a_typical_attention_is_noticed(kind: str) -> None:
         "d-major": {"heads turned", "one bias left out"},
         "deepseek": {"parts of the query swapped", "keys split elsewhere", "both split elsewhere", "all rotated"},
         "deepseek, turned": {"keys and values swapped", "values only", "no rotated part", "bias left out"},
-        "qwen3": {"offset 1.0", "the norm is not told", "number of key heads"},
-        "gemma3": {"offset 0.0", "the norm is not told"},
-        "olmo2": {"gains turned", "offset 1.0", "the norm is not told"},
+        "qwen3": {"offset 1.0", "the norm is missing", "number of key heads"},
+        "gemma3": {"offset 0.0", "the norm is missing"},
+        "olmo2": {"gains turned", "offset 1.0", "the norm is missing"},
     }
     assert expected[kind] <= set(tried), tried
 
@@ -195,11 +195,13 @@ def test_a_refusal_names_the_layer_the_head_what_was_expected_and_what_was_found
 def test_a_bias_of_zeros_that_is_left_out_is_missed() -> None:
     model, x = Residual(SdpaAttention(8, 2), Fused()), torch.randn(2, 5, 8)
     verified(model, x, specs=fused(CONCATENATED, "qkv.weight", "qkv.bias"))
-    with pytest.raises(ValueError, match=r"layers.1: head 0's q halved, head 0 should [\s\S]* a bias has to be named"):
+    with pytest.raises(
+        ValueError, match=r"layers.1: head 0's q halved, head 0 should [\s\S]* must also cover every bias"
+    ):
         verified(model, x, specs=fused(CONCATENATED, "qkv.weight"))
 
 
-def test_queries_and_keys_that_are_exchanged_are_told_apart_although_the_logits_are_alike() -> None:
+def test_swapped_queries_and_keys_are_detected_although_logits_are_equal() -> None:
     model, x = Residual(SdpaAttention(8, 2), Fused()), torch.randn(2, 5, 8)
     message = r"layers.1: head 0's q halved, head 0 should have queries of norm ([\d.]+), but has ([\d.]+)"
     with pytest.raises(ValueError, match=message) as error:
@@ -210,7 +212,9 @@ def test_queries_and_keys_that_are_exchanged_are_told_apart_although_the_logits_
 def test_values_among_the_keys_are_noticed_by_the_output() -> None:
     case = Case("concatenated", heads=2, groups=1, dim=3)
     spec = replace(true_spec(case), projections=(Projection("qkv", "[q(H d) | k(G 2·d)]"),))
-    with pytest.raises(ValueError, match=r"\(model\): all queries doubled and all keys halved, the output should stay"):
+    with pytest.raises(
+        ValueError, match=r"\(model\): with all queries doubled and all keys halved, the output should not change"
+    ):
         verified(Drawn(case), torch.randn(2, 5, 7), specs={"": spec})
 
 
@@ -258,7 +262,7 @@ def test_known_attention_is_accepted_in_training_and_in_evaluation(
     assert all(module.training == training for module in model.modules())
 
 
-def test_torchs_encoder_is_not_let_onto_its_fast_path_for_evaluation() -> None:
+def test_verification_keeps_torchs_encoder_off_its_fast_path() -> None:
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, 32, batch_first=True), 2).eval()
     padding = torch.arange(5) >= torch.tensor([[5], [3]])
     with QKClip(model) as qk_clip:
@@ -288,7 +292,7 @@ GPT_NEO = {"vocab_size": 11, "hidden_size": 16, "num_layers": 1, "num_heads": 4,
     ],
     ids=["by itself", "function", "torch", "recomputed", "method"],
 )
-def test_from_wherever_the_logits_come_queries_and_keys_are_seen(make: Callable[[], Any]) -> None:
+def test_queries_and_keys_are_seen_from_every_source_of_logits(make: Callable[[], Any]) -> None:
     module, x = make(), torch.randn(2, 5, 16)
     arguments: dict[str, tuple[list[Any], dict[str, Any]]] = {
         "MultiheadAttention": ([x, x, x], {}),
@@ -340,7 +344,7 @@ def test_under_mixed_precision_inputs_may_be_captured_and_verified_outside(qk_no
 
 
 class HalfOnly(SdpaAttention):
-    """Attends in bfloat16 whatever its weights are, as flash attention does, and refuses anything else than its dtype."""
+    """Attends in bfloat16 whatever the dtype of its weights, as flash attention does, and refuses inputs of another."""
 
     def forward(self, x: Tensor) -> Tensor:
         assert x.dtype is self.q_proj.weight.dtype
@@ -418,12 +422,12 @@ class Skipping(Residual):
         return x if self.training else super().forward(x)
 
 
-def test_chance_has_no_part_in_it() -> None:
+def test_randomness_in_the_model_does_not_matter() -> None:
     model = Skipping(Dropping(16, 4), Dropping(16, 4, 2))
     assert len({check.layer for check in verified(model, torch.randn(2, 5, 16)).checks}) == 2
 
 
-def test_values_that_are_made_anew_in_every_forward_are_no_obstacle() -> None:
+def test_values_recomputed_in_every_forward_are_accepted() -> None:
     for norm in (nn.utils.parametrizations.spectral_norm, nn.utils.spectral_norm):
         module = SdpaAttention(16, 4, 2)
         norm(module.v_proj)
@@ -438,7 +442,7 @@ def test_a_weight_that_makes_queries_and_keys_is_halved_as_both() -> None:
     assert {check.side for check in found.checks} == {"q and k"}
     spec = replace(separate(4, 4, 4), projections=(Projection("q_proj", "q(H d)"), Projection("k_proj", "k(d H)")))
     with pytest.raises(
-        ValueError, match=r"has one weight as q_proj.weight and k_proj.weight, but with different heads"
+        ValueError, match=r"uses one weight as q_proj.weight and k_proj.weight, but with different heads"
     ):
         verified(model, x, specs={"layers.0": spec})
 
@@ -499,7 +503,7 @@ def test_a_gain_of_all_heads_is_verified_at_once() -> None:
 
 
 @pytest.mark.parametrize("options", [{"logits": "off"}, {"logits": "lse"}, {"threshold": None}, {"every_n_steps": 3}])
-def test_however_the_model_is_watched(options: dict[str, Any]) -> None:
+def test_with_every_way_to_observe(options: dict[str, Any]) -> None:
     model, x = Residual(SdpaAttention(16, 4, 2), Attention(16, 4)), torch.randn(2, 5, 16)
     with QKClip(model, **options) as qk_clip:
         qk_clip.step([[1.0] * 4] * 2)  # of three steps the first
@@ -561,7 +565,7 @@ def test_sharded_weights_are_refused() -> None:
 
 
 class Counting(nn.Module):
-    """A forward leaves its traces in buffers, one of which is replaced."""
+    """A forward updates buffers and replaces one of them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -596,7 +600,7 @@ def test_nothing_is_changed() -> None:
         functions = F.scaled_dot_product_attention, torch.backends.mha.get_fastpath_enabled()
         found = qk_clip.verify(x)
         assert {check.layer for check in found.checks} == {"layers.1", "layers.2", "layers.4"}
-        assert calls == ["attention"]  # the one forward of the model, and none of the experiments
+        assert calls == ["attention"]  # the forward of the model, but none of the experiments
         assert torch.equal(torch.get_rng_state(), random_state)
         assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
         assert objects == [id(t) for t in (*model.parameters(), *model.buffers())]

@@ -1,1 +1,1 @@
-"""What needs timm and torchvision."""
+"""Tests that need timm and torchvision."""

@@ -1,4 +1,4 @@
-"""The example of timm runs, and learns."""
+"""The timm example runs and learns."""
 
 from __future__ import annotations
 

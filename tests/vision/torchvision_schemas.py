@@ -1,7 +1,7 @@
-"""Lets torchvision be imported beside a torch that its compiled operations were not built for.
+"""Makes torchvision importable with a torch that its compiled operators were not built for.
 
-It then describes two of them that nobody has defined, and fails; torchmetrics, and with it lightning, fail with it. Import
-this before anything that imports torchvision. Where torchvision is absent, or its operations load, nothing is done.
+torchvision then registers fake versions of two undefined operators and fails, and torchmetrics and lightning fail with it.
+Import this before anything that imports torchvision. It does nothing if torchvision is absent or its operators load.
 """
 
 from __future__ import annotations

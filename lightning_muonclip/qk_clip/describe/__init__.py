@@ -1,1 +1,1 @@
-"""Which channels of which weights belong to which head."""
+"""Describes which channels of which weights belong to which head."""

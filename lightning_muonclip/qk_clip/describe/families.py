@@ -1,6 +1,6 @@
-"""The attention modules that are known by their class: a row a family.
+"""The attention classes of other libraries, one row per family.
 
-Classes are matched by qualified name, so that no library has to be imported to be supported.
+Classes are matched by qualified name, so that no library has to be imported.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SpecFn = Callable[[Any], AttentionSpec]
 
 @dataclass(frozen=True)
 class Family:
-    """A spec with the paths of a module's attributes where numbers stand in the end.
+    """A spec whose numbers are given as paths of a module's attributes.
 
     Args:
         projections: As in :class:`AttentionSpec`.
@@ -44,7 +44,7 @@ class Family:
             None if self.key_heads is None else attrgetter(self.key_heads)(module),
             {name: attrgetter(path)(module) for name, path in self.sizes.items()},
             qk_norm=bool(gains),
-            # A norm without a weight normalises too, but has no gain to scale.
+            # A norm without a weight normalizes too, but has no gain to scale.
             gains=tuple(
                 gain for gain in gains if getattr(getattr(module, gain.name, None), "weight", None) is not None
             ),
@@ -57,12 +57,12 @@ def is_active(norm: Any) -> bool:
 
 
 def separate(query: str, key: str, value: str) -> tuple[Projection, ...]:
-    """Three weights, each with one row of channels a head."""
+    """Three separate projections, each laid out head by head."""
     return Projection(query, "q(H d)"), Projection(key, "k(G d)"), Projection(value, "*(G d)")
 
 
 def per_dim(query: str, key: str, offset: float = 0.0) -> tuple[Projection, ...]:
-    """Gains of one number a channel of a head, the same for all heads."""
+    """Gains with one number per channel of a head, shared by all heads."""
     return Projection(query, "q(d)", offset=offset), Projection(key, "k(d)", offset=offset)
 
 

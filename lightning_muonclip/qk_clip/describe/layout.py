@@ -1,15 +1,16 @@
-"""Which output channel of a projection belongs to which head: one line in the spirit of einops, compiled to integers.
+"""Layouts: an einops-like line that maps each output channel of a projection to a head, compiled to integers.
 
-    q(H d)                      one row of channels a head, d channels each
-    [q(H d) | k(G d) | *]       concatenated along the channels; * is whatever is left, and left alone
-    (H [kn:n, *:v])             every head's channels side by side: n of kind kn, then v that are left alone
+    q(H d)                      head by head, d channels each
+    [q(H d) | k(G d) | *]       concatenated along the channels; * takes the rest, which is not scaled
+    (H [kn:n, *:v])             head by head: n channels of kind kn, then v that are not scaled
     (G [q:r·d, k:d, *:d])       sizes may be products; r queries share a key
 
-``H`` counts query heads, ``G`` key heads, and ``r`` is ``H / G``. The kinds are ``q`` and ``k``, and for latent attention
-``qn`` and ``kn`` (the parts without rotation), ``qr`` (the rotated part of a query) and ``*`` (left alone).
+``H`` is the number of query heads, ``G`` that of key heads, and ``r`` is ``H / G``. The kinds are ``q`` and ``k``; for
+latent attention ``qn`` and ``kn`` (the parts without rotation) and ``qr`` (the rotated part of a query); and ``*`` (not
+scaled).
 
-The head of a channel is its coordinate on the axis ``H`` (queries) or ``G`` (keys). Where that letter does not stand, it
-is the coordinate on the leading axes that multiply to the number of heads: ``G`` and ``r`` for a query in the last line.
+The head of a channel is its coordinate on the axis ``H`` (queries) or ``G`` (keys). If that axis is absent, it is the
+coordinate on the leading axes whose product is the number of heads: ``G`` and ``r`` for a query in the last line.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ QUERY_KINDS = ("q", "qn", "qr")
 KEY_KINDS = ("k", "kn")
 SPLITS = ("qkv", "heads", "none")
 
-#: Instead of a head's index: the channel belongs to all heads, or to none that is known.
+#: In place of a head index: the channel belongs to all heads, or its head is unknown.
 NO_HEAD = -1
 
 _TOKEN = re.compile(r"\s*([A-Za-z_]\w*|\d+|[\[\](),:|*·])")
@@ -35,7 +36,7 @@ _TOKEN = re.compile(r"\s*([A-Za-z_]\w*|\d+|[\[\](),:|*·])")
 
 @dataclass(frozen=True)
 class Piece:
-    """Channels of one kind; ``size`` names the factors of their number."""
+    """Channels of one kind; ``size`` names the factors of their count."""
 
     kind: str
     size: tuple[str, ...]
@@ -43,7 +44,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Block:
-    """Pieces that repeat together along ``axes``; ``None`` takes the channels that no other block describes."""
+    """Pieces that repeat together along ``axes``; ``None`` takes the channels that no other block covers."""
 
     axes: tuple[str, ...] | None
     pieces: tuple[Piece, ...]
@@ -51,16 +52,16 @@ class Block:
 
 @dataclass(frozen=True)
 class ChannelMap:
-    """For every channel, the index of its kind in :data:`KINDS` and of its head; both int64, shape ``(channels,)``.
+    """The index in :data:`KINDS` and the head of every channel; both int64, shape ``(channels,)``.
 
-    A channel that is shared by all heads, or left alone without a head, has :data:`NO_HEAD`.
+    A channel that is shared by all heads, or that has no known head, has :data:`NO_HEAD`.
     """
 
     kinds: Tensor
     heads: Tensor
 
     def of_kind(self, kinds: tuple[str, ...]) -> Tensor:
-        """Where the channels of these kinds are, boolean."""
+        """A boolean mask of the channels of these kinds."""
         return torch.isin(self.kinds, torch.tensor([KINDS.index(kind) for kind in kinds]))
 
 
@@ -68,7 +69,7 @@ def parse_layout(text: str) -> tuple[Block, ...]:
     """Parses a layout.
 
     Raises:
-        ValueError: With the text and a caret under the character that does not fit.
+        ValueError: With the text and a caret under the unexpected character.
 
     Example:
         >>> parse_layout("q(H d)")
@@ -83,26 +84,26 @@ def layout_kinds(text: str) -> set[str]:
 
 
 def compile_layout(text: str, channels: int, sizes: Mapping[str, int], *, shared: bool = False) -> ChannelMap:
-    """Lays a layout over the channels of one weight.
+    """Compiles a layout for the channels of one weight.
 
     Args:
         text: The layout.
-        channels: Number of channels that the weight has along its projection's dimension.
-        sizes: Numbers behind the names: ``H`` and ``G``, the number of query and key heads, and channel counts.
+        channels: Number of output channels of the weight.
+        sizes: Values of the names: ``H`` and ``G``, the numbers of query and key heads, and channel counts.
         shared: Whether channels without the axis ``H`` or ``G`` belong to all heads, as in the gain of a norm.
 
     Raises:
-        ValueError: If a name has no size, the layout does not cover exactly the channels that there are, or it does not
-            tell the head of a query or key channel.
+        ValueError: If a name has no size, if the layout does not cover the channels exactly, or if it does not determine
+            the head of a query or key channel.
     """
     blocks = parse_layout(text)
     if sum(block.axes is None for block in blocks) > 1:
-        raise ValueError(f"layout {text!r} leaves two parts without a size; only one * may take the rest")
+        raise ValueError(f"only one * may take the rest of the channels; layout {text!r} has more")
     compiled = [None if block.axes is None else _compile_block(block, text, sizes, shared) for block in blocks]
     covered = sum(len(part.kinds) for part in compiled if part is not None)
     if covered > channels or (covered < channels and None not in compiled):
         raise ValueError(
-            f"layout {text!r} describes {covered} channels with {dict(sizes)}, but the weight has {channels}"
+            f"layout {text!r} describes {covered} channels with sizes {dict(sizes)}, but the weight has {channels}"
         )
     left = torch.full((channels - covered,), KINDS.index("*"))
     rest = ChannelMap(left, torch.full_like(left, NO_HEAD))
@@ -111,10 +112,10 @@ def compile_layout(text: str, channels: int, sizes: Mapping[str, int], *, shared
 
 
 def split_channels(channels: ChannelMap, split: str) -> list[Tensor]:
-    """Channels that are one matrix of their own: queries, keys and the rest (``"qkv"``), or those of every head.
+    """Splits channels into matrices: queries, keys and the rest (``"qkv"``), or every head of each (``"heads"``).
 
     Returns:
-        Ascending channel indices, one int64 tensor a part, which together cover all channels.
+        Ascending channel indices, one int64 tensor per part, which together cover all channels.
     """
     if split == "none":
         return [torch.arange(len(channels.kinds))]
@@ -142,7 +143,7 @@ def _heads(axes: tuple[str, ...], kind: str, text: str, sizes: Mapping[str, int]
     shape = _sizes(axes, text, sizes)
     queries, keys = sizes["H"], sizes.get("G", sizes["H"])
     if kind in KEY_KINDS and "H" in axes and queries != keys:
-        raise ValueError(f"layout {text!r} has a key for each of {queries} query heads, but they share {keys}")
+        raise ValueError(f"layout {text!r} has a key for each of {queries} query heads, but there are {keys} key heads")
     letters = {"*": ("H", "G")}.get(kind, ("H",) if kind in QUERY_KINDS else ("G", "H"))
     for letter in letters:
         if letter in axes:
@@ -157,13 +158,13 @@ def _heads(axes: tuple[str, ...], kind: str, text: str, sizes: Mapping[str, int]
         return torch.full(shape, NO_HEAD)
     count = queries if kind in QUERY_KINDS else keys
     raise ValueError(
-        f"layout {text!r} does not tell the heads of {kind}: no axis of ({' '.join(axes)}) is"
-        f" {'H' if kind in QUERY_KINDS else 'G'}, and its leading ones do not multiply to {count}"
+        f"layout {text!r} does not determine the heads of {kind}: ({' '.join(axes)}) has no axis"
+        f" {'H' if kind in QUERY_KINDS else 'G'}, and no product of its leading axes is {count}"
     )
 
 
 def _coordinate(shape: tuple[int, ...], start: int, stop: int) -> Tensor:
-    """Position along the axes from ``start`` to ``stop`` taken as one, for every element of ``shape``."""
+    """The flattened coordinate on the axes from ``start`` to ``stop``, for every element of ``shape``."""
     along = torch.arange(math.prod(shape[start:stop]))
     return along.reshape(*shape[start:stop], *[1] * len(shape[stop:])).expand(shape)
 
@@ -183,7 +184,7 @@ class _Parser:
         while text[position:].strip():
             match = _TOKEN.match(text, position)
             if match is None:
-                raise self.error("no layout has this character", len(text) - len(text[position:].lstrip()))
+                raise self.error("unexpected character", len(text) - len(text[position:].lstrip()))
             self.tokens.append((match[1], match.start(1)))
             position = match.end()
         self.tokens.append(("", len(text)))
@@ -211,7 +212,7 @@ class _Parser:
         else:
             blocks = [self.block()]
         if self.peek():
-            raise self.error("nothing may follow the layout", self.tokens[self.next][1])
+            raise self.error("unexpected text after the layout", self.tokens[self.next][1])
         return tuple(blocks)
 
     def block(self) -> Block:

@@ -1,4 +1,4 @@
-"""Classes by name, so that no library has to be imported to be recognised."""
+"""Identifies classes by qualified name, so that no library has to be imported to be recognized."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from contextlib import contextmanager
 from importlib import metadata
 from typing import Any
 
-#: Linear layers whose weight is (in, out): output channels lie on dimension 1.
+#: Linear layers whose weight has shape (in, out), with output channels on dimension 1.
 TRANSPOSED_LINEARS = ("transformers.pytorch_utils.Conv1D",)
 
 
 def qualified_name(cls: Any) -> str:
-    """The name of a class with its module."""
+    """The name of a class, including its module."""
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def qualified_names(cls: type) -> list[str]:
-    """Those of a class and its bases, in the order in which Python looks things up."""
+    """The qualified names of a class and its bases, in method resolution order."""
     return [qualified_name(base) for base in cls.__mro__]
 
 
@@ -27,25 +27,26 @@ def library(cls: type) -> str:
     package = cls.__module__.partition(".")[0]
     try:
         return f"{package} {metadata.version(package)}"
-    except metadata.PackageNotFoundError:  # a script, or a package under another name
+    except metadata.PackageNotFoundError:  # a script, or a package distributed under another name
         return f"{package} {getattr(sys.modules.get(package), '__version__', '')}".strip()
 
 
 @contextmanager
 def reading(cls: type, what: str) -> Iterator[None]:
-    """Explains an error that comes of reading a class of another library that has changed.
+    """Turns an error caused by a changed class of another library into an explanation.
 
     Args:
         cls: The class.
-        what: What is looked for in it.
+        what: What is expected in it.
 
     Raises:
-        ValueError: With the class, its library and version, what was looked for, and the original error.
+        ValueError: With the class, its library and version, what was expected, and the original error.
     """
     try:
         yield
     except (AttributeError, LookupError, TypeError, RuntimeError) as error:
         raise ValueError(
-            f"{cls.__name__} of {library(cls)} is not built as QK-Clip expects: looked for {what}, got"
-            f" {type(error).__name__}: {error}"
+            f"QK-Clip cannot read {cls.__name__} of {library(cls)}: expected {what}, got"
+            f" {type(error).__name__}: {error}. Use another version of the library, or skip the module with"
+            " specs={name: None}"
         ) from error

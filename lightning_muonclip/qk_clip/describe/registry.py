@@ -1,4 +1,4 @@
-"""Recognises attention modules: by the user's spec, then by class, then by names and shapes; or refuses and says why."""
+"""Recognizes attention modules: by the user's spec, then by class, then by names and shapes; or refuses and says why."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ AttentionModules = dict[str, tuple[nn.Module, AttentionSpec]]
 
 _BY_CLASS: dict[str, SpecFn] = dict(FAMILIES)
 
-#: Names that query, key and value projections go by where they are separate modules.
+#: Common names of separate query, key and value projections.
 SEPARATE_PROJECTIONS = (
     ("q_proj", "k_proj", "v_proj"),
     ("query", "key", "value"),
@@ -27,7 +27,7 @@ SEPARATE_PROJECTIONS = (
     ("Wq", "Wk", "Wv"),
     ("q", "k", "v"),
 )
-#: A second set of them, as where two streams attend together, is more than the names tell.
+#: Further projections with such names, as in joint attention over two streams, cannot be read from names alone.
 _MAKES_QUERIES_OR_KEYS = re.compile(r"(^|_)(q|k|qk|kv|qkv|query|key)(_|$)")
 _HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "heads", "num_q_heads", "nhead")
 _KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head", "num_query_groups", "kv_heads")
@@ -36,7 +36,7 @@ _NORMS = ("qk_norm", "q_norm", "k_norm", "q_layernorm", "k_layernorm", "query_no
 
 
 def register_attention(cls: type[nn.Module] | str, spec_fn: SpecFn) -> None:
-    """Teaches the library a class of attention modules, its subclasses included.
+    """Registers a class of attention modules and its subclasses.
 
     Args:
         cls: The class, or its qualified name (``"package.module.Class"``).
@@ -50,22 +50,22 @@ def find_attention(model: nn.Module, specs: Mapping[str, AttentionSpec | None] |
 
     Args:
         model: The model.
-        specs: The user's word, by module name; ``None`` as a value leaves that module, and what is in it, alone.
+        specs: The user's specs by module name. ``None`` as a value skips that module and its submodules.
 
     Raises:
-        ValueError: If a name in ``specs`` is no module, a module looks like attention but cannot be read, or there is
-            no attention at all.
+        ValueError: If a name in ``specs`` is not a module, if a module looks like attention but cannot be read, or if there
+            is no attention.
     """
     found, refused = recognise(model, specs)
-    if refused:  # the innermost first: what is outside may only be a wrapper
+    if refused:  # report the innermost: those around it may be mere wrappers
         innermost = max(refused, key=lambda name: name.count("."))
         others = f"\nAnd {len(refused) - 1} more: {', '.join(name for name in refused if name != innermost)}"
         raise ValueError(refused[innermost] + others * (len(refused) > 1))
     if not found:
         raise ValueError(
-            f"{type(model).__name__} has no attention that QK-Clip knows; describe it by specs={{name: AttentionSpec(...)}}"
-            " or register_attention(cls, spec_fn), or leave QK-Clip out: MuonClipCallback(logits='off'), or in plain PyTorch"
-            " Muon(split_params(model))"
+            f"{type(model).__name__} has no attention that QK-Clip knows; describe it with"
+            " specs={name: AttentionSpec(...)} or register_attention(cls, spec_fn), or train without QK-Clip:"
+            " MuonClipCallback(logits='off'), or in plain PyTorch Muon(split_params(model))"
         )
     return found
 
@@ -73,10 +73,10 @@ def find_attention(model: nn.Module, specs: Mapping[str, AttentionSpec | None] |
 def recognise(
     model: nn.Module, specs: Mapping[str, AttentionSpec | None] | None = None
 ) -> tuple[AttentionModules, dict[str, str]]:
-    """The attention modules that can be read, and for those that cannot the reason and the way out.
+    """The attention modules that can be read, and error messages for those that cannot.
 
     Raises:
-        ValueError: If a name in ``specs`` is no module.
+        ValueError: If a name in ``specs`` is not a module.
     """
     if isinstance(model, DistributedDataParallel):
         model = model.module
@@ -84,7 +84,7 @@ def recognise(
     modules = {display_name(name): module for name, module in model.named_modules()}
     for name in specs:
         if name not in modules:
-            raise ValueError(f"specs names {name!r}, but the model has no such module; named_modules() lists them")
+            raise ValueError(f"specs names {name!r}, but the model has no such module; see model.named_modules()")
     found: AttentionModules = {}
     refused: dict[str, str] = {}
     alone = tuple(f"{name}." for name, spec in specs.items() if spec is None and name)
@@ -98,7 +98,7 @@ def recognise(
             continue
         if spec is not None:
             found[name] = (module, spec)
-    # A wrapper named "...Attention" around a module that was understood, or left alone, is no mystery of its own.
+    # A module named "...Attention" around one that was recognized or skipped is a wrapper, not an error.
     known = [*found, *specs]
     wrappers = [name for name in refused if any(other.startswith(f"{name}." if name else "") for other in known)]
     for name in wrappers:
@@ -107,7 +107,7 @@ def recognise(
 
 
 def display_name(name: str) -> str:
-    """A module's name without what torch.compile puts into it."""
+    """A module's name without the prefixes of torch.compile."""
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
@@ -119,7 +119,7 @@ def _spec_of(module: nn.Module) -> AttentionSpec | None:
         if _weight_rows(module, names[0]) and _weight_rows(module, names[1]):
             return _separate_spec(module, *names)
     if "attention" in type(module).__name__.lower() and any(p.ndim == 2 for p in module.parameters()):
-        raise ValueError("its query and key projections are not separate modules with a known name")
+        raise ValueError("its query and key projections are not separate modules with known names")
     return None
 
 
@@ -129,14 +129,19 @@ def _separate_spec(module: nn.Module, query: str, key: str, value: str) -> Atten
     if heads is None and dim is not None:
         heads = query_rows // dim
     if heads is None or query_rows % heads:
-        raise ValueError(f"{query} has {query_rows} rows, and no attribute ({', '.join(_HEADS)}) says how many heads")
+        raise ValueError(
+            f"the number of heads is unknown: {query} has {query_rows} rows, and no attribute ({', '.join(_HEADS)}) divides"
+            " them"
+        )
     dim = query_rows // heads
     if key_rows % dim or (key_heads is not None and key_heads * dim != key_rows):
         raise ValueError(f"{key} has {key_rows} rows, which are not whole heads of {dim} channels")
     chosen = (query, key, value)
     others = [name for name, child in module.named_children() if name not in chosen and _weight_rows(module, name)]
     if more := [name for name in others if _MAKES_QUERIES_OR_KEYS.search(name)]:
-        raise ValueError(f"beside {query} and {key} it has {' and '.join(more)}, which may make queries or keys too")
+        raise ValueError(
+            f"besides {query} and {key} it has {' and '.join(more)}, which may compute queries or keys too"
+        )
     projections = separate(*chosen)
     return AttentionSpec(
         projections if _weight_rows(module, value) == key_rows else projections[:2],
@@ -148,8 +153,8 @@ def _separate_spec(module: nn.Module, query: str, key: str, value: str) -> Atten
 
 
 def _weight_rows(module: nn.Module, name: str) -> int:
-    """Output channels of a plain linear submodule of that name, an adapter around it aside; 0 if there is none."""
-    # Not getattr: a compiled module passes on its original's attributes. Not named_children: it leaves out a second name.
+    """Output channels of the linear submodule of that name, possibly inside an adapter; 0 if there is none."""
+    # Not getattr: a compiled module forwards the attributes of its original. Not named_children: it skips duplicates.
     child = module._modules.get(name)
     child = getattr(child, "base_layer", child)
     return child.out_features if isinstance(child, nn.Linear) else 0
@@ -167,9 +172,9 @@ def _first_int(module: nn.Module, names: tuple[str, ...]) -> int | None:
 def _refusal(name: str, module: nn.Module, reason: str) -> str:
     weights = ", ".join(f"{n} {tuple(p.shape)}" for n, p in module.named_parameters() if p.ndim == 2)
     return (
-        f"cannot read the attention {name!r} ({type(module).__name__}): {reason}. It has {weights or 'no matrices'}.\n"
-        "Describe it by its weights, separate as here or fused as Projection('wqkv', '[q(H d) | k(G d) | *]'):\n"
+        f"cannot read the attention {name!r} ({type(module).__name__}): {reason}. Its matrices: {weights or 'none'}.\n"
+        "Describe it with a spec, here of separate projections (fused: Projection('wqkv', '[q(H d) | k(G d) | *]')):\n"
         f"    specs={{{name!r}: AttentionSpec((Projection('wq', 'q(H d)'), Projection('wk', 'k(G d)')), num_heads, "
         "num_key_value_heads, {'d': head_dim})}\n"
-        f"or for the class by register_attention, or leave it alone with specs={{{name!r}: None}}."
+        f"or register its class with register_attention, or skip it with specs={{{name!r}: None}}."
     )

@@ -1,4 +1,4 @@
-"""What QK-Clip must know of one attention module: its projections, its heads, and what stands behind them."""
+"""AttentionSpec: the description of one attention module's heads and projections."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Projection:
-    """One weight that makes queries, keys or values.
+    """One weight that computes queries, keys or values.
 
     Args:
         name: Path, inside the attention module, of a submodule with ``weight`` (and ``bias``), or of a parameter.
-        layout: Its output channels, in the language of :mod:`lightning_muonclip.qk_clip.describe.layout`.
-        dim: The dimension of the weight that the channels lie on; a bias follows its weight.
-        offset: What the module adds to the weight before it multiplies by it: 1 for the gain of Gemma's norm.
+        layout: Its output channels, in the syntax of :mod:`lightning_muonclip.qk_clip.describe.layout`.
+        dim: The output dimension of the weight. A bias follows its weight.
+        offset: The number that the module adds to the weight before it multiplies: 1 for the gain of Gemma's norm.
     """
 
     name: str
@@ -25,21 +25,20 @@ class Projection:
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """How one attention module is built.
+    """The heads and projections of one attention module.
 
     Args:
-        projections: The weights that make queries and keys. Those that make values may be named too (kind ``*``): QK-Clip
-            leaves them alone, and Muon can then take every head for itself.
+        projections: The weights that compute queries and keys. Those of values may be listed too (kind ``*``): QK-Clip does
+            not scale them, and Muon can then orthogonalize them head by head.
         num_heads: Number of query heads.
-        num_key_value_heads: Number of key heads; ``None`` is one for every query head.
-        sizes: Channel counts that the layouts name, such as ``{"d": 64}``. ``H``, ``G`` and ``r = H / G`` are known.
-        qk_norm: Whether queries or keys are normalised after the projection: then no factor on a weight can lower a
-            logit.
-        gains: The gains of those norms, which a factor can scale; they imply ``qk_norm``. A layout without ``H`` or ``G``,
-            such as ``q(d)``, is one gain for all heads.
+        num_key_value_heads: Number of key heads. Defaults to ``num_heads``.
+        sizes: Channel counts that the layouts name, such as ``{"d": 64}``. ``H``, ``G`` and ``r = H / G`` are predefined.
+        qk_norm: Whether queries or keys are normalized after the projection; no factor on a weight can then lower a logit.
+        gains: The gains of those norms, which can be scaled instead; they imply ``qk_norm``. A layout without ``H`` or
+            ``G``, such as ``q(d)``, is one gain for all heads.
 
     Raises:
-        ValueError: If the query heads cannot share the key heads evenly.
+        ValueError: If the number of query heads is not a multiple of the number of key heads.
 
     Example:
         >>> AttentionSpec((Projection("wq", "q(H d)"), Projection("wk", "k(G d)")), 8, 2, {"d": 64}).sizes["r"]
@@ -56,9 +55,9 @@ class AttentionSpec:
     def __post_init__(self) -> None:
         groups = self.num_key_value_heads or self.num_heads
         if self.num_heads % groups:
-            raise ValueError(f"{self.num_heads} query heads cannot share {groups} key heads evenly")
+            raise ValueError(f"num_heads must be a multiple of num_key_value_heads; got {self.num_heads} and {groups}")
         known = {"H": self.num_heads, "G": groups, "r": self.num_heads // groups}
         object.__setattr__(self, "num_key_value_heads", groups)
         object.__setattr__(self, "qk_norm", self.qk_norm or bool(self.gains))
-        # The user's r wins: to some layouts it is the size of a rotated part.
+        # The user's r takes precedence: some layouts use it for the size of a rotated part.
         object.__setattr__(self, "sizes", {**known, **self.sizes, "H": self.num_heads, "G": groups})

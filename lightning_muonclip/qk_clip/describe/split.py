@@ -1,4 +1,4 @@
-"""Which matrices a fused projection is made of, from the same layouts that QK-Clip reads: for Muon to take each alone."""
+"""Splits fused projections into the matrices that Muon orthogonalizes separately, from the layouts of QK-Clip."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from lightning_muonclip.qk_clip.describe.registry import AttentionModules
 from lightning_muonclip.qk_clip.describe.spec import Projection
 from lightning_muonclip.qk_clip.describe.weights import channel_map
 
-#: For a weight, the dimension of its output channels, and the channels of every matrix in it.
+#: For each weight, its output dimension and the channels of each matrix in it.
 MatrixParts = dict[Tensor, tuple[int, list[Tensor]]]
 
 
 def check_split(split: str) -> None:
     """Raises ValueError unless ``split`` is known."""
     if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
+        raise ValueError(f"unknown split {split!r}; use one of {', '.join(SPLITS)}")
 
 
 def matrix_parts(model: nn.Module, attention: AttentionModules, split: str) -> MatrixParts:
-    """The parts of every weight that is not just one matrix of shape (out, in).
+    """The parts of every weight that is not a single matrix of shape (out, in).
 
     Args:
         model: The model.
         attention: Its attention modules and their specs.
-        split: ``"qkv"`` separates queries, keys and values; ``"heads"`` every head of each (Muon Split of GLM-5, arXiv
-            2602.15763; the per-head Muon of Kimi K3, arXiv 2607.24653, section 2.5); ``"none"`` leaves them together.
+        split: ``"qkv"`` separates queries, keys and values; ``"heads"`` also separates their heads (Muon Split of GLM-5,
+            arXiv 2602.15763; the per-head Muon of Kimi K3, arXiv 2607.24653, section 2.5); ``"none"`` separates nothing.
 
     Raises:
-        ValueError: If ``split`` is unknown, or a layout does not fit its weight.
+        ValueError: If ``split`` is unknown, or if a layout does not match its weight.
     """
     check_split(split)
     parts: MatrixParts = {}
@@ -53,7 +53,7 @@ def matrix_parts(model: nn.Module, attention: AttentionModules, split: str) -> M
 
 
 def _matrix(module: nn.Module, projection: Projection) -> Tensor | None:
-    """The weight of a projection, unless it is a vector, or something else makes it."""
+    """The weight of a projection, or ``None`` if it is not a matrix or not a parameter."""
     for path in (f"{projection.name}.weight", projection.name):
         try:
             param = module.get_parameter(path)

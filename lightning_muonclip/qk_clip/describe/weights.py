@@ -1,4 +1,4 @@
-"""The parameters behind a projection: weight and bias, or the base and the adapters of LoRA; refuses what cannot scale."""
+"""The parameters of a projection that a clip scales: weight and bias, or the base and the adapters of LoRA."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LORA_CHOICES = ("monitor", "scale")
 
 
 class UnscalableError(ValueError):
-    """A factor on a weight would not do what it has to; ``reason`` says why in a few words."""
+    """A weight that QK-Clip cannot scale; ``reason`` says why in a few words."""
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
@@ -27,14 +27,14 @@ class UnscalableError(ValueError):
 
 @dataclass(frozen=True)
 class Weight:
-    """One parameter that makes queries or keys.
+    """One parameter that computes queries or keys.
 
     Attributes:
         path: Its name inside the attention module.
-        dim: The dimension that the channels lie on.
-        channels: What each of them is.
-        offset: What the module adds before it multiplies.
-        trained: Whether the optimizer changes it, or for a base of LoRA the adapters beside it.
+        dim: Its output dimension.
+        channels: The kind and head of each channel.
+        offset: The number that the module adds to the parameter before it multiplies.
+        trained: Whether the parameter, or for a LoRA base its adapters, is trained.
     """
 
     path: str
@@ -49,28 +49,28 @@ class Weight:
 
 
 def is_adapted(module: nn.Module, projection: Projection) -> bool:
-    """Whether an adapter such as LoRA of the library peft is wrapped around a projection."""
+    """Whether a projection is wrapped in an adapter, such as peft's LoRA."""
     return hasattr(_child(module, projection), "base_layer")
 
 
 def weights_of(
     module: nn.Module, name: str, projections: Iterable[Projection], spec: AttentionSpec, *, shared: bool = False
 ) -> list[Weight]:
-    """Every parameter of these projections that makes queries or keys.
+    """Every parameter of these projections that computes queries or keys.
 
-    Of a weight that LoRA adapts, these are the base and every ``B``: the product ``B A`` has the rows of ``B``, so that the
-    sum is scaled exactly.
+    For a weight with LoRA adapters, these are the base and every ``B``. The rows of the product ``B A`` scale with those of
+    ``B``, so the sum is scaled exactly.
 
     Args:
         module: The attention module.
         name: Its name, for messages.
         projections: Its projections, or the gains of its norms.
-        spec: Tells the sizes.
+        spec: Its spec, for the sizes.
         shared: Whether a channel may belong to all heads (gains).
 
     Raises:
         UnscalableError: If a parameter is quantized, parametrized or behind an adapter other than LoRA.
-        ValueError: If a parameter is missing, or a layout does not fit.
+        ValueError: If a parameter is missing, or if a layout does not match.
     """
     weights = []
     for projection in projections:
@@ -79,7 +79,7 @@ def weights_of(
         for path, dim, offset in _paths(module, name, projection):
             param = _scalable(module, name, path)
             if not -param.ndim <= dim < param.ndim:
-                raise ValueError(f"attention {name!r}, {path}: it has {param.ndim} dimensions, so none is dim={dim}")
+                raise ValueError(f"attention {name!r}, {path}: dim={dim} is out of range for {param.ndim} dimensions")
             dim %= param.ndim
             channels = channel_map(name, path, projection.layout, param.shape[dim], spec, shared=shared)
             trained = param.requires_grad or is_adapted(module, projection)
@@ -88,7 +88,7 @@ def weights_of(
 
 
 def query_weight(module: nn.Module, spec: AttentionSpec) -> tuple[Tensor | None, int]:
-    """The first weight that makes queries, if it is a parameter, and the dimension that its channels lie on."""
+    """The first weight that computes queries, or ``None`` if it is not a parameter; and its output dimension."""
     for projection in spec.projections:
         if layout_kinds(projection.layout) & set(QUERY_KINDS):
             child = _child(module, projection)
@@ -117,7 +117,7 @@ def _child(module: nn.Module, projection: Projection) -> Any:
 
 
 def _paths(module: nn.Module, name: str, projection: Projection) -> list[tuple[str, int, float]]:
-    """Path, channel dimension and offset of every parameter of a projection; a bias follows its weight."""
+    """Path, output dimension and offset of every parameter of a projection; a bias follows its weight."""
     child = _child(module, projection)
     if child is None:
         return [(projection.name, projection.dim, projection.offset)]
@@ -129,8 +129,8 @@ def _paths(module: nn.Module, name: str, projection: Projection) -> list[tuple[s
             kind = "DoRA" if is_plain else qualified_name(type(child))  # peft calls many layers Linear
             raise UnscalableError(
                 f"adapted by {kind}",
-                f"{_under(name, projection.name)} is adapted by {kind}, and QK-Clip can scale only plain LoRA; watch it with"
-                f" lora='monitor', or leave it alone with specs={{{name!r}: None}}",
+                f"{_under(name, projection.name)} is adapted by {kind}, but QK-Clip can scale only plain LoRA; watch it with"
+                f" lora='monitor', or skip it with specs={{{name!r}: None}}",
             )
         child = child.base_layer
     paths = [(f"{base}.weight", projection.dim, projection.offset)]
@@ -154,22 +154,22 @@ def _scalable(module: nn.Module, name: str, path: str) -> Tensor:
     if param is None and not hasattr(owner, leaf):
         known = ", ".join(known for known, _ in module.named_parameters())
         raise ValueError(
-            f"attention {name!r} has no parameter {path!r}, which its spec names; it has {known or 'none'}"
+            f"attention {name!r} has no parameter {path!r}, which its spec names; its parameters are: {known or 'none'}"
         )
     reason = None
     if param is None:
-        reason = f"no parameter of {qualified_name(type(owner))}"
+        reason = f"not a parameter of {qualified_name(type(owner))}"
         if parametrize.is_parametrized(owner, leaf) or any(other.startswith(f"{leaf}_") for other in own):
-            reason = "parametrized"  # made anew in every forward
+            reason = "parametrized"  # recomputed in every forward
     elif type(param) not in (nn.Parameter, DTensor):
-        reason = f"a {type(param).__name__}"  # which multiplied need not be the same weight scaled
+        reason = f"a {type(param).__name__}"  # multiplying it need not scale the weight that it stands for
     elif not param.is_floating_point() or param.itemsize == 1:
         reason = f"quantized ({param.dtype})"
     if reason is not None:
         raise UnscalableError(
             f"{path} is {reason}",
-            f"{_under(name, path)} is {reason}, so QK-Clip cannot scale it. Train a plain weight there, pass threshold=None"
-            f" to only watch its logits, or leave the module alone with specs={{{name!r}: None}}",
+            f"QK-Clip cannot scale {_under(name, path)}: it is {reason}. Use a plain weight there, pass threshold=None to"
+            f" only watch its logits, or skip the module with specs={{{name!r}: None}}",
         )
     assert param is not None
     return param

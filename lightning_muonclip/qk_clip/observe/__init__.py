@@ -1,1 +1,1 @@
-"""Where the logits of a forward pass are seen and kept."""
+"""Observes the logits of training forwards and keeps their maxima."""

@@ -1,4 +1,4 @@
-"""Keeps what attention modules are given in a forward, so that they can be tried again apart from their model."""
+"""Captures the inputs of attention modules in a forward, so that the modules can be run on their own."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from lightning_muonclip.qk_clip.observe.observer import Observer
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a module was given, and the dtype of autocast, if there was any."""
+    """The inputs of a module, and the dtype of autocast if it was enabled."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     autocast: torch.dtype | None
 
     def copied(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The same again, so that what a forward does to them is not seen by the next."""
+        """A copy of the inputs, so that a forward may modify them."""
         with DetachedCopies():
             return tree_map(_copied, (self.args, self.kwargs))
 
 
 class Capture:
-    """Keeps what every attention module is given in its first forward, from construction to :meth:`close`.
+    """Captures the inputs of the first forward of every attention module, from construction to :meth:`close`.
 
-    Nothing that the forward does to a cache or another object among its arguments is seen. Also a context manager.
+    Inputs are captured before the forward modifies them (a cache, for example). Also a context manager.
     """
 
     def __init__(self, observer: Observer) -> None:
@@ -44,7 +44,7 @@ class Capture:
         ]
 
     def close(self) -> None:
-        """Stops; may be called twice."""
+        """Stops capturing. May be called twice."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -56,14 +56,14 @@ class Capture:
         self.close()
 
     def run(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
-        """An unrecorded forward, after which the model's modes and buffers are as before."""
+        """Runs a forward without recording, then restores the model's modes and buffers."""
         modes = {module: module.training for module in model.modules()}
         buffers = [(m, name, b, b.clone()) for m in model.modules() for name, b in m.named_buffers(recurse=False)]
         fastpath = torch.backends.mha.get_fastpath_enabled()
         try:
             with apart(model):
-                # In training a layer may be left out by chance; in evaluation torch's TransformerEncoder would pack what it
-                # gives to its layers. Not eval(), which some modules take for a reason to merge their weights.
+                # Training could drop layers at random, and in evaluation torch's TransformerEncoder would pack its inputs.
+                # Not eval(), which makes some modules merge their weights.
                 torch.backends.mha.set_fastpath_enabled(False)
                 for module in modes:
                     module.training = False
@@ -89,7 +89,7 @@ class Capture:
 
 
 class DetachedCopies(TorchFunctionMode):
-    """Lets deepcopy copy tensors that have a history, without it."""
+    """Lets deepcopy copy non-leaf tensors, as detached clones."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not Tensor.__deepcopy__:
@@ -100,13 +100,13 @@ class DetachedCopies(TorchFunctionMode):
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Where its parameters are."""
+    """The device of a module's parameters."""
     return next((param.device for param in module.parameters()), torch.device("cpu"))
 
 
 @contextmanager
 def apart(module: nn.Module) -> Iterator[None]:
-    """Not compiled, and without a trace in the state of random numbers."""
+    """Disables torch.compile and preserves the state of the random number generators."""
     devices = {param.device for param in module.parameters() if param.device.type not in ("cpu", "meta")}
     kind = next((device.type for device in devices), "cuda")
     indices = [device.index or 0 for device in devices]

@@ -1,4 +1,4 @@
-"""The ledger of maxima: one row a layer, one column a head, all on the device, no host synchronisation."""
+"""The ledger of maximum logits: one row per layer, one column per head, on the device, without host synchronization."""
 
 from __future__ import annotations
 
@@ -10,46 +10,46 @@ from torch import Tensor
 
 
 class Ledger:
-    """Largest logit of every head since the last optimizer step.
+    """Maximum logit of every head since the last optimizer step.
 
-    A plain object and not a module: a buffer would be saved in checkpoints and overwritten by DDP's broadcast.
+    Not a module, since its buffers would be saved in checkpoints and overwritten by DDP's broadcast.
 
     Args:
-        heads: Number of heads of every layer.
-        device: Where the rows are kept until the first record says otherwise.
+        heads: Number of heads of each layer.
+        device: Initial device of the rows; they follow the device of recorded maxima.
     """
 
     def __init__(self, heads: Sequence[int], device: torch.device) -> None:
         self.heads = tuple(heads)
-        #: Shape (layers, most heads); -inf where there is no such head or nothing was seen since the last step.
+        #: Shape (layers, max heads); -inf where there is no such head or nothing was seen since the last step.
         self.values = torch.full(
             (len(self.heads), max(self.heads, default=0)), float("-inf"), dtype=torch.float32, device=device
         )
-        #: The same for the last step made.
+        #: The values of the last completed step.
         self.last_step = self.values.clone()
 
     def record(self, row: int, maxima: Tensor, first: int = 0) -> None:
-        """Raises a row to at least ``maxima``, which are of all heads, or of some from ``first`` on."""
+        """Updates a row with the ``maxima`` of its heads, or of some of them, starting at ``first``."""
         if maxima.device != self.values.device:
             self.values, self.last_step = self.values.to(maxima.device), self.last_step.to(maxima.device)
         seen = self.values[row, first : first + maxima.shape[0]]
         seen.copy_(torch.maximum(seen, maxima))
 
     def close_step(self) -> None:
-        """Ends the step: what is recorded next belongs to the next one."""
-        self.last_step = self.latest  # of an empty step nothing is kept, so ending a step twice does no harm
+        """Ends the step: later records belong to the next one."""
+        self.last_step = self.latest  # an empty step keeps the previous values, so ending a step twice is harmless
         self.values.fill_(float("-inf"))
 
     @property
     def latest(self) -> Tensor:
-        """Maxima of the step under way, or, before its first forward, of the step before."""
+        """Maxima of the current step or, before its first forward, of the last one."""
         return torch.where((self.values == float("-inf")).all(), self.last_step, self.values)
 
 
 def reduce_max(values: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """The elementwise maximum over the ranks that see different data or heads: one collective for the whole model.
+    """The elementwise maximum over the ranks that see different data or heads: one all-reduce for the whole model.
 
-    NaN becomes +inf first, since the order of NaN in a reduction is undefined; both mean "non-finite" to QK-Clip.
+    NaN becomes +inf first, since reductions do not define the order of NaN; QK-Clip treats both as non-finite.
     """
     values = torch.nan_to_num(values, nan=float("inf"), posinf=float("inf"), neginf=float("-inf"))
     if dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1:

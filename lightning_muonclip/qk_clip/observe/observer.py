@@ -1,8 +1,8 @@
-"""Sees every head's largest logit in the forward pass of a model that is trained, without a change to the model.
+"""Observes per-head maximum logits in training forwards, without changing the model.
 
-This package's own attention modules report their maxima. The calls of any other module are intercepted (see
-:mod:`~lightning_muonclip.qk_clip.intercept`); where it calls no function that can be, its logits are recomputed from the
-output of its projection (see :mod:`~lightning_muonclip.qk_clip.observe.recompute`).
+The attention modules of this package report their maxima. The attention calls of other modules are intercepted (see
+:mod:`~lightning_muonclip.qk_clip.intercept`). If a module calls no function that can be intercepted, its logits are
+recomputed from the output of its projection (see :mod:`~lightning_muonclip.qk_clip.observe.recompute`).
 """
 
 from __future__ import annotations
@@ -31,24 +31,24 @@ LOGITS_CHOICES = ("exact", "lse", "off")
 
 @runtime_checkable
 class ReportsMaxLogits(Protocol):
-    """An attention module that measures its own maxima and reports them by ``max_logits_recorder.record``."""
+    """An attention module that reports its own maxima through ``max_logits_recorder.record``."""
 
     max_logits_recorder: Any
 
 
 class Observer:
-    """Keeps the ledger of the logits of attention modules, from construction to ``close()``.
+    """Records the maximum logits of attention modules in a ledger, from construction to ``close()``.
 
-    Only modules in training mode record; evaluation does not. Recomputation under activation checkpointing changes
-    nothing, since a maximum may be taken twice. Forwards in several threads at once are not told apart.
+    Only modules in training mode record. Recomputation under activation checkpointing changes nothing, since taking a
+    maximum twice has no effect. Concurrent forwards in several threads are not supported.
 
     Args:
-        attention: The modules to watch (see :func:`~lightning_muonclip.qk_clip.describe.registry.find_attention`).
-        logits: ``"exact"``, ``"lse"`` (an upper bound, where the attention's kernel tells it for free), or ``"off"``,
-            which records nothing.
+        attention: The modules to observe (see :func:`~lightning_muonclip.qk_clip.describe.registry.find_attention`).
+        logits: ``"exact"``, ``"lse"`` (an upper bound, where the kernel returns it for free), or ``"off"``, which records
+            nothing.
 
     Raises:
-        ValueError: If another observer watches a module already.
+        ValueError: If another observer already observes a module.
     """
 
     def __init__(self, attention: AttentionModules, logits: str = "exact") -> None:
@@ -59,7 +59,7 @@ class Observer:
             Recorder(self.ledger, row, name, module, spec, logits)
             for row, (name, (module, spec)) in enumerate(attention.items())
         ]
-        #: Whether forwards are recorded just now; see ``every_n_steps`` of QKClip.
+        #: Whether forwards are currently recorded; see ``every_n_steps`` of QKClip.
         self.active = True
         self._handles: list[Any] = []
         self._patches = Patches()
@@ -69,11 +69,11 @@ class Observer:
 
     @property
     def layers(self) -> list[str]:
-        """Names of the attention modules, one a row of the ledger."""
+        """Names of the attention modules, in the order of the ledger's rows."""
         return list(self.attention)
 
     def close(self) -> None:
-        """Stops observing and leaves the model and every library as they were. May be called twice."""
+        """Stops observing and restores the model and every patched library. May be called twice."""
         if self.closed:
             return
         self.closed = True
@@ -87,17 +87,17 @@ class Observer:
         self._handles = []
 
     def close_step(self) -> None:
-        """Ends a step of the ledger, and forwards that an interrupt has cut off."""
+        """Ends a step of the ledger and drops forwards that were interrupted."""
         self.ledger.close_step()
         running.clear()
 
     def discard(self) -> None:
-        """Forgets what was recorded since the last step."""
+        """Discards what was recorded since the last step."""
         self.ledger.values.fill_(float("-inf"))
         running.clear()
 
     def pause(self, active: bool) -> None:
-        """Records the next forwards, or does not."""
+        """Turns recording on or off."""
         self.active = active
         if self.closed:
             return
@@ -106,12 +106,12 @@ class Observer:
                 _report_to(module, recorder if active else None)
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
-        return type(None), ()  # as with Recorder: a copy observes nothing
+        return type(None), ()  # a copy observes nothing, as with Recorder
 
     def _open(self) -> None:
         for name, (module, _) in self.attention.items():
             if module in _observed:
-                raise ValueError(f"attention {name!r} is observed already; close() the other QKClip first")
+                raise ValueError(f"attention {name!r} is observed already; call close() on the other QKClip first")
         try:
             for recorder, (module, _) in zip(self.recorders, self.attention.values()):
                 _observed.add(module)
@@ -123,7 +123,7 @@ class Observer:
             self.close()
             raise
         if any(needs_hooks(type(module)) for module, _ in self.attention.values()):
-            torch.compiler.reset()  # code that is compiled already would not call hooks that were not there
+            torch.compiler.reset()  # code compiled earlier would not call the new hooks
 
     def _watch(self, module: nn.Module, recorder: Recorder) -> None:
         recomputation = find_recomputation(type(module))
@@ -136,7 +136,7 @@ class Observer:
         self._patches.add([*attention_calls(type(module)), *methods_of(type(module))])
 
 
-#: Attention modules that an observer watches just now; a copy of one is not watched.
+#: Attention modules that are being observed. A copy of one is not observed.
 _observed: WeakSet[nn.Module] = WeakSet()
 
 
@@ -153,13 +153,13 @@ class _Enter:
         recorder = self.recorder if module.training and self.observer is not None and self.observer.active else None
         if recorder is not None:
             recorder.reported = False
-            if recorder in running:  # the forward before was interrupted, which calls no hook
+            if recorder in running:  # the previous forward was interrupted, which skips the hooks
                 del running[running.index(recorder) :]
         running.append(recorder)
 
 
 class _Keep:
-    """Keeps what a fused projection gives, for the recomputation at the end of the forward."""
+    """Keeps the output of a fused projection for the recomputation at the end of the forward."""
 
     def __init__(self, recorder: Recorder) -> None:
         self.recorder: Recorder | None = recorder
@@ -174,18 +174,18 @@ class _Leave:
         self.recomputation = recomputation
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        recorder = running.pop() if running else None  # empty if another hook broke off before the module was entered
+        recorder = running.pop() if running else None  # empty if another hook raised before _Enter ran
         if not isinstance(recorder, Recorder):
             return
         projected, recorder.projected = recorder.projected, None
         if output is None or recorder.reported:
-            return  # without output it broke off: an error, or a recomputation under checkpointing that had all it needed
+            return  # no output: an error, or a recomputation under checkpointing that stopped early
         if self.recomputation is None or projected is None:
             raise RuntimeError(
-                f"attention {recorder.name!r} ({type(module).__name__}) called neither"
-                " torch.nn.functional.scaled_dot_product_attention nor any other function that can be intercepted, so its"
-                f" logits cannot be measured.{missing_methods(type(module))} Let it call that function (Hugging Face:"
-                f" attn_implementation='sdpa'), or leave it alone with specs={{{recorder.name!r}: None}}"
+                f"the logits of attention {recorder.name!r} ({type(module).__name__}) cannot be measured: it called neither"
+                " torch.nn.functional.scaled_dot_product_attention nor another function that can be intercepted."
+                f"{missing_methods(type(module))} Let it call that function (Hugging Face: attn_implementation='sdpa'), or"
+                f" skip it with specs={{{recorder.name!r}: None}}"
             )
         with torch.no_grad():
             logits = recomputed(self.recomputation, module, projected, *args, **kwargs)

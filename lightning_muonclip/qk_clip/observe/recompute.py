@@ -1,7 +1,7 @@
-"""Attention that calls no function that can be intercepted: where its queries and keys come from, one row per class.
+"""Attention classes that call no function that can be intercepted: how to obtain their queries and keys, one row each.
 
-:data:`METHODS` are methods of a class whose arguments are queries and keys. :data:`PROJECTIONS` are the rest: their queries
-and keys are recomputed from the output of their fused projection. Nothing here has a gradient.
+:data:`METHODS` lists methods whose arguments are the queries and keys. :data:`PROJECTIONS` lists the other classes, whose
+queries and keys are recomputed, without gradients, from the output of a fused projection.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lightning_muonclip.qk_clip.intercept import Logits, Place, patch_method
 
 @dataclass(frozen=True)
 class Method:
-    """A method that attends, and what its arguments mean: ``logits(module, *args, **kwargs)``; ``None`` if not now."""
+    """A method that attends; ``logits(module, *args, **kwargs)`` reads its arguments, or returns ``None`` to skip a call."""
 
     method: str
     logits: Callable[..., Logits | None]
@@ -41,17 +41,17 @@ def find_recomputation(cls: type[nn.Module]) -> Recomputation | None:
 
 
 def recomputed(row: Recomputation, module: nn.Module, projected: Tensor, *args: Any, **kwargs: Any) -> Logits:
-    """The logits of a forward, from what its fused projection gave and the arguments of the forward.
+    """The logits of a forward, from the output of its fused projection and its arguments.
 
     Raises:
-        ValueError: If the module's class is not built as the row says.
+        ValueError: If the module's class does not match the row.
     """
     with reading(type(module), f"the queries and keys in the output of its {row.projection}"):
         return row.logits(module, projected, *args, **kwargs)
 
 
 def methods_of(cls: type[nn.Module]) -> Iterator[Place]:
-    """The methods of a class that attend: where to patch them, and how. A method that is gone is left out."""
+    """The methods of a class that attend, as places to patch. Methods that no longer exist are skipped."""
     for name in qualified_names(cls):
         row = METHODS.get(name)
         owner = row and next((base for base in cls.__mro__ if row.method in vars(base)), None)
@@ -65,9 +65,9 @@ def needs_hooks(cls: type[nn.Module]) -> bool:
 
 
 def missing_methods(cls: type[nn.Module]) -> str:
-    """Which method of the class was looked for and is gone, as a sentence for an error; empty if none is."""
+    """A sentence for an error that names the methods of the class that no longer exist; empty if there are none."""
     gone = [row.method for name in qualified_names(cls) if (row := METHODS.get(name)) and not hasattr(cls, row.method)]
-    return "".join(f" {cls.__name__} of {library(cls)} has no method {method} any more." for method in gone)
+    return "".join(f" {cls.__name__} of {library(cls)} no longer has the method {method}." for method in gone)
 
 
 def _read(row: Method, module: nn.Module, *args: Any, **kwargs: Any) -> Logits | None:
@@ -94,13 +94,13 @@ def _gpt2(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask
 def _litgpt(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Logits | None:
     config = module.config
     if config.attention_logit_softcapping is None:
-        return None  # it calls torch's function
+        return None  # it calls SDPA
     scale = (config.attention_scores_scalar or q.shape[-1]) ** -0.5 * module.mscale**2
     return Logits(q, k, scale, mask, is_causal=mask is None)
 
 
 def _with_past(module: Any, key: Tensor, cache: Any) -> Tensor:
-    """Keys behind those of a cache of Hugging Face, into which the forward has put them already."""
+    """All keys, including those of a Hugging Face cache, which the forward has already updated."""
     return key if cache is None else cache.layers[module.layer_idx].keys
 
 

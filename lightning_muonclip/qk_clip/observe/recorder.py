@@ -1,4 +1,4 @@
-"""Takes what one attention module computes into the ledger."""
+"""Records the maximum logits of one attention module in the ledger."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ class Recorder:
         self.row = row
         self.name = name
         self.logits = logits
-        #: Where the maxima came from, once there are any.
+        #: Where the maxima come from; ``None`` until some are recorded.
         self.source: str | None = None
-        #: Whether anything was recorded in the forward under way.
+        #: Whether anything was recorded in the current forward.
         self.reported = False
-        #: Filled with the queries and keys that are measured, if somebody puts a list here (see ``verify``).
+        #: If set to a list, collects the measured queries and keys (see ``verify``).
         self.pairs: list[tuple[Tensor, Tensor]] | None = None
-        #: Output of the fused projection in the forward under way, where the logits have to be recomputed from it.
+        #: Output of the fused projection in the current forward, if the logits are recomputed from it.
         self.projected: Tensor | None = None
 
     def measure(self, source: str, logits: Logits) -> None:
-        """Takes the queries and keys of one call."""
+        """Measures the logits of one call."""
         query, key = logits.query, logits.key
         scale = query.shape[-1] ** -0.5 if logits.scale is None else logits.scale
         maxima = max_logits(query, key, scale=scale, is_causal=logits.is_causal, mask=logits.mask)
         self.record(maxima, source, pair=(query, key))
 
     def record(self, maxima: Tensor, source: str = "the module", *, pair: tuple[Tensor, Tensor] | None = None) -> None:
-        """Takes the maxima of one forward, shape ``(heads,)``, and the queries and keys that they are of, if known.
+        """Records the maxima of one forward, shape ``(heads,)``, with their queries and keys if known.
 
-        A rank of tensor parallelism has only some of the heads.
+        Under tensor parallelism, these are the heads of this rank.
         """
         heads, local = self.spec.num_heads, maxima.shape[0]
         first: int | None = 0
@@ -52,7 +52,7 @@ class Recorder:
             first = first_head(weight, dim, heads, local)
         if first is None:
             raise ValueError(
-                f"attention {self.name!r} computed {local} heads, but its spec says {heads}; correct the spec"
+                f"attention {self.name!r} computed {local} heads, but its spec says {heads}; correct num_heads in the spec"
             )
         self.reported = True
         self.source = source

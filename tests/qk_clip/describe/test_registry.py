@@ -1,4 +1,4 @@
-"""Which modules are attention, and how they are built; unknown ones are refused with a way out."""
+"""Recognizing attention modules and their specs; refusing unknown ones with a way out."""
 
 from __future__ import annotations
 
@@ -112,13 +112,13 @@ def test_heads_by_attributes_or_config(rows: Any, attributes: Any, expected: tup
 @pytest.mark.parametrize(
     ("rows", "attributes", "message"),
     [
-        ((8, 8), {}, r"q_proj has 8 rows, and no attribute \(num_attention_heads, num_heads"),
-        ((8, 8), {"num_heads": 3}, "q_proj has 8 rows, and no attribute"),
+        ((8, 8), {}, r"q_proj has 8 rows, and no attribute \(num_attention_heads, num_heads.*\) divides them"),
+        ((8, 8), {"num_heads": 3}, "number of heads is unknown: q_proj has 8 rows, and no attribute"),
         ((8, 3), {"num_heads": 4}, "k_proj has 3 rows, which are not whole heads of 2 channels"),
         ((8, 8), {"num_heads": 4, "num_kv_heads": 2}, "k_proj has 8 rows, which are not whole heads"),
     ],
 )
-def test_heads_that_nobody_tells_are_not_guessed(rows: Any, attributes: Any, message: str) -> None:
+def test_unknown_numbers_of_heads_are_not_guessed(rows: Any, attributes: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         find_attention(Generic(rows, **attributes))
 
@@ -157,7 +157,7 @@ def test_one_module_under_two_names_is_found_under_both() -> None:
     assert specs(module) == {"": separate("q_proj", "k_proj", 4, 4, 2)}
 
 
-def test_a_norm_that_is_not_there_has_no_gain_and_one_without_a_weight_neither() -> None:
+def test_a_missing_norm_and_one_without_a_weight_have_no_gain() -> None:
     module = Attention(8, 4, qk_norm=True)
     module.k_norm = nn.RMSNorm(2, elementwise_affine=False)
     found = specs(module)[""]
@@ -166,7 +166,7 @@ def test_a_norm_that_is_not_there_has_no_gain_and_one_without_a_weight_neither()
     assert specs(module) == {"": separate("q_proj", "k_proj", 4, 4, 2, "v_proj")}
 
 
-def test_what_cannot_be_read_is_told_apart_from_what_can() -> None:
+def test_recognise_separates_what_it_can_read_from_what_it_cannot() -> None:
     found, refused = recognise(Wrapper())
     assert list(found) == ["other"]
     assert list(refused) == ["encoder.attn"] and "cannot read the attention 'encoder.attn'" in refused["encoder.attn"]
@@ -178,7 +178,7 @@ def test_a_module_that_is_used_twice_is_found_once() -> None:
 
 
 class StrangeAttention(nn.Module):
-    """Attention of a kind that is not known."""
+    """Attention of an unknown kind."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -191,7 +191,7 @@ class StrangeAttention(nn.Module):
 
 
 class Wrapper(nn.Module):
-    """A model with a kind of attention that is not known."""
+    """A model with an unknown kind of attention."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -202,7 +202,7 @@ class Wrapper(nn.Module):
         return self.other(self.encoder["attn"](x))
 
 
-def test_unknown_attention_is_refused_by_name_with_a_way_out() -> None:
+def test_unknown_attention_is_refused_with_a_way_out() -> None:
     with pytest.raises(ValueError, match=r"cannot read the attention 'encoder.attn'") as error:
         QKClip(Wrapper())
     message = str(error.value)
@@ -213,7 +213,7 @@ def test_unknown_attention_is_refused_by_name_with_a_way_out() -> None:
     assert "register_attention" in message
 
 
-def test_attention_that_is_to_be_left_alone_is_left_alone() -> None:
+def test_skipped_attention_is_not_observed() -> None:
     with QKClip(Wrapper(), specs={"encoder.attn": None}) as qk_clip:
         assert qk_clip.layers == ["other"]
 
@@ -221,7 +221,7 @@ def test_attention_that_is_to_be_left_alone_is_left_alone() -> None:
 IN_PROJ = (Projection("in_weight", "[q(H d) | k(H d) | *]"), Projection("in_bias", "[q(H d) | k(H d) | *]"))
 
 
-def test_what_a_refusal_proposes_works() -> None:
+def test_the_spec_that_an_error_proposes_works() -> None:
     with pytest.raises(ValueError, match=r"Projection\('wqkv', '(.*?)'\)") as error:
         QKClip(Wrapper())
     layout = str(error.value).split("Projection('wqkv', '")[1].split("'")[0]
@@ -237,7 +237,7 @@ def test_the_users_spec_comes_first() -> None:
     assert specs(Wrapper(), specs={"encoder.attn": mine, "other": other})["other"] is other
 
 
-def test_a_name_in_specs_that_is_no_module_is_refused() -> None:
+def test_a_name_in_specs_that_is_not_a_module_is_refused() -> None:
     with pytest.raises(ValueError, match=r"specs names 'encoder.attention', but the model has no such module"):
         QKClip(Wrapper(), specs={"encoder.attention": None})
 
@@ -296,7 +296,7 @@ def test_the_nearest_class_decides() -> None:
     assert [spec.num_heads for spec in found.values()] == [2, 1]
 
 
-def test_a_wrapper_around_known_attention_is_no_mystery() -> None:
+def test_a_wrapper_around_known_attention_is_accepted() -> None:
     class FancyAttention(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -340,17 +340,19 @@ def test_a_spec_of_other_sizes_is_refused() -> None:
         QKClip(SdpaAttention(8, 2), specs={"": spec})
 
 
-def test_a_spec_of_something_that_is_no_parameter_is_refused() -> None:
+def test_a_spec_of_something_that_is_not_a_parameter_is_refused() -> None:
     spec = separate("q_proj", "w_k", 2, 2, 4)
     with pytest.raises(
-        ValueError, match=r"attention 'layers.0' has no parameter 'w_k', which its spec names; it has q_proj"
+        ValueError, match=r"'layers.0' has no parameter 'w_k', which its spec names; its parameters are: q_proj"
     ):
         QKClip(Residual(SdpaAttention(8, 2)), specs={"layers.0": spec})
 
 
 @pytest.mark.parametrize("name", ["add_q_proj", "query_global", "k_proj_ip"])
-def test_a_second_set_of_projections_is_more_than_the_names_tell(name: str) -> None:
+def test_a_second_set_of_projections_is_refused(name: str) -> None:
     module = Generic((8, 8), num_heads=2)
     setattr(module, name, nn.Linear(8, 8))
-    with pytest.raises(ValueError, match=f"beside q_proj and k_proj it has {name}, which may make queries or keys too"):
+    with pytest.raises(
+        ValueError, match=f"besides q_proj and k_proj it has {name}, which may compute queries or keys too"
+    ):
         find_attention(module)

@@ -1,4 +1,4 @@
-"""Fused projections are stepped by Muon as if their matrices were apart."""
+"""Muon updates fused projections like separate matrices."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_latent_attention_is_split_into_keys_and_values_but_not_by_rotation() ->
     }
 
 
-def test_a_weight_that_lies_the_other_way_round_is_scaled_by_its_own_fan_out() -> None:
+def test_a_transposed_weight_is_scaled_by_its_own_fan_out() -> None:
     model = GPT2Model(GPT2Config(vocab_size=8, n_embd=8, n_layer=2, n_head=2, n_positions=8))
     attention, _ = recognise(model)
     parts = matrix_parts(model, attention, "qkv")
@@ -144,7 +144,7 @@ def test_weights_with_the_same_parts_are_stacked_and_a_copy_of_the_optimizer_goe
 def test_parts_that_do_not_cover_their_weight_are_refused() -> None:
     weight = nn.Parameter(torch.randn(4, 3))
     for channels in ([torch.arange(3)], [torch.arange(4), torch.tensor([0])]):
-        with pytest.raises(ValueError, match="have to cover each of its 4 channels on dimension 0 once"):
+        with pytest.raises(ValueError, match="must cover every channel exactly once: 4 channels on dimension 0"):
             Muon([weight], parts={weight: (0, channels)})
 
 
@@ -152,11 +152,11 @@ def test_parts_that_do_not_cover_their_weight_are_refused() -> None:
     "make", [lambda: MuonClip(SdpaAttention(8, 2), split="q"), lambda: MuonClipCallback(split="q")]
 )
 def test_an_unknown_split_is_refused(make: Any) -> None:
-    with pytest.raises(ValueError, match="unknown split 'q'; known: qkv, heads, none"):
+    with pytest.raises(ValueError, match="unknown split 'q'; use one of qkv, heads, none"):
         make()
 
 
-def test_the_doors_pass_the_split_on() -> None:
+def test_callback_and_optimizer_pass_the_split_on() -> None:
     def update(**options: Any) -> Tensor:
         torch.manual_seed(0)
         module = nn.MultiheadAttention(8, 2, bias=False)
@@ -179,4 +179,4 @@ def test_the_doors_pass_the_split_on() -> None:
     assert all(map(is_orthogonal, heads.split(4)))
     assert is_orthogonal(whole)
     assert not all(map(is_orthogonal, whole.split(8)))
-    assert not torch.allclose(heads, apart, atol=1e-3)  # its halves are orthogonal too, but not each for itself
+    assert not torch.allclose(heads, apart, atol=1e-3)  # the whole is orthogonal, but its halves are not

@@ -1,4 +1,4 @@
-"""Parameters that are not just a weight: adapters of LoRA, quantized and parametrized weights."""
+"""LoRA adapters, quantized and parametrized weights."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def adapted(model: nn.Module, targets: list[str], names: tuple[str, ...] = ("def
 
 
 def merged(module: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Weight, as (in, out) or (out, in), and bias that a LoRA layer amounts to; float64."""
+    """The effective weight, (in, out) or (out, in), and bias of a LoRA layer; float64."""
     layer: Any = module
     weight = layer.base_layer.weight.detach().double()
     bias = None if layer.base_layer.bias is None else layer.base_layer.bias.detach().double()
@@ -87,7 +87,7 @@ def between(maxima: Tensor) -> float:
 
 
 @needs_peft
-def test_adapted_layers_are_only_watched_unless_told_otherwise() -> None:
+def test_adapted_layers_are_only_watched_by_default() -> None:
     model = adapted(llama(), ["q_proj", "k_proj"], layers_to_transform=[1])
     for param in model.base_model.model.model.layers[0].parameters():
         param.requires_grad_(True)
@@ -106,7 +106,7 @@ def test_adapted_layers_are_only_watched_unless_told_otherwise() -> None:
 
 
 @needs_peft
-def test_adapted_values_are_nobodys_business() -> None:
+def test_adapted_values_do_not_matter() -> None:
     model = adapted(llama(), ["v_proj", "o_proj"])
     for name, param in model.named_parameters():
         if "q_proj" in name or "k_proj" in name:
@@ -209,9 +209,9 @@ def test_where_only_queries_are_adapted_and_keys_are_frozen_queries_take_all() -
     ],
     ids=["dora", "loha", "ia3", "adalora"],
 )
-def test_other_adapters_are_refused_by_name_and_can_be_watched(config: Callable[[], Any], kind: str) -> None:
+def test_other_adapters_are_refused_and_can_be_watched(config: Callable[[], Any], kind: str) -> None:
     model = peft.get_peft_model(llama(), config())
-    message = rf"layers.0.self_attn.q_proj is adapted by {kind}, and .* only plain LoRA; watch it with lora='monitor'"
+    message = rf"layers.0.self_attn.q_proj is adapted by {kind}, but .* only plain LoRA; watch it with lora='monitor'"
     with pytest.raises(ValueError, match=message):
         QKClip(model, lora="scale")
     for options in ({"lora": "monitor"}, {"lora": "scale", "threshold": None}):
@@ -267,22 +267,22 @@ UNSCALABLE: dict[str, tuple[Callable[[Any], Any], str]] = {
     "subclass": (_packed, "a Params4bit"),
     "int8": (_integers, r"quantized \(torch.int8\)"),
     "float8": (_eight_bits, r"quantized \(torch.float8_e4m3fn\)"),
-    "buffer": (_as_buffer, "no parameter of torch.nn.modules.linear.Linear"),
+    "buffer": (_as_buffer, "not a parameter of torch.nn.modules.linear.Linear"),
 }
 
 
 @pytest.mark.parametrize("kind", UNSCALABLE)
 @pytest.mark.parametrize("child", ["q_proj", "k_proj"])
 @pytest.mark.parametrize("make", [lambda: SdpaAttention(16, 4), lambda: Attention(16, 4)], ids=["third_party", "ours"])
-def test_a_weight_that_cannot_be_scaled_is_refused_by_name_with_a_way_out(
+def test_a_weight_that_cannot_be_scaled_is_refused_with_a_way_out(
     make: Callable[[], nn.Module], child: str, kind: str
 ) -> None:
     model, x = Residual(make(), make()), torch.randn(2, 5, 16)
     change, reason = UNSCALABLE[kind]
     change(model.layers[1].get_submodule(child))
     message = (
-        rf"layers.1.{child}.weight is {reason}, so QK-Clip cannot scale it. Train a plain weight there, pass"
-        r" threshold=None to only watch its logits, or leave the module alone with specs=\{'layers.1': None\}"
+        rf"QK-Clip cannot scale layers.1.{child}.weight: it is {reason}. Use a plain weight there, pass"
+        r" threshold=None to only watch its logits, or skip the module with specs=\{'layers.1': None\}"
     )
     with pytest.raises(ValueError, match=message):
         QKClip(model)
@@ -290,7 +290,7 @@ def test_a_weight_that_cannot_be_scaled_is_refused_by_name_with_a_way_out(
         assert qk_clip.layers == ["layers.0"]
     before = snapshot(model)
     with QKClip(model, threshold=None) as qk_clip:
-        if kind not in ("int8", "float8"):  # those are of no use to a plain nn.Linear
+        if kind not in ("int8", "float8"):  # a plain nn.Linear cannot run those
             model(x)
             assert qk_clip.step().max_logits.isfinite().all()
             found = qk_clip.verify(x)
@@ -317,7 +317,7 @@ def test_dynamically_quantized_layers_are_refused_and_watched() -> None:
         torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, inplace=True)
     specs = {"layers.0": spec}
     with pytest.raises(
-        ValueError, match=r"q_proj.weight is no parameter of torch.*quantized.*\.Linear, so QK-Clip cannot"
+        ValueError, match=r"QK-Clip cannot scale .*q_proj.weight: it is not a parameter of torch.*quantized.*\.Linear"
     ):
         QKClip(model, specs=specs)
     with QKClip(model.train(), threshold=None, specs=specs) as qk_clip:
@@ -360,20 +360,20 @@ SPEC = AttentionSpec((Projection("q_proj", "q(H d)"), Projection("k_proj", "k(G 
     [
         (
             Projection("w_q", "q(H d)"),
-            "has no parameter 'w_q', which its spec names; it has q_proj.weight, q_proj.bias, k_",
+            "has no parameter 'w_q', which its spec names; its parameters are: q_proj.weight, q_proj.bias, k_",
         ),
         (Projection("attn.w_q", "q(H d)"), "has no parameter 'attn.w_q', which its spec names"),
         (Projection("q_proj.wait", "q(H d)"), "has no parameter 'q_proj.wait'"),
-        (Projection("q_proj", "q(H d)", dim=2), "q_proj.weight: it has 2 dimensions, so none is dim=2"),
-        (Projection("q_proj", "q(H d)", dim=-3), "q_proj.weight: it has 2 dimensions, so none is dim=-3"),
-        (Projection("q_proj.bias", "q(H d)", dim=1), "q_proj.bias: it has 1 dimensions, so none is dim=1"),
+        (Projection("q_proj", "q(H d)", dim=2), "q_proj.weight: dim=2 is out of range for 2 dimensions"),
+        (Projection("q_proj", "q(H d)", dim=-3), "q_proj.weight: dim=-3 is out of range for 2 dimensions"),
+        (Projection("q_proj.bias", "q(H d)", dim=1), "q_proj.bias: dim=1 is out of range for 1 dimensions"),
         (
             Projection("q_proj", "q(H 3)"),
             r"q_proj.weight: layout 'q\(H 3\)' describes 12 channels .* the weight has 16",
         ),
     ],
 )
-def test_a_projection_that_is_not_there_is_refused_by_name(projection: Projection, message: str) -> None:
+def test_a_missing_projection_is_refused(projection: Projection, message: str) -> None:
     model = Residual(SdpaAttention(16, 4))
     specs = {"layers.0": replace(SPEC, projections=(projection, SPEC.projections[1]))}
     with pytest.raises(ValueError, match=rf"attention 'layers.0'.*{message}"):

@@ -72,7 +72,7 @@ def test_half_precision_maxima_are_kept_in_float32() -> None:
     assert book.values.dtype is torch.float32
 
 
-def test_what_is_not_finite_becomes_infinity_before_it_is_reduced() -> None:
+def test_non_finite_maxima_become_infinity_before_the_reduction() -> None:
     values = torch.tensor([1.0, math.nan, INF, -INF])
     assert reduce_max(values).tolist() == [1.0, INF, INF, -INF]
     assert values[1].isnan()
@@ -91,7 +91,7 @@ def two_models() -> list[nn.Module]:
 
 
 def one_rank(rank: int, directory: Path) -> None:
-    """Everything that needs two processes, so that they start once."""
+    """All cases that need two processes, so that these start once."""
     store = dist.FileStore(str(directory / "store"), 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
     torch.set_num_threads(1)
@@ -114,7 +114,7 @@ def one_rank(rank: int, directory: Path) -> None:
         qk_clip.step()
     assert all(isinstance(p, DTensor) for p in sharded.parameters())
     found["sharded"] = {name: value.full_tensor() for name, value in sharded.state_dict().items()}
-    # Ranks that see the same data are no business of the reduction.
+    # The reduction excludes ranks that see the same data.
     own = [dist.new_group([r]) for r in range(2)][rank]
     with QKClip(two_models()[0], process_group=own) as qk_clip:
         found["alone"] = qk_clip.step([[float(rank)] * 4, [0.0] * 2]).max_logits[0, 0]
@@ -124,7 +124,7 @@ def one_rank(rank: int, directory: Path) -> None:
 
 
 def test_ranks_clip_alike_by_the_maximum_over_all_data(tmp_path: Path) -> None:
-    mp.start_processes(one_rank, (tmp_path,), nprocs=2, start_method="fork")  # spares two imports of everything
+    mp.start_processes(one_rank, (tmp_path,), nprocs=2, start_method="fork")  # avoids two full imports
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     batch = torch.randn(4, 9, 16, generator=torch.Generator().manual_seed(0))
     for found in ranks:

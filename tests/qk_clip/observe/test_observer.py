@@ -1,4 +1,4 @@
-"""What is seen of a model in training, without a trace left on it."""
+"""The observer records training forwards and leaves the model unchanged."""
 
 from __future__ import annotations
 
@@ -113,8 +113,8 @@ def test_activation_checkpointing_changes_nothing(make: Callable[[], Any], use_r
         torch.testing.assert_close(param.grad, gradient)
 
 
-class Stranger(nn.Module):
-    """Attends by torch's function without being known."""
+class Unobserved(nn.Module):
+    """Calls SDPA without being observed."""
 
     def forward(self, x: Tensor) -> Tensor:
         heads = 1000 * x.unflatten(-1, (4, -1)).transpose(1, 2)
@@ -122,19 +122,19 @@ class Stranger(nn.Module):
 
 
 def test_calls_of_others_are_not_recorded() -> None:
-    module, stranger = third_party(), Stranger()
+    module, unobserved = third_party(), Unobserved()
     x = torch.randn(2, 9, 16)
-    with QKClip(Residual(stranger, module, stranger)) as qk_clip:
-        stranger(x)
+    with QKClip(Residual(unobserved, module, unobserved)) as qk_clip:
+        unobserved(x)
         assert qk_clip.max_logits.isneginf().all()
         module(x)
-        stranger(x)
+        unobserved(x)
         close(qk_clip.max_logits, true_maxima(module, x))
 
 
 @pytest.mark.parametrize("how", ["an error", "a recomputation that stops early"])
-def test_a_forward_that_breaks_off_leaves_nobody_inside(how: str) -> None:
-    module, stranger = third_party(), Stranger()
+def test_a_failed_forward_leaves_no_module_running(how: str) -> None:
+    module, unobserved = third_party(), Unobserved()
     x = torch.randn(2, 9, 16)
     with QKClip(module) as qk_clip:
         if how == "an error":
@@ -143,7 +143,7 @@ def test_a_forward_that_breaks_off_leaves_nobody_inside(how: str) -> None:
         else:
             checkpoint(module, x.requires_grad_(), use_reentrant=False).sum().backward()
         qk_clip.discard()
-        stranger(x)
+        unobserved(x)
         assert qk_clip.max_logits.isneginf().all()
 
 
@@ -211,14 +211,14 @@ def test_every_form_of_the_call_is_understood() -> None:
         assert torch.equal(observed, module(x, *args, **kwargs))
 
 
-def test_attention_that_is_computed_otherwise_is_refused_by_name() -> None:
+def test_attention_that_cannot_be_intercepted_is_refused() -> None:
     class ByHand(SdpaAttention):
         def forward(self, x: Tensor) -> Tensor:
             return (self.q_proj(x) @ self.k_proj(x).mT).softmax(-1) @ self.v_proj(x)
 
     model = Residual(SdpaAttention(16, 4), ByHand(16, 4))
     x = torch.randn(2, 9, 16)
-    with QKClip(model), pytest.raises(RuntimeError, match=r"'layers.1' \(ByHand\) called neither") as error:
+    with QKClip(model), pytest.raises(RuntimeError, match=r"'layers.1' \(ByHand\) cannot be measured") as error:
         model(x)
     assert "attn_implementation='sdpa'" in str(error.value)
     assert "specs={'layers.1': None}" in str(error.value)
@@ -229,7 +229,7 @@ def test_attention_that_is_computed_otherwise_is_refused_by_name() -> None:
         model.eval()(x)
 
 
-def test_another_number_of_heads_than_the_spec_says_is_refused_by_name() -> None:
+def test_another_number_of_heads_than_the_spec_says_is_refused() -> None:
     spec = AttentionSpec((Projection("q_proj", "q(H d)"), Projection("k_proj", "k(G d)")), 2, sizes={"d": 8})
     model = Residual(SdpaAttention(16, 4))
     with (
@@ -319,7 +319,7 @@ def test_closing_leaves_nothing_behind(make: Callable[[], Any]) -> None:
     assert qk_clip.max_logits.isneginf().all()
 
 
-def test_another_librarys_rebinding_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_later_patch_by_another_library_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
     def faster(*args: Any, **kwargs: Any) -> Tensor:
@@ -366,7 +366,7 @@ def test_two_models_are_observed_side_by_side(make: Callable[[], Any]) -> None:
 def test_a_model_is_observed_once_at_a_time(make: Callable[[], Any]) -> None:
     model = Residual(third_party(), make())
     with QKClip(model) as qk_clip:
-        with pytest.raises(ValueError, match=r"attention 'layers.\d' is observed already; close\(\) the other QKClip"):
+        with pytest.raises(ValueError, match=r"attention 'layers.\d' is observed already; call close\(\) on the other"):
             QKClip(model)
         with pytest.raises(ValueError, match="attention '' is observed already"):
             QKClip(model.layers[1])
@@ -377,10 +377,10 @@ def test_a_model_is_observed_once_at_a_time(make: Callable[[], Any]) -> None:
 
 
 @either
-def test_a_refusal_leaves_nothing_behind(make: Callable[[], Any]) -> None:
+def test_a_refused_model_is_restored(make: Callable[[], Any]) -> None:
     model = Residual(third_party(), make())
     spec = AttentionSpec((Projection("q_proj", "q(H d)"), Projection("k_proj", "k(G d)")), 4, 2, {"d": 4}, qk_norm=True)
-    with pytest.raises(ValueError, match=r"attention 'layers.1' normalises queries or keys"):
+    with pytest.raises(ValueError, match=r"attention 'layers.1' normalizes queries or keys"):
         QKClip(model, specs={"layers.1": spec})
     assert F.scaled_dot_product_attention is TORCHS_OWN
     with QKClip(model, specs={"layers.1": spec}, qk_norm="monitor") as qk_clip:
@@ -414,7 +414,7 @@ def test_a_copy_of_an_observed_model_is_not_observed(make: Callable[[], Any], co
     QKClip(twin).close()
 
 
-def test_switched_off_nothing_is_measured() -> None:
+def test_logits_off_measures_nothing() -> None:
     model = Residual(ours(), third_party())
     with QKClip(model, logits="off") as qk_clip:
         assert F.scaled_dot_product_attention is TORCHS_OWN

@@ -1,4 +1,4 @@
-"""Small attention of every kind that is overheard."""
+"""Small attention modules of every kind that is intercepted."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch.nn.attention.flex_attention import flex_attention
 from transformers import BloomConfig, BloomModel, GPTJConfig, GPTJModel, LlamaConfig, LlamaModel
 
 LENGTH, KEYS, DIM, HEADS = 9, 13, 4, 4
-#: Settings of Hugging Face that know no special tokens.
+#: Hugging Face config options for a vocabulary without special tokens.
 NO_TOKENS: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 TOKENS = torch.arange(2 * LENGTH).reshape(2, LENGTH) % 11
 
 
 class Cross(nn.Module):
-    """Queries from one sequence, keys and values from another; how it attends is for a subclass to say."""
+    """Cross-attention; a subclass defines how it attends."""
 
     def __init__(self, heads: int = HEADS, key_heads: int = HEADS, dim: int = DIM, value_dim: int = DIM) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ def plain_attention(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """A user's function, by hand: no function of torch is called."""
+    """A user's attention function that calls no attention function of torch."""
     key, value = (part.repeat_interleave(query.shape[1] // key.shape[1], 1) for part in (key, value))
     logits = query @ key.mT * scaling
     if attention_mask is None and module.is_causal:
@@ -80,7 +80,7 @@ def plain_attention(
 def through_torch(
     module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """A user's function that ends in torch's."""
+    """A user's attention function that calls SDPA."""
     causality = mask is None and query.shape[2] > 1
     output = F.scaled_dot_product_attention(
         query, key, value, mask, is_causal=causality, scale=kwargs["scaling"], enable_gqa=True
@@ -161,8 +161,8 @@ def self_sdpa(dropout: float = 0.0) -> Layers:
     return Layers(SelfSdpa(dropout), SelfSdpa(dropout))
 
 
-class Stranger(nn.Module):
-    """Attends by torch's function without being known."""
+class Unobserved(nn.Module):
+    """Calls SDPA without being observed."""
 
     def forward(self, x: Tensor) -> Tensor:
         heads = x.unflatten(-1, (HEADS, -1)).transpose(1, 2)
@@ -170,7 +170,7 @@ class Stranger(nn.Module):
 
 
 class LM(nn.Module):
-    """A model of Hugging Face with a head."""
+    """A Hugging Face model with a head."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
