@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from lightning_muonclip.optim.muon import Muon
 from lightning_muonclip.optim.routing import split_params
 from lightning_muonclip.qk_clip.clip import ClipResult, QKClip
-from lightning_muonclip.qk_clip.describe.registry import recognise
 from lightning_muonclip.qk_clip.describe.spec import AttentionSpec
 from lightning_muonclip.qk_clip.describe.split import matrix_parts
 from lightning_muonclip.signatures import share_out, takes_keywords_of
@@ -37,7 +36,7 @@ class MuonClip(Muon):
         include: Patterns of matrices that Muon takes although they look like an embedding or an output head.
         process_group: The ranks that train this model, if they are not all (see :class:`~lightning_muonclip.Muon`).
         **options: Any other keyword of :class:`~lightning_muonclip.QKClip` (``threshold``, ``alpha``, ``shared_keys``,
-            ``qk_norm``, ``logits``, ``lora``, ``every_n_steps``) and of :class:`~lightning_muonclip.Muon` (``momentum``,
+            ``qk_norm``, ``logits``, ``lora``, ``every_n_steps``, ``example``) and of :class:`~lightning_muonclip.Muon` (``momentum``,
             ``nesterov``, ``ns_coefficients``, ``ns_steps``, ``eps``, ``dtype``, ``stack_numel``, ``shard_momentum``). With
             ``logits="off"`` the maxima are given to :meth:`step`.
 
@@ -78,8 +77,8 @@ class MuonClip(Muon):
         for group in groups:
             if group["algorithm"] == "adamw":
                 group.update(betas=tuple(betas), eps=adamw_eps)
-        attention, _ = recognise(model, specs)
-        parts = matrix_parts(model, attention, split)
+        qk_clip = QKClip(model, specs=specs, process_group=process_group, **clip_options)
+        parts = matrix_parts(model, qk_clip.observer.attention, split)
         super().__init__(
             groups,
             lr,
@@ -89,7 +88,7 @@ class MuonClip(Muon):
             process_group=process_group,
             **muon_options,
         )
-        self.qk_clip: QKClip | None = QKClip(model, specs=specs, process_group=process_group, **clip_options)
+        self.qk_clip: QKClip | None = qk_clip
         #: Maxima and clips of the last step.
         self.last: ClipResult | None = None
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_muonclip.qk_clip.describe.example import Example
 from lightning_muonclip.qk_clip.describe.registry import find_attention
 from lightning_muonclip.qk_clip.describe.spec import AttentionSpec
 from lightning_muonclip.qk_clip.describe.weights import LORA_CHOICES
@@ -82,6 +83,8 @@ class QKClip:
         lora: For layers that LoRA (peft) adapts: ``"monitor"`` only watches them; ``"scale"`` scales the frozen base and
             every ``B`` together, which is exact, but adapters saved alone then no longer fit the original base.
         every_n_steps: Measures and clips at the first of every n steps.
+        example: Arguments of the model, ``(args, kwargs)``. QKClip runs the model on them once, finds all attention that it
+            computes, and infers and proves the layout of what neither ``specs`` nor the library knows.
         observer: An observer of the model to share; ``None`` creates one.
         process_group: The ranks that see different data or, under tensor parallelism, different heads; ``None`` is the
             default group.
@@ -113,6 +116,7 @@ class QKClip:
         *,
         lora: str = "monitor",
         every_n_steps: int = 1,
+        example: Example | None = None,
         observer: Observer | None = None,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
@@ -121,7 +125,7 @@ class QKClip:
         self.threshold = threshold
         self.every_n_steps = every_n_steps
         self.process_group = process_group
-        self.observer = observer or Observer(find_attention(model, specs), logits)
+        self.observer = observer or Observer(find_attention(model, specs, example), logits)
         #: Number of times that each head was clipped, int64, shape (layers, most heads).
         self.clips = torch.zeros_like(self.observer.ledger.values, dtype=torch.int64)
         self._qk_norm = qk_norm

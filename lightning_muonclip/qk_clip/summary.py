@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lightning_muonclip.qk_clip.describe.spec import AttentionSpec
+from lightning_muonclip.qk_clip.describe.layout import layout_text
+from lightning_muonclip.qk_clip.describe.spec import AttentionSpec, Projection
 from lightning_muonclip.qk_clip.observe.observer import Observer
 from lightning_muonclip.tables import table
 
@@ -25,5 +26,12 @@ def _heads(spec: AttentionSpec) -> str:
 
 
 def _layout(spec: AttentionSpec) -> str:
-    layouts = [f"{p.name}: {p.layout}" + (f" dim={p.dim}" if p.dim else "") for p in (*spec.projections, *spec.gains)]
+    layouts = [
+        f"{p.name}: {_text(p, spec)}" + (f" dim={p.dim}" if p.dim else "") for p in (*spec.projections, *spec.gains)
+    ]
     return ", ".join(layouts)
+
+
+def _text(projection: Projection, spec: AttentionSpec) -> str:
+    layout = projection.layout
+    return layout if isinstance(layout, str) else layout_text(layout, spec.sizes)

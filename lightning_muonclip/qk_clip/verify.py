@@ -12,11 +12,12 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_iter
 
+from lightning_muonclip.qk_clip.describe.isolate import DetachedCopies, apart, device_of
 from lightning_muonclip.qk_clip.describe.layout import KEY_KINDS, NO_HEAD, QUERY_KINDS
 from lightning_muonclip.qk_clip.describe.registry import AttentionModules
 from lightning_muonclip.qk_clip.describe.spec import AttentionSpec
 from lightning_muonclip.qk_clip.describe.weights import UnscalableError, Weight
-from lightning_muonclip.qk_clip.observe.capture import DetachedCopies, Inputs, apart, device_of
+from lightning_muonclip.qk_clip.observe.capture import Inputs
 from lightning_muonclip.qk_clip.observe.observer import Observer
 from lightning_muonclip.qk_clip.plan import clipped_weights
 from lightning_muonclip.tables import table

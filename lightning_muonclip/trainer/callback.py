@@ -79,7 +79,7 @@ class MuonClipCallback(Callback):
         trainer.fit(model, data)
     """
 
-    @takes_keywords_of(QKClip, Muon, but=("model", "observer", "process_group", "params", "parts"))
+    @takes_keywords_of(QKClip, Muon, but=("model", "example", "observer", "process_group", "params", "parts"))
     def __init__(
         self,
         threshold: float | None = 100.0,

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lightning_muonclip.qk_clip.observe.capture import DetachedCopies, apart
 from lightning_muonclip.qk_clip.describe.trace import Call, Product, Trace, tracing
 
 
@@ -76,7 +77,7 @@ class Isolated:
 
     def scaled(
         self, factors: Mapping[str, Tensor], products: Sequence[Product], offsets: Mapping[str, float] = {}
-    ) -> Run:  # noqa: B006
+    ) -> Run:
         """:meth:`run` while parameters, plus their offsets, are multiplied by factors that broadcast."""
         before = {name: self.params[name].detach().clone() for name in factors}
         try:
@@ -107,3 +108,29 @@ def _cast(leaf: Any, dtype: torch.dtype) -> Any:
                 if isinstance(tensor, Tensor) and tensor.is_floating_point():
                     setattr(layer, name, tensor.to(dtype))
     return leaf
+
+
+class DetachedCopies(TorchFunctionMode):
+    """Lets deepcopy copy non-leaf tensors, as detached clones."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not Tensor.__deepcopy__:
+            return func(*args, **(kwargs or {}))
+        tensor, memo = args
+        memo[id(tensor)] = tensor.detach().clone()
+        return memo[id(tensor)]
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """The device of a module's parameters."""
+    return next((param.device for param in module.parameters()), torch.device("cpu"))
+
+
+@contextmanager
+def apart(module: nn.Module) -> Iterator[None]:
+    """Disables torch.compile and preserves the state of the random number generators."""
+    devices = {param.device for param in module.parameters() if param.device.type not in ("cpu", "meta")}
+    kind = next((device.type for device in devices), "cuda")
+    indices = [device.index or 0 for device in devices]
+    with torch.random.fork_rng(indices, device_type=kind), torch.compiler.set_stance("force_eager"):
+        yield

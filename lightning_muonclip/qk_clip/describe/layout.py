@@ -15,6 +15,8 @@ coordinate on the leading axes whose product is the number of heads: ``G`` and `
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import math
 import re
 from collections.abc import Mapping
@@ -78,16 +80,20 @@ def parse_layout(text: str) -> tuple[Block, ...]:
     return _Parser(text).layout()
 
 
-def layout_kinds(text: str) -> set[str]:
-    """The kinds of channels that a layout names."""
-    return {piece.kind for block in parse_layout(text) for piece in block.pieces}
+def layout_kinds(layout: str | ChannelMap) -> set[str]:
+    """The kinds of channels in a layout."""
+    if isinstance(layout, ChannelMap):
+        return {KINDS[kind] for kind in layout.kinds.unique().tolist()}
+    return {piece.kind for block in parse_layout(layout) for piece in block.pieces}
 
 
-def compile_layout(text: str, channels: int, sizes: Mapping[str, int], *, shared: bool = False) -> ChannelMap:
+def compile_layout(
+    layout: str | ChannelMap, channels: int, sizes: Mapping[str, int], *, shared: bool = False
+) -> ChannelMap:
     """Compiles a layout for the channels of one weight.
 
     Args:
-        text: The layout.
+        layout: The layout, or its channels already.
         channels: Number of output channels of the weight.
         sizes: Values of the names: ``H`` and ``G``, the numbers of query and key heads, and channel counts.
         shared: Whether channels without the axis ``H`` or ``G`` belong to all heads, as in the gain of a norm.
@@ -96,7 +102,11 @@ def compile_layout(text: str, channels: int, sizes: Mapping[str, int], *, shared
         ValueError: If a name has no size, if the layout does not cover the channels exactly, or if it does not determine
             the head of a query or key channel.
     """
-    blocks = parse_layout(text)
+    if isinstance(layout, ChannelMap):
+        if len(layout.kinds) != channels:
+            raise ValueError(f"the layout is of {len(layout.kinds)} channels, but the weight has {channels}")
+        return layout
+    text, blocks = layout, parse_layout(layout)
     if sum(block.axes is None for block in blocks) > 1:
         raise ValueError(f"only one * may take the rest of the channels; layout {text!r} has more")
     compiled = [None if block.axes is None else _compile_block(block, text, sizes, shared) for block in blocks]
@@ -109,6 +119,41 @@ def compile_layout(text: str, channels: int, sizes: Mapping[str, int], *, shared
     rest = ChannelMap(left, torch.full_like(left, NO_HEAD))
     parts = [rest if part is None else part for part in compiled]
     return ChannelMap(torch.cat([part.kinds for part in parts]), torch.cat([part.heads for part in parts]))
+
+
+def layout_text(channels: ChannelMap, sizes: Mapping[str, int]) -> str:
+    """A layout in words, if there is a short one that compiles to these channels.
+
+    Args:
+        channels: The channels of one weight.
+        sizes: The numbers of query heads ``H`` and key heads ``G``.
+
+    Example:
+        >>> layout_text(compile_layout("[q(H 2) | k(G 2) | *]", 14, {"H": 4, "G": 2}), {"H": 4, "G": 2})
+        '[q(H 2) | k(G 2) | *]'
+    """
+    is_left = channels.of_kind(("*",))
+    pairs = zip(channels.kinds.tolist(), channels.heads.masked_fill(is_left, NO_HEAD).tolist())
+    runs = [(KINDS[kind], len(list(run))) for (kind, _), run in itertools.groupby(pairs)]
+    segments = [(kind, list(own)) for kind, own in itertools.groupby(runs, key=lambda run: run[0])]
+    blocks = []
+    for kind, own in segments:
+        letter = "G" if kind in KEY_KINDS else "H"
+        is_by_head = kind != "*" and len(own) == sizes[letter]
+        blocks.append(f"{kind}({letter} {own[0][1]})" if is_by_head else f"{kind}({own[0][1]})" if kind != "*" else "*")
+    texts = [blocks[0] if len(blocks) == 1 else f"[{' | '.join(blocks)}]"]
+    for letter in ("H", "G"):
+        if len(runs) % sizes[letter] == 0:
+            pieces = ", ".join(f"{kind}:{size}" for kind, size in runs[: len(runs) // sizes[letter]])
+            texts.append(f"({letter} [{pieces}])")
+    for text in texts:
+        with contextlib.suppress(ValueError):
+            compiled = compile_layout(text, len(channels.kinds), sizes, shared=True)
+            if torch.equal(compiled.kinds, channels.kinds) and bool(
+                (is_left | (compiled.heads == channels.heads)).all()
+            ):
+                return text
+    return f"{len(runs)} runs of channels"
 
 
 def split_channels(channels: ChannelMap, split: str) -> list[Tensor]:

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from lightning_muonclip.qk_clip.describe.infer import Layout, Table, Unclear, spread
+from lightning_muonclip.qk_clip.describe.infer import Layout, Unclear, spread
 from lightning_muonclip.qk_clip.describe.isolate import Isolated, Run
 from lightning_muonclip.qk_clip.describe.layout import KINDS
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from lightning_muonclip.qk_clip.describe.example import Example, attention_on, spec_of
 from lightning_muonclip.qk_clip.describe.families import FAMILIES, SpecFn, is_active, separate
 from lightning_muonclip.qk_clip.describe.names import qualified_name, qualified_names
 from lightning_muonclip.qk_clip.describe.spec import AttentionSpec
@@ -45,33 +46,41 @@ def register_attention(cls: type[nn.Module] | str, spec_fn: SpecFn) -> None:
     _BY_CLASS[cls if isinstance(cls, str) else qualified_name(cls)] = spec_fn
 
 
-def find_attention(model: nn.Module, specs: Mapping[str, AttentionSpec | None] | None = None) -> AttentionModules:
+def find_attention(
+    model: nn.Module,
+    specs: Mapping[str, AttentionSpec | None] | None = None,
+    example: Example | None = None,
+) -> AttentionModules:
     """All attention modules of a model by display name, in ``named_modules`` order; a shared module once.
 
     Args:
         model: The model.
         specs: The user's specs by module name. ``None`` as a value skips that module and its submodules.
+        example: Arguments of the model, ``(args, kwargs)``. All attention that the model computes on them is found, and what
+            no spec describes is inferred.
 
     Raises:
         ValueError: If a name in ``specs`` is not a module, if a module looks like attention but cannot be read, or if there
             is no attention.
     """
-    found, refused = recognise(model, specs)
+    found, refused = recognise(model, specs, example)
     if refused:  # report the innermost: those around it may be mere wrappers
         innermost = max(refused, key=lambda name: name.count("."))
         others = f"\nAnd {len(refused) - 1} more: {', '.join(name for name in refused if name != innermost)}"
         raise ValueError(refused[innermost] + others * (len(refused) > 1))
     if not found:
         raise ValueError(
-            f"{type(model).__name__} has no attention that QK-Clip knows; describe it with"
-            " specs={name: AttentionSpec(...)} or register_attention(cls, spec_fn), or train without QK-Clip:"
-            " MuonClipCallback(logits='off'), or in plain PyTorch Muon(split_params(model))"
+            f"{type(model).__name__} has no attention that QK-Clip knows; let QKClip infer it from example=(args, kwargs),"
+            " describe it with specs={name: AttentionSpec(...)} or register_attention(cls, spec_fn), or train without"
+            " QK-Clip: MuonClipCallback(logits='off'), or in plain PyTorch Muon(split_params(model))"
         )
     return found
 
 
 def recognise(
-    model: nn.Module, specs: Mapping[str, AttentionSpec | None] | None = None
+    model: nn.Module,
+    specs: Mapping[str, AttentionSpec | None] | None = None,
+    example: Example | None = None,
 ) -> tuple[AttentionModules, dict[str, str]]:
     """The attention modules that can be read, and error messages for those that cannot.
 
@@ -98,12 +107,29 @@ def recognise(
             continue
         if spec is not None:
             found[name] = (module, spec)
+    if example is not None:
+        for own in attention_on(model, example):
+            name = display_name(own.name)
+            if any(_is_around(name, other) or _is_around(other, name) for other in (*found, *specs)):
+                continue
+            if own.layout is not None:
+                found[name] = (own.module, spec_of(own.layout))
+            elif any(param.requires_grad for param in own.module.parameters()):
+                refused[name] = _refusal(name, own.module, own.reason)
+        found = {name: found[name] for name in modules if name in found}
+        refused = {
+            name: reason for name, reason in refused.items() if not any(_is_around(other, name) for other in found)
+        }
     # A module named "...Attention" around one that was recognized or skipped is a wrapper, not an error.
     known = [*found, *specs]
     wrappers = [name for name in refused if any(other.startswith(f"{name}." if name else "") for other in known)]
     for name in wrappers:
         del refused[name]
     return found, refused
+
+
+def _is_around(outer: str, inner: str) -> bool:
+    return outer in ("", inner) or inner.startswith(f"{outer}.")
 
 
 def display_name(name: str) -> str:
@@ -173,7 +199,7 @@ def _refusal(name: str, module: nn.Module, reason: str) -> str:
     weights = ", ".join(f"{n} {tuple(p.shape)}" for n, p in module.named_parameters() if p.ndim == 2)
     return (
         f"cannot read the attention {name!r} ({type(module).__name__}): {reason}. Its matrices: {weights or 'none'}.\n"
-        "Describe it with a spec, here of separate projections (fused: Projection('wqkv', '[q(H d) | k(G d) | *]')):\n"
+        "Let QKClip infer it from example=(args, kwargs), describe it with a spec, here of separate projections (fused: Projection('wqkv', '[q(H d) | k(G d) | *]')):\n"
         f"    specs={{{name!r}: AttentionSpec((Projection('wq', 'q(H d)'), Projection('wk', 'k(G d)')), num_heads, "
         "num_key_value_heads, {'d': head_dim})}\n"
         f"or register its class with register_attention, or skip it with specs={{{name!r}: None}}."

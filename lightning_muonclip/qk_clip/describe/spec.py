@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from lightning_muonclip.qk_clip.describe.layout import ChannelMap
+
 
 @dataclass(frozen=True)
 class Projection:
@@ -18,7 +20,7 @@ class Projection:
     """
 
     name: str
-    layout: str
+    layout: str | ChannelMap
     dim: int = 0
     offset: float = 0.0
 

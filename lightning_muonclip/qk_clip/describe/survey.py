@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
-from lightning_muonclip.qk_clip.observe.capture import DetachedCopies
+from lightning_muonclip.qk_clip.describe.isolate import DetachedCopies
 
 #: Kernels whose result is no longer a product of queries and keys, however large it is.
 _ENDS = (

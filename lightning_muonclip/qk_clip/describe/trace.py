@@ -29,9 +29,53 @@ _BADDBMM = {torch.baddbmm, Tensor.baddbmm, Tensor.baddbmm_}
 
 #: Nodes of the autograd graph between a product and its softmax that leave every logit to its head.
 _ELEMENTWISE = set(
-    "View UnsafeView ReshapeAlias Alias T Transpose Permute Expand Squeeze Unsqueeze Select Slice Split SplitWithSizes Unbind"
-    " Index Gather Cat Stack Clone ToCopy Copy CopySlices AsStrided Mul Div Add Sub Rsub Neg MaskedFill Where Tanh Clamp"
-    " ClampMin ClampMax Maximum Minimum ConstantPadNd Repeat Roll Flip IndexPut NanToNum NativeDropout".split()
+    [
+        "View",
+        "UnsafeView",
+        "ReshapeAlias",
+        "Alias",
+        "T",
+        "Transpose",
+        "Permute",
+        "Expand",
+        "Squeeze",
+        "Unsqueeze",
+        "Select",
+        "Slice",
+        "Split",
+        "SplitWithSizes",
+        "Unbind",
+        "Index",
+        "Gather",
+        "Cat",
+        "Stack",
+        "Clone",
+        "ToCopy",
+        "Copy",
+        "CopySlices",
+        "AsStrided",
+        "Mul",
+        "Div",
+        "Add",
+        "Sub",
+        "Rsub",
+        "Neg",
+        "MaskedFill",
+        "Where",
+        "Tanh",
+        "Clamp",
+        "ClampMin",
+        "ClampMax",
+        "Maximum",
+        "Minimum",
+        "ConstantPadNd",
+        "Repeat",
+        "Roll",
+        "Flip",
+        "IndexPut",
+        "NanToNum",
+        "NativeDropout",
+    ]
 )
 
 

@@ -100,7 +100,7 @@ def query_weight(module: nn.Module, spec: AttentionSpec) -> tuple[Tensor | None,
 
 
 def channel_map(
-    name: str, path: str, layout: str, channels: int, spec: AttentionSpec, *, shared: bool = False
+    name: str, path: str, layout: str | ChannelMap, channels: int, spec: AttentionSpec, *, shared: bool = False
 ) -> ChannelMap:
     """:func:`.layout.compile_layout` with errors that name the attention and the parameter."""
     try:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
+from lightning_muonclip.qk_clip.describe.isolate import DetachedCopies, apart, device_of
 from lightning_muonclip.qk_clip.observe.observer import Observer
 
 
@@ -86,32 +84,6 @@ class Capture:
                 self.inputs[name] = Inputs(args, kwargs, autocast)
 
         return keep
-
-
-class DetachedCopies(TorchFunctionMode):
-    """Lets deepcopy copy non-leaf tensors, as detached clones."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not Tensor.__deepcopy__:
-            return func(*args, **(kwargs or {}))
-        tensor, memo = args
-        memo[id(tensor)] = tensor.detach().clone()
-        return memo[id(tensor)]
-
-
-def device_of(module: nn.Module) -> torch.device:
-    """The device of a module's parameters."""
-    return next((param.device for param in module.parameters()), torch.device("cpu"))
-
-
-@contextmanager
-def apart(module: nn.Module) -> Iterator[None]:
-    """Disables torch.compile and preserves the state of the random number generators."""
-    devices = {param.device for param in module.parameters() if param.device.type not in ("cpu", "meta")}
-    kind = next((device.type for device in devices), "cuda")
-    indices = [device.index or 0 for device in devices]
-    with torch.random.fork_rng(indices, device_type=kind), torch.compiler.set_stance("force_eager"):
-        yield
 
 
 def _copied(leaf: Any) -> Any:

@@ -1,0 +1,61 @@
+"""The attention of a model, inferred from a forward on example inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_muonclip.qk_clip.describe.describe import Found, describe
+from lightning_muonclip.qk_clip.describe.infer import Layout
+from lightning_muonclip.qk_clip.describe.isolate import apart
+from lightning_muonclip.qk_clip.describe.layout import ChannelMap
+from lightning_muonclip.qk_clip.describe.spec import AttentionSpec, Projection
+from lightning_muonclip.qk_clip.describe.survey import Survey
+
+#: Positional and keyword arguments of a model.
+Example = tuple[Sequence[Any], Mapping[str, Any]]
+
+
+def attention_on(model: nn.Module, example: Example) -> list[Found]:
+    """Every attention that the model computes on these inputs; modes, buffers and random numbers are as before.
+
+    Raises:
+        ValueError: If the example is not a pair of arguments.
+    """
+    if not isinstance(example, tuple) or len(example) != 2 or not isinstance(example[1], Mapping):
+        raise ValueError(
+            f"example must be a pair (args, kwargs) of the model's arguments; got {type(example).__name__}"
+        )
+    args, kwargs = example
+    modes = {module: module.training for module in model.modules()}
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    try:
+        # torch's fast path of evaluation hides attention; in training a layer may be dropped by chance.
+        torch.backends.mha.set_fastpath_enabled(False)
+        for module in modes:
+            module.training = False
+        with apart(model), torch.no_grad(), Survey(model) as survey:
+            model(*args, **kwargs)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+        for module, training in modes.items():
+            module.training = training
+        for buffer, before in buffers:
+            buffer.copy_(before)
+    return describe(survey.calls)
+
+
+def spec_of(layout: Layout) -> AttentionSpec:
+    """The spec of an inferred attention."""
+    projections = tuple(
+        Projection(name, ChannelMap(table.kinds, table.heads), table.dims[0], table.offset)
+        for name, table in layout.tables
+    )
+    heads, groups = layout.num_heads, layout.num_key_value_heads
+    if layout.qk_norm:
+        return AttentionSpec((), heads, groups, gains=projections)
+    return AttentionSpec(projections, heads, groups)
