@@ -36,9 +36,9 @@ class MuonClip(Muon):
         include: Patterns of matrices that Muon takes although they look like an embedding or an output head.
         process_group: The ranks that train this model, if they are not all (see :class:`~lightning_muonclip.Muon`).
         **options: Any other keyword of :class:`~lightning_muonclip.QKClip` (``threshold``, ``alpha``, ``shared_keys``,
-            ``qk_norm``, ``logits``, ``lora``, ``every_n_steps``, ``example``) and of :class:`~lightning_muonclip.Muon` (``momentum``,
-            ``nesterov``, ``ns_coefficients``, ``ns_steps``, ``eps``, ``dtype``, ``stack_numel``, ``shard_momentum``). With
-            ``logits="off"`` the maxima are given to :meth:`step`.
+            ``qk_norm``, ``logits``, ``lora``, ``every_n_steps``, ``example``) and of :class:`~lightning_muonclip.Muon`
+            (``momentum``, ``nesterov``, ``ns_coefficients``, ``ns_steps``, ``eps``, ``dtype``, ``stack_numel``,
+            ``shard_momentum``). With ``logits="off"`` the maxima are given to :meth:`step`.
 
     Raises:
         ValueError: If an argument is out of range, or the attention cannot be read.

@@ -10,7 +10,9 @@ from torch import nn
 
 from lightning_muonclip.qk_clip.describe.infer import Heads, Layout, Unclear
 from lightning_muonclip.qk_clip.describe.isolate import Isolated, Run
+from lightning_muonclip.qk_clip.describe.locate import locate
 from lightning_muonclip.qk_clip.describe.prove import proven
+from lightning_muonclip.qk_clip.describe.spec import Softmax
 from lightning_muonclip.qk_clip.describe.survey import Frame
 
 
@@ -23,6 +25,7 @@ class Found:
     calls: list[int] = field(default_factory=list)
     layout: Layout | None = None
     reason: str = ""
+    softmaxes: tuple[Softmax, ...] = ()
 
 
 def describe(calls: Sequence[Sequence[Frame]]) -> list[Found]:
@@ -98,6 +101,8 @@ def _analyse(frame: Frame, count: int) -> list[Found]:
             own.elsewhere = False  # type: ignore[attr-defined]
             try:
                 own.layout = proven(isolated, run, heads.layouts(calls))
+                if any("softmax" in run.calls[call].source for call in calls):
+                    own.softmaxes = locate(isolated)
             except Unclear as unclear:
                 own.reason, own.elsewhere = unclear.reason, unclear.elsewhere  # type: ignore[attr-defined]
             for number in calls:

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from lightning_muonclip.qk_clip.describe.describe import Found, describe
-from lightning_muonclip.qk_clip.describe.infer import Layout
 from lightning_muonclip.qk_clip.describe.isolate import apart
 from lightning_muonclip.qk_clip.describe.layout import ChannelMap
 from lightning_muonclip.qk_clip.describe.spec import AttentionSpec, Projection
@@ -49,13 +48,20 @@ def attention_on(model: nn.Module, example: Example) -> list[Found]:
     return describe(survey.calls)
 
 
-def spec_of(layout: Layout) -> AttentionSpec:
+def spec_of(found: Found) -> AttentionSpec:
     """The spec of an inferred attention."""
+    layout = found.layout
+    assert layout is not None
     projections = tuple(
         Projection(name, ChannelMap(table.kinds, table.heads), table.dims[0], table.offset)
         for name, table in layout.tables
     )
     heads, groups = layout.num_heads, layout.num_key_value_heads
-    if layout.qk_norm:
-        return AttentionSpec((), heads, groups, gains=projections)
-    return AttentionSpec(projections, heads, groups)
+    return AttentionSpec(
+        () if layout.qk_norm else projections,
+        heads,
+        groups,
+        gains=projections if layout.qk_norm else (),
+        softmaxes=found.softmaxes,
+        head_axes=layout.head_axes,
+    )

@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_muonclip.qk_clip.describe.isolate import Isolated, Run
 from lightning_muonclip.qk_clip.describe.layout import KINDS, NO_HEAD
 from lightning_muonclip.qk_clip.describe.probe import MIXED, NOTHING, SIDES, Key, Output, Probe
+from lightning_muonclip.qk_clip.describe.spec import HeadAxis
 
 _Q, _K, _V, _REST = range(len(SIDES))
 
@@ -54,6 +55,7 @@ class Layout:
         qk_norm: Whether a norm stands behind the projections, so that its gains are what scales.
         query_units: For every pair of queries and keys, the head of each leading index of the queries.
         key_units: The same of the keys.
+        head_axes: The leading axes of the queries that count heads.
         own_channels: Channels of the keys that are each head's own, where others are shared by all heads (latent attention).
         notes: Why one side is left alone.
     """
@@ -66,6 +68,7 @@ class Layout:
     tables: list[tuple[str, Table]] = field(default_factory=list)
     qk_norm: bool = False
     own_channels: Tensor | None = None
+    head_axes: tuple[HeadAxis, ...] = ()
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -82,6 +85,7 @@ class _Side:
     units: list[Tensor]
     count: int
     heads: dict[Key, Tensor]
+    axes: tuple[HeadAxis, ...] = ()
     shares: dict[str, Tensor] = field(default_factory=dict)
     keys: dict[str, Key] = field(default_factory=dict)
 
@@ -167,7 +171,11 @@ class Heads:
         query, key = (self._side_of(side, calls) for side in (_Q, _K))
         if query.count == 1 < key.count and [u.shape for u in query.units] == [u.shape for u in key.units]:
             query = _Side(
-                query.outputs, key.units, key.count, {k: torch.full_like(h, MIXED) for k, h in query.heads.items()}
+                query.outputs,
+                key.units,
+                key.count,
+                {k: torch.full_like(h, MIXED) for k, h in query.heads.items()},
+                key.axes,
             )
         for side, what in ((query, "queries"), (key, "keys")):
             sizes = _per_head([(o.tensor.detach() * o.cotangent).sum((-2, -1)) for o in side.outputs], side)
@@ -219,7 +227,8 @@ class Heads:
                 own = self.axis(axis)[key]
                 head = torch.where((head < 0) | (own < 0), torch.minimum(head, own), head * count + own)
             heads[key] = head
-        return _Side(outputs, units, math.prod(counts), heads)
+        found = tuple(HeadAxis(axis, count) for axis, count in zip(axes, counts))
+        return _Side(outputs, units, math.prod(counts), heads, found)
 
     def _merged(self, side: int, outputs: list[Output], calls: list[int]) -> _Side | None:
         """Heads that share an axis with the batch, as in (batch · heads, length, channels)."""
@@ -235,7 +244,8 @@ class Heads:
 
                 heads = self.probe.coordinates(lambda o: fold(o) if o in outputs else 0, count)
                 if self._is_told(side, calls, heads, count):
-                    return _Side(outputs, [fold(o)[..., 0, 0].expand(o.lead) for o in outputs], count, heads)
+                    units = [fold(o)[..., 0, 0].expand(o.lead) for o in outputs]
+                    return _Side(outputs, units, count, heads, (HeadAxis(axis, count, is_inner),))
         return None
 
     def _is_told(self, side: int, calls: list[int], coordinates: dict[Key, Tensor], count: int) -> bool:
@@ -267,7 +277,7 @@ class Heads:
             raise Unclear(
                 f"its {query.count} query heads share {key.count} key heads in another order than one after the other"
             )
-        return Layout(calls, query.count, key.count, query.units, key.units)
+        return Layout(calls, query.count, key.count, query.units, key.units, head_axes=query.axes or key.axes)
 
     # What scales ----------------------------------------------------------------------------------------------------
 

@@ -90,6 +90,14 @@ class Isolated:
             for name, value in before.items():
                 self.params[name].data.copy_(value)
 
+    @torch.no_grad()
+    def run_under(self, mode: TorchFunctionMode) -> None:
+        """One forward under another mode."""
+        with DetachedCopies():
+            args, kwargs = tree_map(self._copied, self._inputs)
+        with apart(self.module), mode:
+            self.module(*args, **kwargs)
+
     def _copied(self, leaf: Any) -> Any:
         if isinstance(leaf, Tensor):
             return leaf.detach().to(self.dtype, copy=True) if leaf.is_floating_point() else leaf.clone()

@@ -113,7 +113,7 @@ def recognise(
             if any(_is_around(name, other) or _is_around(other, name) for other in (*found, *specs)):
                 continue
             if own.layout is not None:
-                found[name] = (own.module, spec_of(own.layout))
+                found[name] = (own.module, spec_of(own))
             elif any(param.requires_grad for param in own.module.parameters()):
                 refused[name] = _refusal(name, own.module, own.reason)
         found = {name: found[name] for name in modules if name in found}
@@ -199,7 +199,8 @@ def _refusal(name: str, module: nn.Module, reason: str) -> str:
     weights = ", ".join(f"{n} {tuple(p.shape)}" for n, p in module.named_parameters() if p.ndim == 2)
     return (
         f"cannot read the attention {name!r} ({type(module).__name__}): {reason}. Its matrices: {weights or 'none'}.\n"
-        "Let QKClip infer it from example=(args, kwargs), describe it with a spec, here of separate projections (fused: Projection('wqkv', '[q(H d) | k(G d) | *]')):\n"
+        "Let QKClip infer it from example=(args, kwargs), or describe it with a spec, here of separate projections (fused:"
+        " Projection('wqkv', '[q(H d) | k(G d) | *]')):\n"
         f"    specs={{{name!r}: AttentionSpec((Projection('wq', 'q(H d)'), Projection('wk', 'k(G d)')), num_heads, "
         "num_key_value_heads, {'d': head_dim})}\n"
         f"or register its class with register_attention, or skip it with specs={{{name!r}: None}}."

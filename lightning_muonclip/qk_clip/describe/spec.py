@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from lightning_muonclip.qk_clip.describe.layout import ChannelMap
 
@@ -26,6 +27,36 @@ class Projection:
 
 
 @dataclass(frozen=True)
+class Softmax:
+    """One softmax over logits.
+
+    Attributes:
+        number: Its number among the softmaxes of a forward.
+        product: The number of the product among the matrix products.
+        scale: What the product is multiplied by, before any soft-cap and mask. ``None`` takes the input of the softmax for
+            the logits, where they are several products or not a constant factor away from one.
+    """
+
+    number: int
+    product: int
+    scale: float | None
+
+
+class HeadAxis(NamedTuple):
+    """A leading axis of the queries that counts heads.
+
+    Attributes:
+        axis: Counted from the innermost leading axis, which is 1.
+        heads: How many heads it counts.
+        is_inner: Where heads share the axis with something else, such as the batch: whether they change faster.
+    """
+
+    axis: int
+    heads: int
+    is_inner: bool = True
+
+
+@dataclass(frozen=True)
 class AttentionSpec:
     """The heads and projections of one attention module.
 
@@ -38,6 +69,8 @@ class AttentionSpec:
         qk_norm: Whether queries or keys are normalized after the projection; no factor on a weight can then lower a logit.
         gains: The gains of those norms, which can be scaled instead; they imply ``qk_norm``. A layout without ``H`` or
             ``G``, such as ``q(d)``, is one gain for all heads.
+        softmaxes: Where a module that calls no attention function has its logits (see :mod:`.locate`).
+        head_axes: The leading axes of the queries that count heads, outermost first; by default the innermost one.
 
     Raises:
         ValueError: If the number of query heads is not a multiple of the number of key heads.
@@ -53,6 +86,8 @@ class AttentionSpec:
     sizes: Mapping[str, int] = field(default_factory=dict)
     qk_norm: bool = False
     gains: tuple[Projection, ...] = ()
+    softmaxes: tuple[Softmax, ...] = ()
+    head_axes: tuple[HeadAxis, ...] = ()
 
     def __post_init__(self) -> None:
         groups = self.num_key_value_heads or self.num_heads

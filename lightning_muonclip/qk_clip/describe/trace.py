@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
+_SDPA = F.scaled_dot_product_attention  # torch's own, whoever may have patched it since
 _SOFTMAX = {F.softmax, torch.softmax, Tensor.softmax, torch.special.softmax}
 _EXP = {torch.exp, Tensor.exp, torch.exp2, Tensor.exp2}
 _MATMUL = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm, torch.mm, Tensor.mm}
@@ -95,7 +96,7 @@ class Call:
 
     Attributes:
         source: What was called.
-        pairs: Queries and keys, shape (*lead, length, channels) each. More than one pair if the logits are a sum of products.
+        pairs: Queries and keys, shape (*lead, length, channels) each; several if the logits are a sum of products.
         value: Shape (*lead, length, channels); ``None`` if nothing was weighted.
         rest: Whatever else enters the logits: masks, biases.
         problem: Why the logits cannot be followed; empty if they can.
@@ -153,7 +154,7 @@ class Trace(TorchFunctionMode):
             self._activations[tensor] = True
 
     def _answer(self, func: Any, args: Any, kwargs: Any) -> Any:
-        if func is F.scaled_dot_product_attention:
+        if func is _SDPA:
             return self._fused(*args, **kwargs)
         if func in _SOFTMAX or func in _EXP:
             return self._softmax(func, args, kwargs)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lightning_muonclip.qk_clip.describe.registry import AttentionModules
 from lightning_muonclip.qk_clip.intercept import Patches, attention_calls, running
+from lightning_muonclip.qk_clip.observe.by_hand import forward_of
 from lightning_muonclip.qk_clip.observe.ledger import Ledger
 from lightning_muonclip.qk_clip.observe.recompute import (
     Recomputation,
@@ -133,7 +134,8 @@ class Observer:
         self._handles.append(module.register_forward_pre_hook(_Enter(self, recorder)))
         leave = _Leave(recomputation)
         self._handles.append(module.register_forward_hook(leave, with_kwargs=True, always_call=True))
-        self._patches.add([*attention_calls(type(module)), *methods_of(type(module))])
+        places = [*attention_calls(type(module)), *methods_of(type(module))]
+        self._patches.add([*places, *forward_of(type(module))] if recorder.spec.softmaxes else places)
 
 
 #: Attention modules that are being observed. A copy of one is not observed.

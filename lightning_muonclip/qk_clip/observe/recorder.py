@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from lightning_muonclip.kernels.max_logits import max_logits
 from lightning_muonclip.parallel.heads import first_head
-from lightning_muonclip.qk_clip.describe.spec import AttentionSpec
+from lightning_muonclip.qk_clip.describe.spec import AttentionSpec, HeadAxis
 from lightning_muonclip.qk_clip.describe.weights import query_weight
 from lightning_muonclip.qk_clip.intercept import Logits
 from lightning_muonclip.qk_clip.observe.ledger import Ledger
@@ -37,8 +37,32 @@ class Recorder:
         """Measures the logits of one call."""
         query, key = logits.query, logits.key
         scale = query.shape[-1] ** -0.5 if logits.scale is None else logits.scale
+        if self.spec.head_axes and self.spec.head_axes != (HeadAxis(1, query.shape[-3]),):
+            lead = query.shape[:-2]
+            mask = logits.mask
+            if mask is not None:
+                mask = mask.expand(*lead, *mask.shape[-2:]).flatten(0, -3)
+            if key.shape[:-2] != lead:
+                key = key.repeat_interleave(lead[-1] // key.shape[-3], -3).expand(*lead, *key.shape[-2:])
+            maxima = max_logits(
+                query.flatten(0, -3), key.flatten(0, -3), scale=scale, is_causal=logits.is_causal, mask=mask
+            )
+            self.record_all(maxima.view(lead), source)
+            return
         maxima = max_logits(query, key, scale=scale, is_causal=logits.is_causal, mask=logits.mask)
         self.record(maxima, source, pair=(query, key))
+
+    def record_all(self, maxima: Tensor, source: str) -> None:
+        """Records the maxima of every leading index, of which :attr:`AttentionSpec.head_axes` count the heads."""
+        axes = self.spec.head_axes or (HeadAxis(1, self.spec.num_heads),)
+        heads = []
+        for axis, count, is_inner in axes:
+            dim = maxima.ndim - axis
+            size = maxima.shape[dim] // count
+            maxima = maxima.unflatten(dim, (size, count) if is_inner else (count, size))
+            heads.append(dim + is_inner - maxima.ndim)
+        others = [dim for dim in range(maxima.ndim) if dim - maxima.ndim not in heads]
+        self.record(maxima.amax(others).flatten(), source)
 
     def record(self, maxima: Tensor, source: str = "the module", *, pair: tuple[Tensor, Tensor] | None = None) -> None:
         """Records the maxima of one forward, shape ``(heads,)``, with their queries and keys if known.

@@ -1,0 +1,66 @@
+"""Measures the logits of modules that attend by a matrix product and a softmax of their own."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from lightning_muonclip.kernels.hidden import HIDDEN
+from lightning_muonclip.qk_clip.describe.locate import MATMULS, SOFTMAXES, without_addend
+from lightning_muonclip.qk_clip.intercept import Place, running
+from lightning_muonclip.qk_clip.observe.recorder import Recorder
+
+
+def forward_of(cls: type[nn.Module]) -> Iterator[Place]:
+    """Where to patch the forward of a class, so that its recorded modules run it under :class:`Measure`."""
+    yield next(base for base in cls.__mro__ if "forward" in vars(base)), "forward", _patch_forward
+
+
+def _patch_forward(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        recorder = running[-1] if running else None
+        if not isinstance(recorder, Recorder) or recorder.module is not module or not recorder.spec.softmaxes:
+            return original(module, *args, **kwargs)
+        with Measure(recorder):
+            return original(module, *args, **kwargs)
+
+    return forward
+
+
+class Measure(TorchFunctionMode):
+    """Counts products and softmaxes, and records the logits of those that the spec names."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+        self._products: dict[int, Tensor] = {}
+        self._number_of_products = 0
+        self._number_of_softmaxes = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in SOFTMAXES:
+            self._measure(args[0] if args else kwargs["input"])
+            self._number_of_softmaxes += 1
+        out = func(*args, **kwargs)
+        if func in MATMULS:
+            if any(softmax.product == self._number_of_products for softmax in self._recorder.spec.softmaxes):
+                product = without_addend(func, args, kwargs, out)
+                self._products[self._number_of_products] = product.detach()
+            self._number_of_products += 1
+        return out
+
+    @torch.no_grad()
+    def _measure(self, logits: Tensor) -> None:
+        for softmax in self._recorder.spec.softmaxes:
+            if softmax.number == self._number_of_softmaxes:
+                visible, logits = logits > HIDDEN, logits.detach()
+                if softmax.scale is not None:
+                    logits = softmax.scale * self._products[softmax.product].reshape(logits.shape)
+                self._recorder.record_all(logits.masked_fill(~visible, float("-inf")).amax((-2, -1)), "softmax")
