@@ -84,7 +84,8 @@ class QKClip:
             every ``B`` together, which is exact, but adapters saved alone then no longer fit the original base.
         every_n_steps: Measures and clips at the first of every n steps.
         example: Arguments of the model, ``(args, kwargs)``. QKClip runs the model on them once, finds all attention that it
-            computes, and infers and proves the layout of what neither ``specs`` nor the library knows.
+            computes, and infers from what it does which weights make which head; every answer is proven. Only ``specs`` and
+            :func:`~lightning_muonclip.register_attention` come before. ``None`` goes by names of classes and projections.
         observer: An observer of the model to share; ``None`` creates one.
         process_group: The ranks that see different data or, under tensor parallelism, different heads; ``None`` is the
             default group.

@@ -173,7 +173,7 @@ def _listener() -> Listener | None:
     return running[-1]
 
 
-def _unrecorded(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def unrecorded(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Calls a function whose logits are already measured, so that functions inside it do not measure them again."""
     running.append(None)
     try:
@@ -224,7 +224,7 @@ def _patch_multi_head(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(*args, **kwargs)
         with torch.no_grad():
             listener.measure("multi_head_attention_forward", _multi_head_logits(asked))
-        return _unrecorded(original, *args, **kwargs)
+        return unrecorded(original, *args, **kwargs)
 
     return multi_head_attention_forward
 
@@ -300,7 +300,7 @@ def patch_method(read: Callable[..., Logits | None], original: Callable[..., Any
         if listener is None or logits is None:
             return original(module, *args, **kwargs)
         listener.measure(f"{type(module).__name__}.{original.__name__}", logits)
-        return _unrecorded(original, module, *args, **kwargs)
+        return unrecorded(original, module, *args, **kwargs)
 
     return method
 
@@ -333,7 +333,7 @@ def _through_interface(
         return original(module, query, key, value, attention_mask, **kwargs)
     visible = _visible(module, query, key, attention_mask, kwargs)
     listener.measure("the attention interface", Logits(query, key, kwargs.get("scaling"), **visible))
-    return _unrecorded(original, module, query, key, value, attention_mask, **kwargs)
+    return unrecorded(original, module, query, key, value, attention_mask, **kwargs)
 
 
 def _through_torch(original: Callable[..., Any], module: nn.Module, query: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -27,16 +27,18 @@ def locate(isolated: Isolated) -> tuple[Softmax, ...]:
     isolated.run_under(base)
     found: dict[int, list[Softmax]] = {}
     for product, out in enumerate(base.products):
-        noise = 1e-3 * torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(out)
+        # Large beside the rounding of modules that compute logits in float32, small beside any soft-cap.
+        noise = 0.03 * torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(out)
         before, after = _Numbered({product: torch.zeros_like(out)}), _Numbered({product: noise})
         isolated.run_under(before)
         isolated.run_under(after)
         for number, (a, b) in enumerate(zip(before.inputs, after.inputs)):
             change = (b - a).detach().nan_to_num()
             if a.shape == b.shape and change.any():
-                found.setdefault(number, []).append(Softmax(number, product, _scale(change, noise)))
+                is_overwritten = out._version != base.versions[product]
+                found.setdefault(number, []).append(Softmax(number, product, _scale(change, noise), is_overwritten))
                 break  # what follows later sees it through the outputs of this one
-    several = {number: [Softmax(number, own[0].product, None)] for number, own in found.items() if len(own) > 1}
+    several = {number: [Softmax(number, own[0].product, None, False)] for number, own in found.items() if len(own) > 1}
     return tuple(softmax for _, own in sorted((found | several).items()) for softmax in own)
 
 
@@ -45,17 +47,17 @@ def _scale(change: Tensor, noise: Tensor) -> float | None:
     if change.numel() != noise.numel():
         return None
     is_visible = change != 0
-    factors = (change / noise.reshape(change.shape))[is_visible]
-    scale = float(factors.median())
-    return scale if bool(((factors - scale).abs() < 1e-4 * abs(scale)).all()) else None
+    change, noise = change[is_visible].double(), noise.reshape(change.shape)[is_visible].double()
+    scale = float(change @ noise / (noise @ noise))  # least squares
+    return scale if bool(((change - scale * noise).abs() < 1e-3 * abs(scale) * noise.abs().mean()).all()) else None
 
 
 def without_addend(func: Any, args: Any, kwargs: Any, out: Tensor) -> Tensor:
-    """The product in a result of ``baddbmm``, such as Bloom's, which adds position biases to it; any other result as it is."""
+    """The product alone in a result of ``baddbmm``, to which Bloom adds position biases; any other result as it is."""
     if func not in BADDBMM:
         return out
-    addend = args[0] if args else kwargs["input"]
-    return out - kwargs.get("beta", 1) * addend
+    addend, beta = args[0] if args else kwargs["input"], kwargs.get("beta", 1)
+    return out - beta * addend if beta else out  # without it, the addend may be uninitialized
 
 
 class _Numbered(TorchFunctionMode):
@@ -64,6 +66,7 @@ class _Numbered(TorchFunctionMode):
     def __init__(self, answers: dict[int, Tensor]) -> None:
         super().__init__()
         self.products: list[Tensor] = []
+        self.versions: list[int] = []
         self.inputs: list[Tensor] = []
         self._answers = answers
 
@@ -74,5 +77,6 @@ class _Numbered(TorchFunctionMode):
         out = func(*args, **kwargs)
         if func in MATMULS:
             self.products.append(out.detach())
+            self.versions.append(out._version)
             return self._answers.get(len(self.products) - 1, out)
         return out

@@ -16,7 +16,8 @@ from lightning_muonclip.qk_clip.describe.spec import AttentionSpec
 #: The attention modules of a model by display name, in ``named_modules`` order, each with its spec.
 AttentionModules = dict[str, tuple[nn.Module, AttentionSpec]]
 
-_BY_CLASS: dict[str, SpecFn] = dict(FAMILIES)
+#: Spec functions of the user's, by the qualified names of classes.
+_REGISTERED: dict[str, SpecFn] = {}
 
 #: Common names of separate query, key and value projections.
 SEPARATE_PROJECTIONS = (
@@ -43,7 +44,7 @@ def register_attention(cls: type[nn.Module] | str, spec_fn: SpecFn) -> None:
         cls: The class, or its qualified name (``"package.module.Class"``).
         spec_fn: Takes a module of that class and returns its :class:`AttentionSpec`.
     """
-    _BY_CLASS[cls if isinstance(cls, str) else qualified_name(cls)] = spec_fn
+    _REGISTERED[cls if isinstance(cls, str) else qualified_name(cls)] = spec_fn
 
 
 def find_attention(
@@ -56,8 +57,8 @@ def find_attention(
     Args:
         model: The model.
         specs: The user's specs by module name. ``None`` as a value skips that module and its submodules.
-        example: Arguments of the model, ``(args, kwargs)``. All attention that the model computes on them is found, and what
-            no spec describes is inferred.
+        example: Arguments of the model, ``(args, kwargs)``. All attention that the model computes on them is found and
+            inferred from what it does, except where the user describes it; no name is looked at.
 
     Raises:
         ValueError: If a name in ``specs`` is not a module, if a module looks like attention but cannot be read, or if there
@@ -101,7 +102,7 @@ def recognise(
         if name.startswith(alone) and name not in specs:
             continue
         try:
-            spec = specs[name] if name in specs else _spec_of(module)
+            spec = specs[name] if name in specs else _spec_of(module, by_name=example is None)
         except ValueError as error:
             refused[name] = _refusal(name, module, str(error))
             continue
@@ -137,10 +138,12 @@ def display_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
-def _spec_of(module: nn.Module) -> AttentionSpec | None:
+def _spec_of(module: nn.Module, *, by_name: bool) -> AttentionSpec | None:
     for name in qualified_names(type(module)):
-        if spec_fn := _BY_CLASS.get(name):
+        if spec_fn := _REGISTERED.get(name) or (FAMILIES.get(name) if by_name else None):
             return spec_fn(module)
+    if not by_name:
+        return None
     for names in SEPARATE_PROJECTIONS:
         if _weight_rows(module, names[0]) and _weight_rows(module, names[1]):
             return _separate_spec(module, *names)

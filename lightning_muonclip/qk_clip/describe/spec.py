@@ -35,11 +35,13 @@ class Softmax:
         product: The number of the product among the matrix products.
         scale: What the product is multiplied by, before any soft-cap and mask. ``None`` takes the input of the softmax for
             the logits, where they are several products or not a constant factor away from one.
+        is_overwritten: Whether the module changes the product in place, as ``logits += mask`` does.
     """
 
     number: int
     product: int
     scale: float | None
+    is_overwritten: bool
 
 
 class HeadAxis(NamedTuple):

@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_muonclip.kernels.hidden import HIDDEN
 from lightning_muonclip.qk_clip.describe.locate import MATMULS, SOFTMAXES, without_addend
-from lightning_muonclip.qk_clip.intercept import Place, running
+from lightning_muonclip.qk_clip.intercept import Place, running, unrecorded
 from lightning_muonclip.qk_clip.observe.recorder import Recorder
 
 
@@ -28,7 +28,7 @@ def _patch_forward(original: Callable[..., Any]) -> Callable[..., Any]:
         if not isinstance(recorder, Recorder) or recorder.module is not module or not recorder.spec.softmaxes:
             return original(module, *args, **kwargs)
         with Measure(recorder):
-            return original(module, *args, **kwargs)
+            return unrecorded(original, module, *args, **kwargs)
 
     return forward
 
@@ -50,9 +50,10 @@ class Measure(TorchFunctionMode):
             self._number_of_softmaxes += 1
         out = func(*args, **kwargs)
         if func in MATMULS:
-            if any(softmax.product == self._number_of_products for softmax in self._recorder.spec.softmaxes):
-                product = without_addend(func, args, kwargs, out)
-                self._products[self._number_of_products] = product.detach()
+            for softmax in self._recorder.spec.softmaxes:
+                if softmax.product == self._number_of_products:
+                    product = without_addend(func, args, kwargs, out.detach())
+                    self._products[softmax.product] = product.clone() if softmax.is_overwritten else product
             self._number_of_products += 1
         return out
 
