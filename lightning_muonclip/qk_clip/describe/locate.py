@@ -26,7 +26,7 @@ def locate(isolated: Isolated) -> tuple[Softmax, ...]:
     base = _Numbered({})
     isolated.run_under(base)
     found: dict[int, list[Softmax]] = {}
-    for product, out in enumerate(base.products):
+    for product, out in reversed(list(enumerate(base.products))):
         # Large beside the rounding of modules that compute logits in float32, small beside any soft-cap.
         noise = 0.03 * torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(out)
         before, after = _Numbered({product: torch.zeros_like(out)}), _Numbered({product: noise})
@@ -34,10 +34,13 @@ def locate(isolated: Isolated) -> tuple[Softmax, ...]:
         isolated.run_under(after)
         for number, (a, b) in enumerate(zip(before.inputs, after.inputs)):
             change = (b - a).detach().nan_to_num()
-            if a.shape == b.shape and change.any():
-                is_overwritten = out._version != base.versions[product]
-                found.setdefault(number, []).append(Softmax(number, product, _scale(change, noise), is_overwritten))
-                break  # what follows later sees it through the outputs of this one
+            if change.any():  # later softmaxes see it through the outputs of this one
+                own = found.setdefault(number, [])
+                # A projection changes the logits through a later product.
+                if not any(before.differs(after, later.product) for later in own):
+                    is_overwritten = out._version != base.versions[product]
+                    own.append(Softmax(number, product, _scale(change, noise), is_overwritten))
+                break
     several = {number: [Softmax(number, own[0].product, None, False)] for number, own in found.items() if len(own) > 1}
     return tuple(softmax for _, own in sorted((found | several).items()) for softmax in own)
 
@@ -70,6 +73,10 @@ class _Numbered(TorchFunctionMode):
         self.inputs: list[Tensor] = []
         self._answers = answers
 
+    def differs(self, other: _Numbered, product: int) -> bool:
+        """Whether a product is another one in another run."""
+        return not torch.equal(self.products[product], other.products[product])
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in SOFTMAXES:
@@ -78,5 +85,6 @@ class _Numbered(TorchFunctionMode):
         if func in MATMULS:
             self.products.append(out.detach())
             self.versions.append(out._version)
-            return self._answers.get(len(self.products) - 1, out)
+            answer = self._answers.get(len(self.products) - 1)
+            return out if answer is None else answer.clone()  # the module may change it in place
         return out
