@@ -299,7 +299,7 @@ class Everyone(LoopMuon):
     """Every rank gathers and orthogonalizes everything."""
 
     def subtract(self, p: Tensor, update: Tensor, lr: float) -> None:
-        """On every rank alike."""
+        """One step, the same on every rank."""
         p.add_(_laid_out_as(p, orthogonalize(_whole(update))), alpha=-lr)
 
 

@@ -60,7 +60,7 @@ def parameters(shapes: Sequence[Shape]) -> list[Parameter]:
 
 
 def ours(params: list[Parameter], **options: Any) -> Muon:
-    """Our Muon, expert stacks in a group of their own."""
+    """Our Muon, with a separate group for expert stacks."""
     kinds = {"matrix": [p for p in params if p.ndim == 2], "experts": [p for p in params if p.ndim == 3]}
     return Muon([{"params": own, "kind": kind} for kind, own in kinds.items() if own], lr=LR, **options)
 

@@ -1,4 +1,4 @@
-"""MuonClip for PyTorch Lightning: Muon and QK-Clip for any transformer."""
+"""MuonClip for PyTorch Lightning: transformers that do not blow up."""
 
 from lightning_muonclip import mup
 from lightning_muonclip.attention.attention import Attention

@@ -27,13 +27,13 @@ class MuonClip(Muon):
         lr: Learning rate of all groups.
         weight_decay: Decoupled weight decay of all groups.
         adjust_lr_fn: Scale of Muon's update; with ``"match_rms_adamw"`` AdamW's learning rate and weight decay carry over.
-        betas: AdamW's.
-        adamw_eps: AdamW's.
+        betas: Betas of AdamW.
+        adamw_eps: Epsilon of AdamW.
         specs: Layouts of attention modules by name, as :class:`~lightning_muonclip.QKClip` takes them.
         split: What Muon orthogonalizes of a fused projection: queries, keys and values apart (``"qkv"``), every head
             (``"heads"``), or all of it together (``"none"``).
-        exclude: Shell-style patterns of parameter names that AdamW steps.
-        include: Patterns of matrices that Muon takes although they look like an embedding or an output head.
+        exclude: Shell-style patterns of parameter names to give to AdamW.
+        include: Patterns of parameter names to give to Muon although they look like an embedding or an output head.
         process_group: The ranks that train this model, if they are not all (see :class:`~lightning_muonclip.Muon`).
         **options: Any other keyword of :class:`~lightning_muonclip.QKClip` (``threshold``, ``alpha``, ``shared_keys``,
             ``qk_norm``, ``logits``, ``lora``, ``every_n_steps``, ``example``) and of :class:`~lightning_muonclip.Muon`

@@ -37,7 +37,7 @@ class Matrix(NamedTuple):
 
 
 class MatrixStep:
-    """How matrices are orthogonalized: in which dtype, how many together, and which parts of them alone.
+    """How matrices are orthogonalized: in which dtype, how many together, and which parts separately.
 
     Args:
         dtype: Working dtype of Newton-Schulz; ``None`` is the fastest that the device has in hardware.
@@ -157,7 +157,7 @@ def gain_momentum(matrices: Sequence[Matrix], momentum: float) -> None:
 
 
 def updates(matrices: Sequence[Matrix]) -> list[Tensor]:
-    """What is orthogonalized: the momentum, or Nesterov's."""
+    """The tensors to orthogonalize: the momentum, or the Nesterov momentum."""
     found: list[Tensor] = []
     for _, members in groupby(matrices, key=lambda matrix: id(matrix.group)):
         own = list(members)
@@ -169,7 +169,7 @@ def updates(matrices: Sequence[Matrix]) -> list[Tensor]:
 
 
 def scalar(lr: float | Tensor) -> float | Tensor:
-    """A learning rate without dimensions, which is the only tensor that a foreach product takes as a factor."""
+    """The learning rate as a zero-dimensional tensor, as foreach products require."""
     return lr.reshape(()) if isinstance(lr, Tensor) else lr
 
 

@@ -71,10 +71,10 @@ class QKClip:
             MPT, ...) is recompiled.
         threshold: Logits above this are clipped; ``None`` only monitors.
         alpha: Share of a clip that the query weight takes, in [0, 1].
-        specs: Layouts of attention modules by module name; ``None`` as a value leaves that module alone.
+        specs: Layouts of attention modules by module name; ``None`` as a value skips that module.
         shared_keys: How a key that several query heads share is treated: ``"query"``, ``"group"``, ``"min_k"`` or
             ``"compensate"`` (see :func:`~lightning_muonclip.qk_clip.rule.key_factors`).
-        qk_norm: A norm behind the projection cancels a factor on its weight. ``"error"`` refuses such attention,
+        qk_norm: A norm after the projection cancels a factor on its weight. ``"error"`` refuses such attention,
             ``"monitor"`` only watches it, and ``"gain"`` scales the gains of the norms; a gain that all heads share is
             scaled by the smallest gamma among them.
         logits: ``"exact"`` measures the logits in every training forward. ``"lse"`` takes an upper bound (at most ln(n)

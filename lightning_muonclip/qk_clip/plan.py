@@ -256,7 +256,7 @@ class _Ties:
         if not _same_heads(first.weight, use.weight) or not same_kinds or first.rule != use.rule:
             raise ValueError(
                 f"attention {use.name!r} and {first.name!r} share {use.weight.path}, but use it as different heads or train"
-                " different weights beside it, so no single factor fits both; skip one with"
+                " different sides, so no single factor fits both; skip one with"
                 f" specs={{{use.name!r}: None}}"
             )
         self.joined.append((first.row, use.row))

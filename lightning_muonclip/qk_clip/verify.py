@@ -199,7 +199,7 @@ class _Laboratory:
             yield from self._compared(side, head, "keys", base.keys * key[:, None], seen.keys)
 
     def _halved_against(self, weights: list[Weight], base: _Seen) -> Iterator[Check]:
-        """Beside a rotated key that all heads share, half a key is not half a logit: the query makes up for it."""
+        """Halves keys and doubles queries: with a rotated key that all heads share, half a key alone is not half a logit."""
         is_shared = (base.keys == base.keys[:1]).all(0)
         for head in _heads(weights, KEY_KINDS):
             seen = self._with_factors(weights, head, _AGAINST)

@@ -1,1 +1,1 @@
-"""Lightning: the callback, the mixin, and what they ask of a Trainer."""
+"""Lightning: the callback, the mixin, and their requirements on a Trainer."""

@@ -51,8 +51,8 @@ class MuonClipCallback(Callback):
     Args:
         threshold: Attention logits above this are clipped; ``None`` only monitors.
         alpha: Share of a clip that the query weight takes, in [0, 1].
-        lr: Muon's own base learning rate, scheduled as the user's groups are: relative to the rate that their scheduler
-            starts from (``max_lr / div_factor`` for OneCycleLR). ``None`` follows the user's groups.
+        lr: Base learning rate of Muon, under the schedule of the user's groups, relative to their initial rate
+            (``max_lr / div_factor`` for OneCycleLR). ``None`` follows the user's groups.
         weight_decay: Muon's own weight decay; ``None`` follows the user's groups.
         adjust_lr_fn: Scale of Muon's update; with ``"match_rms_adamw"`` AdamW's learning rate and weight decay carry over.
         specs: Layouts of attention modules by name, as :class:`~lightning_muonclip.QKClip` takes them.
@@ -61,7 +61,7 @@ class MuonClipCallback(Callback):
         split: What Muon orthogonalizes of a fused projection: queries, keys and values apart (``"qkv"``), every head
             (``"heads"``), or all of it together (``"none"``).
         exclude: Shell-style patterns of parameter names that stay with the user's optimizer.
-        include: Patterns of matrices that Muon takes although they look like an embedding or an output head.
+        include: Patterns of parameter names to give to Muon although they look like an embedding or an output head.
         log_heads_every_n_steps: Logs every head's maximum at this interval; ``None`` never does.
         **options: Any other keyword of :class:`~lightning_muonclip.QKClip` (``shared_keys``, ``qk_norm``, ``logits``,
             ``lora``, ``every_n_steps``) and of :class:`~lightning_muonclip.Muon` (``momentum``, ``nesterov``,
@@ -165,7 +165,7 @@ class MuonClipCallback(Callback):
         )
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Moves the hidden matrices to Muon and starts to observe; the optimizers exist, and none is restored yet."""
+        """Moves the hidden matrices to Muon and starts observing, before any optimizer is restored."""
         optimizer = users_optimizer(trainer)
         routes = routes_under(optimizer, route_params(pl_module, self.exclude, self.include))
         self._groups = FollowingGroups(optimizer, routes, self.lr, self.weight_decay)

@@ -91,7 +91,7 @@ def warn_of_emptied_groups(optimizer: Optimizer) -> None:
 
 
 def warn_of_other_settings(muon: Muon) -> None:
-    """Warns that the settings of the checkpoint win, as they do for every torch optimizer."""
+    """Warns that the settings of the checkpoint take precedence, as for every torch optimizer."""
     given, saved = _comparable(muon.defaults), _comparable(muon.param_groups[0])
     others = [name for name, value in given.items() if saved[name] != value]
     if others:

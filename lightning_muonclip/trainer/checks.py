@@ -1,4 +1,4 @@
-"""What the callback asks of a Trainer, a module and an optimizer before it fits."""
+"""Checks of the Trainer, the module and the optimizer before fitting."""
 
 from __future__ import annotations
 

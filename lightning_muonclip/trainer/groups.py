@@ -14,7 +14,7 @@ from lightning_muonclip.optim.stacking import KINDS
 class FollowingGroups:
     """Groups of hidden matrices that leave the user's optimizer for Muon and follow the groups that they came from.
 
-    A group of the user's that loses all of its parameters stays, so that schedulers and checkpoints find it.
+    Emptied groups of the user's optimizer are kept for schedulers and checkpoints.
 
     Args:
         optimizer: The user's; its groups lose the matrices that Muon takes.
@@ -67,7 +67,7 @@ class FollowingGroups:
 
 
 def _name_of(group: dict[str, Any], kind: str) -> dict[str, Any]:
-    """A name for Muon's share of a named group; LearningRateMonitor wants no two alike."""
+    """A name for Muon's share of a named group; LearningRateMonitor needs unique names."""
     if "name" not in group:
         return {}
     return {"name": group["name"] if kind == "matrix" else f"{group['name']}-{kind}"}

@@ -246,7 +246,7 @@ def test_a_block_mask_broadcasts_where_it_can() -> None:
 
 
 def test_a_mask_mod_of_the_user() -> None:
-    """StreamingLLM's sinks: a window, and the first tokens beside it."""
+    """StreamingLLM's sinks: a window plus the first tokens."""
     mask = AttentionMask(window=2) | AttentionMask(mask_mod=lambda b, h, q, k: k < 1)
     module, x = Attention(8, 2), torch.randn(1, 6, 8)
     visible = causal(6) & ((torch.arange(6)[:, None] - torch.arange(6) < 2) | (torch.arange(6) < 1))

@@ -185,7 +185,7 @@ class Ranks:
     folder: Path
 
     def exit_codes(self, timeout: float) -> list[int | None]:
-        """Those of processes that have ended within so many seconds; ``None`` for the others, which are killed."""
+        """Exit codes of processes that end within a time limit; ``None`` for the others, which are killed."""
         end = time.monotonic() + timeout
         for process in self.processes:
             process.join(max(0.0, end - time.monotonic()))

@@ -313,7 +313,7 @@ def sent(layout: str, results: list[dict[str, Any]]) -> int:
 
 def test_ranks_receive_only_what_they_lack(results: list[dict[str, Any]]) -> None:
     assert sent("ddp", results) == sent("replicas", results) == 3 * ALL
-    # Whoever owns a matrix lacks all of it but its own rows, and the others lack theirs of the result.
+    # The owner of a matrix lacks all rows but its own; the other ranks lack their rows of the result.
     own = sum(biggest_possible(w, 4) for kind, ws in weights().items() for w in ws if kind != "experts")
     assert 2 * (PARTED - own) <= sent("rows", results) <= 2 * PARTED
 

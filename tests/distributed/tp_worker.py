@@ -126,7 +126,7 @@ def biased(hidden_size: int) -> Attention:
 
 
 CASES: dict[str, Case] = {
-    # Of biases beside norms Lightning cannot clip the norm.
+    # Lightning cannot clip the gradient norm of biases together with norms, which are on different meshes.
     "mha, biases, tied embeddings": Case(partial(gpt, partial(MHA, attention_bias=True), tied=True), {}, clip=None),
     "gqa": Case(partial(gpt, GQA), {"shared_keys": "query"}),
     "gqa in muP": Case(partial(gpt, GQA, base=8), {"shared_keys": "query"}),

@@ -325,7 +325,7 @@ def test_keys_added_by_torchs_multihead_attention_are_always_visible(need_weight
     module = nn.MultiheadAttention(16, HEADS, bias=False, add_zero_attn=True, batch_first=True)
     with torch.no_grad():
         module.in_proj_weight[16:32] = -module.in_proj_weight[:16]
-    x = torch.randn(2, 1, 16)  # one token that turns away from itself: nothing is as large as the zero beside it
+    x = torch.randn(2, 1, 16)  # one token with a negative logit, so that the added zero is the largest
     with QKClip(module) as qk_clip:
         module(x, x, x, need_weights=need_weights)
         assert qk_clip.max_logits.tolist() == [[0.0] * HEADS]

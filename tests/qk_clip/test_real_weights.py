@@ -145,7 +145,7 @@ def test_every_layer_clipped_at_half_of_its_own_maximum_still_knows_what_sentenc
         before = embeddings(model, batch)
         seen = qk_clip.max_logits
         half = seen.amax(1, keepdim=True) / 2
-        result = qk_clip.step((seen / half).tolist())  # every layer has a threshold of its own
+        result = qk_clip.step((seen / half).tolist())  # every layer has its own threshold
         after = embeddings(model, batch)
         replay = qk_clip.max_logits
     clipped = seen > half
