@@ -74,9 +74,9 @@ class QKClip:
         specs: Layouts of attention modules by module name; ``None`` as a value skips that module.
         shared_keys: How a key that several query heads share is treated: ``"query"``, ``"group"``, ``"min_k"`` or
             ``"compensate"`` (see :func:`~lightning_muonclip.qk_clip.rule.key_factors`).
-        qk_norm: A norm after the projection cancels a factor on its weight. ``"error"`` refuses such attention,
-            ``"monitor"`` only watches it, and ``"gain"`` scales the gains of the norms; a gain that all heads share is
-            scaled by the smallest gamma among them.
+        qk_norm: A norm after the projection cancels a factor on its weight. ``"monitor"`` only watches such attention,
+            ``"gain"`` scales the gains of the norms, and ``"error"`` refuses it; a gain that all heads share is scaled by
+            the smallest gamma among them.
         logits: ``"exact"`` measures the logits in every training forward. ``"lse"`` takes an upper bound (at most ln(n)
             too high for n keys) where the attention kernel returns it, and measures elsewhere. ``"off"`` measures nothing,
             for callers that pass the maxima to :meth:`step`.
@@ -112,7 +112,7 @@ class QKClip:
         alpha: float = 0.5,
         specs: Mapping[str, AttentionSpec | None] | None = None,
         shared_keys: str = "query",
-        qk_norm: str = "error",
+        qk_norm: str = "monitor",
         logits: str = "exact",
         *,
         lora: str = "monitor",

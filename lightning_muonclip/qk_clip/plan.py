@@ -142,13 +142,9 @@ def clipped_weights(
         )
     if spec.qk_norm and qk_norm == "monitor":
         return [], "QK-norm"
+    if spec.qk_norm and not spec.gains:
+        return [], "QK-norm without a gain"
     if spec.qk_norm:
-        if not spec.gains:
-            raise UnscalableError(
-                "QK-norm without a gain",
-                f"attention {name!r} has QK-norm, but its spec names no gains for qk_norm='gain' to scale; add them"
-                " (AttentionSpec(gains=...)), or pass qk_norm='monitor'",
-            )
         return weights_of(module, name, spec.gains, spec, shared=True), ""
     makes_logits = [projection for projection in spec.projections if layout_kinds(projection.layout) != {"*"}]
     if lora == "monitor" and any(is_adapted(module, projection) for projection in makes_logits):

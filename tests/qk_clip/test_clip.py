@@ -348,10 +348,10 @@ def test_without_a_threshold_it_only_watches() -> None:
 def test_normalized_queries_are_refused_or_watched() -> None:
     model = Residual(make("mha"), Attention(16, 2, qk_norm=True))
     with pytest.raises(ValueError, match=r"attention 'layers.1' normalizes queries or keys.*qk_norm='monitor'"):
-        QKClip(model)
+        QKClip(model, qk_norm="error")
     x = torch.randn(3, 9, 16)
     before = snapshot(model)
-    with QKClip(model, threshold=1e-3, qk_norm="monitor") as qk_clip:
+    with QKClip(model, threshold=1e-3) as qk_clip:
         model(x)
         result = qk_clip.step()
         assert (result.max_logits[1, :2] > 1e-3).all()

@@ -496,9 +496,9 @@ def test_a_bias_beside_a_gain_has_no_offset() -> None:
 
 def test_a_norm_without_a_gain_can_only_be_watched() -> None:
     specs = {"": AttentionSpec((), 4, sizes={"d": 4}, qk_norm=True)}
-    with pytest.raises(ValueError, match=r"its spec names no gains for qk_norm='gain' to scale.*qk_norm='monitor'"):
-        QKClip(SdpaAttention(16, 4), specs=specs, qk_norm="gain")
-    QKClip(SdpaAttention(16, 4), specs=specs, qk_norm="monitor").close()
+    for qk_norm, side in (("gain", "watched (QK-norm without a gain)"), ("monitor", "watched (QK-norm)")):
+        with QKClip(SdpaAttention(16, 4), specs=specs, qk_norm=qk_norm) as qk_clip:
+            assert qk_clip.sides == {"": side}
 
 
 def test_our_attention_with_qk_norm() -> None:

@@ -461,8 +461,8 @@ class TestRefusals:
 
     def test_qk_norm(self) -> None:
         with pytest.raises(ValueError, match=r"layers.0.self_attn.*QK-norm[\s\S]*monitor"):
-            self.fit(lit=LitTiny(tiny_gpt(qk_norm=True), OPTIMIZERS["adamw"]))
-        self.fit([MuonClipCallback(qk_norm="monitor")], LitTiny(tiny_gpt(qk_norm=True), OPTIMIZERS["adamw"]))
+            self.fit([MuonClipCallback(qk_norm="error")], LitTiny(tiny_gpt(qk_norm=True), OPTIMIZERS["adamw"]))
+        self.fit([MuonClipCallback()], LitTiny(tiny_gpt(qk_norm=True), OPTIMIZERS["adamw"]))
 
     def test_no_hidden_matrix(self) -> None:
         with pytest.raises(ValueError, match=r"Muon takes no parameter of AdamW[\s\S]*exclude"):

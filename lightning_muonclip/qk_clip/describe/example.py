@@ -61,6 +61,7 @@ def spec_of(found: Found) -> AttentionSpec:
         () if layout.qk_norm else projections,
         heads,
         groups,
+        qk_norm=layout.qk_norm,
         gains=projections if layout.qk_norm else (),
         softmaxes=found.softmaxes,
         head_axes=layout.head_axes,

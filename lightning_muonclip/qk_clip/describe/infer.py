@@ -163,6 +163,10 @@ class Heads:
         if not query_sets and not key_sets:
             yield from self._tied(calls, query, key)
             yield from self._shared_gains(calls, query, key)
+            if self._is_normalized(query) or self._is_normalized(key):
+                watched = self._empty(calls, query, key)
+                watched.qk_norm = True
+                yield watched
             raise Unclear(f"{self._why_not(query)}; {self._why_not(key)}")
 
     # Heads ----------------------------------------------------------------------------------------------------------
@@ -431,6 +435,10 @@ class Heads:
         if layout.tables:
             yield layout
 
+    def _is_normalized(self, side: _Side) -> bool:
+        """Whether a factor on the weights does not reach a side at all."""
+        return bool(side.shares) and float(torch.stack(list(side.shares.values())).sum(0).abs().max()) < 1e-2
+
     def _why_not(self, side: _Side) -> str:
         what = "queries" if side.outputs[0].side == _Q else "keys"
         if not any((own == side.outputs[0].side).any() or (own == MIXED).any() for own in self.side.values()):
@@ -440,7 +448,7 @@ class Heads:
         degrees = ", ".join(
             f"{name}: {float(share.mean()):.3g}" for name, share in itertools.islice(side.shares.items(), 4)
         )
-        if float(torch.stack(list(side.shares.values())).sum(0).abs().max()) < 1e-2:
+        if self._is_normalized(side):
             return f"its {what} stay as they are when their weights are scaled: they are normalized (degrees {degrees})"
         return f"its {what} do not scale with their weights (degrees {degrees})"
 

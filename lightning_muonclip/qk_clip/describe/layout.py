@@ -144,8 +144,11 @@ def layout_text(channels: ChannelMap, sizes: Mapping[str, int]) -> str:
     texts = [blocks[0] if len(blocks) == 1 else f"[{' | '.join(blocks)}]"]
     for letter in ("H", "G"):
         if len(runs) % sizes[letter] == 0:
-            pieces = ", ".join(f"{kind}:{size}" for kind, size in runs[: len(runs) // sizes[letter]])
-            texts.append(f"({letter} [{pieces}])")
+            period = itertools.groupby(runs[: len(runs) // sizes[letter]], key=lambda run: run[0])
+            share = sizes["H"] // sizes["G"] if letter == "G" else 1  # queries of one key head
+            lengths = [(kind, sum(size for _, size in own)) for kind, own in period]
+            pieces = [f"{k}:r·{n // share}" if share > 1 and k in QUERY_KINDS else f"{k}:{n}" for k, n in lengths]
+            texts.append(f"({letter} [{', '.join(pieces)}])")
     for text in texts:
         with contextlib.suppress(ValueError):
             compiled = compile_layout(text, len(channels.kinds), sizes, shared=True)
