@@ -149,12 +149,12 @@ def layout_text(channels: ChannelMap, sizes: Mapping[str, int]) -> str:
             lengths = [(kind, sum(size for _, size in own)) for kind, own in period]
             pieces = [f"{k}:r·{n // share}" if share > 1 and k in QUERY_KINDS else f"{k}:{n}" for k, n in lengths]
             texts.append(f"({letter} [{', '.join(pieces)}])")
+    shared = bool((channels.heads[~is_left] == NO_HEAD).all())
     for text in texts:
         with contextlib.suppress(ValueError):
-            compiled = compile_layout(text, len(channels.kinds), sizes, shared=True)
-            if torch.equal(compiled.kinds, channels.kinds) and bool(
-                (is_left | (compiled.heads == channels.heads)).all()
-            ):
+            compiled = compile_layout(text, len(channels.kinds), sizes, shared=shared)
+            is_same = (compiled.kinds == channels.kinds) & (is_left | (compiled.heads == channels.heads))
+            if bool(is_same.all()):
                 return text
     return f"{len(runs)} runs of channels"
 
