@@ -27,7 +27,7 @@ from lightning_muonclip.qk_clip.describe.registry import find_attention, recogni
 
 @pytest.fixture(autouse=True)
 def _own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_BY_CLASS", dict(registry._BY_CLASS))
+    monkeypatch.setattr(registry, "_REGISTERED", dict(registry._REGISTERED))
 
 
 def specs(model: nn.Module, **kwargs: Any) -> dict[str, AttentionSpec]:
