@@ -45,7 +45,12 @@ def attention_on(model: nn.Module, example: Example) -> list[Found]:
             module.training = training
         for buffer, before in buffers:
             buffer.copy_(before)
-    return describe(survey.calls)
+    found = describe(survey.calls)
+    for own in found:
+        spread = [name for name, table in own.layout.tables if len(table.dims) != 1] if own.layout is not None else []
+        if spread:
+            own.layout, own.reason = None, f"its heads lie on several dimensions of {', '.join(spread)}"
+    return found
 
 
 def spec_of(found: Found) -> AttentionSpec:
