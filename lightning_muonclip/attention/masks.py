@@ -83,7 +83,7 @@ class AttentionMask:
             raise ValueError(
                 f"padding must be boolean of shape (batch, length), True for real tokens; got {_told(padding)}"
             )
-        if window is not None and (not isinstance(window, int | torch.SymInt) or window < 1):
+        if window is not None and (not isinstance(window, (int, torch.SymInt)) or window < 1):
             raise ValueError(
                 f"a window of {window} lets no query see even itself; give a whole number of at least 1, or None"
             )

@@ -36,12 +36,13 @@ from lightning_muonclip.parallel.shared import SharedWeights
 
 
 class _Matrix(NamedTuple):
-    """A weight in the middle of its step: what this rank holds of it, and the settings of its group."""
+    """A weight in the middle of its step: what this rank holds of it, and its group by number and settings."""
 
     param: Tensor
     weight: Tensor
     grad: Tensor
     momentum: Tensor | None
+    number: int
     group: dict[str, Any]
 
 
@@ -193,25 +194,28 @@ class Muon(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         shared = self._meet()
-        self._consolidated = None  # of the step before
+        if self._consolidated is not None:  # of the step before; torch.compile sets no attribute up to torch 2.11
+            self._consolidated = None
         matrices = []
-        for group in self.param_groups:
+        for number, group in enumerate(self.param_groups):
             params = [p for p in group["params"] if p.grad is not None]
             if params and group["algorithm"] == "adamw":
                 adamw_step(self.state, group, params)
             elif params:
-                matrices += self._gain_momentum(group, params)
-        self._step_matrices(matrices, shared)
+                with torch.profiler.record_function("muonclip::muon"):  # torch 2.11 compiles no decorator of this kind
+                    matrices += self._gain_momentum(number, params)
+        with torch.profiler.record_function("muonclip::muon"):
+            self._step_matrices(matrices, shared)
         return loss
 
-    @torch.profiler.record_function("muonclip::muon")
-    def _gain_momentum(self, group: dict[str, Any], params: list[Tensor]) -> list[_Matrix]:
+    def _gain_momentum(self, number: int, params: list[Tensor]) -> list[_Matrix]:
         """Weight decay and momentum, of what this rank holds of the weights of one group."""
+        group = self.param_groups[number]
         lr, momentum, lent = _scalar(group["lr"]), group["momentum"], self._lent()
         grads = [gradient(p) for p in params]
         buffers = [None if p in lent else self._momentum_buffer(p, grad) for p, grad in zip(params, grads)]
         matrices = [
-            _Matrix(p, to_local(p), to_local(grad), None if buffer is None else to_local(buffer), group)
+            _Matrix(p, to_local(p), to_local(grad), None if buffer is None else to_local(buffer), number, group)
             for p, grad, buffer in zip(params, grads, buffers)
         ]
         kept = [(m.momentum, m.grad) for m in matrices if m.momentum is not None]
@@ -220,7 +224,6 @@ class Muon(Optimizer):
         torch._foreach_mul_([m.weight for m in matrices], 1 - lr * group["weight_decay"])
         return matrices
 
-    @torch.profiler.record_function("muonclip::muon")
     def _step_matrices(self, matrices: Sequence[_Matrix], shared: SharedWeights) -> None:
         """Subtracts orthogonalised momentum from the weights."""
         here: list[_Matrix] = []
@@ -262,7 +265,7 @@ class Muon(Optimizer):
     def _stacks(self, matrices: Sequence[_Matrix], shapes: Sequence[torch.Size]) -> Iterator[list[int]]:
         if not matrices:
             return iter(())
-        alike = [(id(m.group), id(self._parts.get(m.param)), m.weight.dtype, m.weight.device) for m in matrices]
+        alike = [(m.number, self._parts.get(m.param), m.weight.dtype, m.weight.device) for m in matrices]
         return stacks(shapes, alike, self._bound(matrices[0].weight.device))
 
     def _working_dtype(self, device: torch.device) -> torch.dtype:
@@ -293,7 +296,7 @@ class Muon(Optimizer):
             scale = self._scale(matrix)
             if isinstance(scale, Tensor):
                 direction, scale = direction * scale, 1.0
-            alike[id(matrix.group), scale].append((matrix, direction))
+            alike[matrix.number, scale].append((matrix, direction))
         for (_, scale), own in alike.items():
             rate = -_scalar(own[0][0].group["lr"]) * scale
             _add_scaled([matrix.weight for matrix, _ in own], [direction for _, direction in own], rate)
@@ -395,7 +398,7 @@ class Muon(Optimizer):
 def _updates(matrices: Sequence[_Matrix]) -> list[Tensor]:
     """What is to be orthogonalised: the momentum, or Nesterov's."""
     updates: list[Tensor] = []
-    for _, members in groupby(matrices, key=lambda matrix: id(matrix.group)):
+    for _, members in groupby(matrices, key=lambda matrix: matrix.number):
         own = list(members)
         group, momenta = own[0].group, [m.momentum for m in own if m.momentum is not None]
         if group["nesterov"]:

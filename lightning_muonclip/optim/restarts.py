@@ -11,6 +11,8 @@ from __future__ import annotations
 from functools import lru_cache
 from itertools import pairwise
 
+import torch
+
 from lightning_muonclip.optim.coefficients import Odd, Schedule
 
 #: Most units of rounding that the steps between two restarts may make of one. All steps of a schedule together amplify a
@@ -34,6 +36,7 @@ def amplification(polynomials: tuple[Odd, ...]) -> float:
     return max(worst, product)
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 @lru_cache(maxsize=4096)
 def best_restarts(polynomials: tuple[Odd, ...], ratio: float, unit: float, symmetric: float) -> tuple[int, ...]:
     """The steps before which a restart is made: the cheapest way that is as exact as the direct form in bfloat16.

@@ -179,5 +179,4 @@ PROJECTIONS: dict[str, Recomputation] = {
     "transformers.models.mpt.modeling_mpt.MptAttention": Recomputation("Wqkv", _mpt),
     "transformers.models.falcon.modeling_falcon.FalconAttention": Recomputation("query_key_value", _falcon),
     "timm.layers.attention.Attention": Recomputation("qkv", _timm),
-    "timm.models.vision_transformer.Attention": Recomputation("qkv", _timm),  # timm < 1.0.20
 }
