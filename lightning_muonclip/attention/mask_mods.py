@@ -29,28 +29,24 @@ def near(window: int) -> MaskMod:
     return lambda b, h, q, k: (q - k).abs() < window
 
 
-# Tensors have a row a sequence, or one for all.
+def _of_tokens(tensor: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """Looks up a token of a sequence in a tensor that has a row a sequence, or one for all."""
+    if len(tensor) > 1:
+        return lambda b, token: tensor[b, token]
+    row = tensor[0]  # under vmap, torch up to 2.10 takes no number beside a tensor as an index
+    return lambda b, token: row[token]
 
 
 def real(padding: Tensor, counted: bool) -> MaskMod:
     """No padding; to be counted neither the query."""
-
-    def is_real(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        row = b if len(padding) > 1 else 0
-        return padding[row, q] & padding[row, k] if counted else padding[row, k]
-
-    return is_real
+    of = _of_tokens(padding)
+    return lambda b, h, q, k: of(b, q) & of(b, k) if counted else of(b, k)
 
 
 def same_document(documents: Tensor) -> MaskMod:
     """Of one document, which is none if its number is negative."""
-
-    def is_same(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        row = b if len(documents) > 1 else 0
-        own = documents[row, q]
-        return (own == documents[row, k]) & (own >= 0)
-
-    return is_same
+    of = _of_tokens(documents)
+    return lambda b, h, q, k: (of(b, q) == of(b, k)) & (of(b, q) >= 0)
 
 
 def causal_after(prefix: Tensor) -> MaskMod:

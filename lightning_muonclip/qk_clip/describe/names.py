@@ -32,12 +32,13 @@ def library(cls: type) -> str:
 
 
 @contextmanager
-def reading(cls: type, what: str) -> Iterator[None]:
+def reading(cls: type, what: str, way_out: str = "") -> Iterator[None]:
     """Explains an error that comes of reading a class of another library that has changed.
 
     Args:
         cls: The class.
         what: What is looked for in it.
+        way_out: What to do about it.
 
     Raises:
         ValueError: With the class, its library and version, what was looked for, and the original error.
@@ -47,5 +48,5 @@ def reading(cls: type, what: str) -> Iterator[None]:
     except (AttributeError, LookupError, TypeError, RuntimeError) as error:
         raise ValueError(
             f"{cls.__name__} of {library(cls)} is not built as QK-Clip expects: looked for {what}, got"
-            f" {type(error).__name__}: {error}"
+            f" {type(error).__name__}: {error}{way_out}"
         ) from error

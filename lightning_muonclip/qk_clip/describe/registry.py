@@ -114,7 +114,7 @@ def display_name(name: str) -> str:
 def _spec_of(module: nn.Module) -> AttentionSpec | None:
     for name in qualified_names(type(module)):
         if spec_fn := _BY_CLASS.get(name):
-            with reading(type(module), "what its heads and projections are told by"):
+            with reading(type(module), "the attributes that tell its heads and projections"):
                 return spec_fn(module)
     for names in SEPARATE_PROJECTIONS:
         if _weight_rows(module, names[0]) and _weight_rows(module, names[1]):
