@@ -60,12 +60,11 @@ def _call(
 
 
 @pytest.fixture(scope="module")
-def triton_module() -> Iterator[Any]:
+def triton_module(triton_runs: None) -> Iterator[Any]:
     """The kernel, interpreted: a copy of its own, because triton looks at its variable when it decorates.
 
     Neither triton nor the library's own copy of the kernel, which may long have been imported, sees anything of it.
     """
-    pytest.importorskip("triton")
     from triton.runtime import interpreter
 
     path = Path(module.__file__).with_name("symmetric_matmul_triton.py")
