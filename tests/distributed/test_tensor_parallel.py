@@ -74,5 +74,6 @@ def test_a_clip_of_shards_is_exact_and_local(four: list[dict[str, Any]]) -> None
         for layout, (weights, collectives) in rank["scaled"].items():
             assert collectives == 2, layout  # one a step
             assert weights.keys() == expected.keys()
-            for name, weight in weights.items():
-                assert torch.equal(weight, expected[name]), f"{layout}: {name}"
+            for name, (part, box) in weights.items():
+                whole, _ = expected[name]
+                assert torch.equal(part, whole[tuple(slice(*side) for side in box)]), f"{layout}: {name}"

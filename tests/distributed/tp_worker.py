@@ -42,7 +42,7 @@ from lightning_muonclip import (
 from lightning_muonclip.attention.score_mods import Alibi, RelativeBias
 from lightning_muonclip.experiment.gpt import GPT
 from lightning_muonclip.experiment.lit import LitGPT, _tensor_parallel_plan
-from lightning_muonclip.parallel.shards import to_local
+from lightning_muonclip.parallel.shards import local_box, to_local
 
 BATCHES, BATCH = 10, 4
 ATTENTION = "model.layers.0.self_attn"
@@ -243,8 +243,8 @@ def refusals(mesh: DeviceMesh) -> list[str]:
     return messages
 
 
-def scaled(shard: Callable[[nn.Module], None]) -> tuple[dict[str, Tensor], int]:
-    """Weights of three heads of six channels after a clip, and the number of collectives."""
+def scaled(shard: Callable[[nn.Module], None]) -> tuple[dict[str, tuple[Tensor, list[list[int]]]], int]:
+    """This rank's shards of three heads of six channels after a clip, where they lie, and the number of collectives."""
     torch.manual_seed(0)
     module = Attention(12, 3, head_dim=6, attention_bias=True, qk_norm=True)
     d = {"d": 6}
@@ -257,7 +257,9 @@ def scaled(shard: Callable[[nn.Module], None]) -> tuple[dict[str, Tensor], int]:
             with CommDebugMode() as comm:
                 qk_clip.step([[2.0, 0.5, 7.0]])
             talk += comm.get_total_counts()
-    weights = {name: whole(param) for name, param in module.named_parameters()}
+    # Not full_tensor(): that of torch 2.9 puts parts of different sizes in the wrong places.
+    for name, param in module.named_parameters():
+        weights[name] = to_local(param).detach().clone(), [[side.start, side.stop] for side in local_box(param)]
     return weights, talk
 
 

@@ -59,7 +59,10 @@ def codegen() -> nn.Module:
 def gpt2_upcast() -> nn.Module:
     sizes = {"n_embd": 16, "n_head": HEADS, "n_layer": 1, "n_positions": 256, "vocab_size": 11}
     config = GPT2Config(**sizes, reorder_and_upcast_attn=True, attn_implementation="eager", **NO_TOKENS)
-    return GPT2Model(config)
+    model = GPT2Model(config)
+    if not hasattr(model.h[0].attn, "scaling"):
+        pytest.skip("GPT-2 of this release of transformers does not tell its scale")
+    return model
 
 
 def bert() -> nn.Module:

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_muonclip.qk_clip.describe.families import FAMILIES, SpecFn, is_active, separate
-from lightning_muonclip.qk_clip.describe.names import qualified_name, qualified_names
+from lightning_muonclip.qk_clip.describe.names import qualified_name, qualified_names, reading
 from lightning_muonclip.qk_clip.describe.spec import AttentionSpec
 
 #: The attention modules of a model by display name, in ``named_modules`` order, each with its spec.
@@ -114,7 +114,8 @@ def display_name(name: str) -> str:
 def _spec_of(module: nn.Module) -> AttentionSpec | None:
     for name in qualified_names(type(module)):
         if spec_fn := _BY_CLASS.get(name):
-            return spec_fn(module)
+            with reading(type(module), "the attributes that tell its heads and projections"):
+                return spec_fn(module)
     for names in SEPARATE_PROJECTIONS:
         if _weight_rows(module, names[0]) and _weight_rows(module, names[1]):
             return _separate_spec(module, *names)
