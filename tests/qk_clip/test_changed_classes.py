@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from intercepted import TOKENS, bloom, llama
 from oracles import SdpaAttention
-from tapped import TOKENS, bloom, llama
 from torch import nn
 from transformers import GPTNeoConfig, GPTNeoModel
 
@@ -19,7 +19,7 @@ from lightning_muonclip.qk_clip.describe import registry
 from lightning_muonclip.qk_clip.describe.names import qualified_name
 from lightning_muonclip.qk_clip.observe.recompute import METHODS, PROJECTIONS, Recomputation, recomputed
 
-RELEASE = f"of transformers {transformers.__version__} is not built as QK-Clip expects: looked for"
+RELEASE = f"of transformers {transformers.__version__}"
 
 
 def gpt_neo() -> tuple[nn.Module, str]:
@@ -35,7 +35,7 @@ def test_an_attribute_that_a_row_of_the_registry_reads_is_gone() -> None:
     with pytest.raises(ValueError, match=r"cannot read the attention 'layers\.0\.self_attn'") as error:
         QKClip(model)
     message = str(error.value)
-    assert f"LlamaAttention {RELEASE} the attributes that tell its heads" in message
+    assert f"LlamaAttention {RELEASE}: expected the attributes that tell its heads" in message
     assert "AttributeError" in message and "specs={'layers.0.self_attn': None}" in message
 
 
@@ -55,7 +55,9 @@ def test_a_weight_that_a_row_of_the_registry_names_is_gone() -> None:
     attention = model.layers[0].self_attn
     attention.query_proj = attention.q_proj
     del attention.q_proj
-    with pytest.raises(ValueError, match=r"no parameter 'q_proj', which its spec names; it has .*query_proj") as error:
+    with pytest.raises(
+        ValueError, match=r"no parameter 'q_proj', which its spec names; the parameters of .*query_proj"
+    ) as error:
         QKClip(model)
     message = str(error.value)
     assert f"LlamaAttention of transformers {transformers.__version__}" in message
@@ -66,7 +68,7 @@ def test_a_method_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     model, cls = gpt_neo()
     monkeypatch.setitem(METHODS, cls, replace(METHODS[cls], method="_attend"))
     name = f"GPTNeoSelfAttention of transformers {transformers.__version__}"
-    with QKClip(model), pytest.raises(RuntimeError, match=rf"{name} has no _attend any more\. .* specs={{"):
+    with QKClip(model), pytest.raises(RuntimeError, match=rf"{name} no longer has _attend\. .* specs={{"):
         model(TOKENS)
 
 
@@ -75,7 +77,9 @@ def test_a_method_is_called_with_something_else(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(METHODS, cls, replace(METHODS[cls], logits=lambda module, query: None))
     with (
         QKClip(model),
-        pytest.raises(ValueError, match=rf"{RELEASE} .* its method _attn .*got TypeError: .*specs={{name: None}}"),
+        pytest.raises(
+            ValueError, match=rf"{RELEASE}: expected .* its method _attn .*got TypeError: .*specs={{name: None}}"
+        ),
     ):
         model(TOKENS)
 
@@ -88,7 +92,7 @@ def test_what_is_behind_a_projection_has_changed(change: str) -> None:
         del attention.inv_norm_factor
     row, x = PROJECTIONS[qualified_name(type(attention))], torch.randn(2, 5, 16)
     with pytest.raises(
-        ValueError, match=rf"{RELEASE} .* its query_key_value, got AttributeError: .*specs={{name: None}}"
+        ValueError, match=rf"{RELEASE}: expected .* its query_key_value, got AttributeError: .*specs={{name: None}}"
     ):
         recomputed(row, attention, torch.randn(2, 5, 48), x, x, torch.zeros(8, 1, 5), None, cache)
 
@@ -97,7 +101,7 @@ def test_a_projection_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     model = bloom(layers=1)
     cls = qualified_name(type(model.h[0].self_attention))
     monkeypatch.setitem(PROJECTIONS, cls, replace(PROJECTIONS[cls], projection="qkv"))
-    with QKClip(model), pytest.raises(RuntimeError, match=r"BloomAttention of transformers .* has no qkv any more\."):
+    with QKClip(model), pytest.raises(RuntimeError, match=r"BloomAttention of transformers .* no longer has qkv\."):
         model(TOKENS)
 
 
