@@ -353,7 +353,7 @@ def test_observation_ends_with_the_fit_also_after_an_exception() -> None:
     model = tiny_gpt()
     with pytest.raises(RuntimeError, match="crash"):
         trainer([MuonClipCallback(), Crash()]).fit(LitTiny(model, OPTIMIZERS["adamw"]), loader(token_batches(3)))
-    assert all(m.recorder is None for m in model.modules() if isinstance(m, Attention))
+    assert all(m.max_logits_recorder is None for m in model.modules() if isinstance(m, Attention))
     trainer([MuonClipCallback()]).fit(LitTiny(model, OPTIMIZERS["adamw"]), loader(token_batches(3)))
     assert torch.nn.functional.scaled_dot_product_attention is original
 
