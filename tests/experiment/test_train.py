@@ -92,8 +92,9 @@ def test_a_run_leaves_everything_behind(train: Any, capsys: pytest.CaptureFixtur
     assert bits == pytest.approx([loss / 0.6931471805599453 for loss in losses])
 
 
-@pytest.mark.parametrize("optimizer", ["muonclip", "muon", "adamw"])
-@pytest.mark.parametrize("model", ["mha", "gqa", "mla"])
+@pytest.mark.parametrize(
+    ("model", "optimizer"), [("mha", "muonclip"), ("gqa", "muon"), ("mla", "muon"), ("mla", "adamw")]
+)
 def test_models_and_optimizers(train: Any, model: str, optimizer: str) -> None:
     folder = train(f"model={model}", f"optimizer={optimizer}", "trainer.max_steps=2", "trainer.val_check_interval=2")
     header = (folder / "metrics.csv").open().readline()
@@ -101,10 +102,9 @@ def test_models_and_optimizers(train: Any, model: str, optimizer: str) -> None:
     assert (folder / "max_logits.png").exists()
 
 
-@pytest.mark.parametrize("logger", ["csv", "tensorboard"])
-def test_loggers(train: Any, logger: str) -> None:
-    folder = train(f"logger={logger}", "trainer.max_steps=2", "trainer.val_check_interval=2")
-    assert list(folder.glob("metrics.csv" if logger == "csv" else "tensorboard/events*"))
+def test_another_logger(train: Any) -> None:
+    folder = train("logger=tensorboard", "trainer.max_steps=2", "trainer.val_check_interval=2")
+    assert list(folder.glob("tensorboard/events*"))
 
 
 @pytest.mark.parametrize("experiment", ["demo", "explosion", "adamw_baseline", "kimi_mla", "mu_transfer"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -52,10 +53,7 @@ class Case:
 
     def model(self, implementation: str) -> nn.Module:
         """The model in training mode without dropout, with large random weights, always the same."""
-        torch.manual_seed(0)
-        model = self.make(implementation).train()
-        randomise(model)
-        return model
+        return copy.deepcopy(_make(self, implementation))
 
     def batches(self) -> list[Inputs]:
         """The inputs, and where padding is optional the same without it."""
@@ -69,6 +67,14 @@ class Case:
         found = {name: cls for name, cls in found.items() if cls in self.classes}
         assert set(found.values()) == set(self.classes)
         return list(found)
+
+
+@functools.cache
+def _make(case: Case, implementation: str) -> nn.Module:
+    torch.manual_seed(0)
+    model = case.make(implementation).train()
+    randomise(model)
+    return model
 
 
 def qualified(cls: type) -> str:
