@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -104,12 +103,6 @@ def test_flex_is_part_of_the_graph_of_its_model(score_mod: ScoreMod | None) -> N
         found = torch.compile(attend, fullgraph=True, backend="aot_eager")(query, key, value)
         expected = attend(query, key, value)
     torch.testing.assert_close(found, expected)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
-def test_inductor_gives_the_same() -> None:
-    check_one_graph(Residual(Attention(16, 2)), torch.randn(2, 2, 9, 16), "inductor")
 
 
 @pytest.mark.parametrize("name", MODELS)

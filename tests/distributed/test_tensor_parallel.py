@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import tp_worker
-
-
-def run(ranks: int, folder: Path) -> list[dict[str, Any]]:
-    done = subprocess.run(
-        [sys.executable, tp_worker.__file__, str(ranks), str(folder)], timeout=280, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-5000:]
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
+from processes import start
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run(2, tmp_path_factory.mktemp("two"))
+    return start(2, tmp_path_factory.mktemp("ranks") / "two", tp_worker.every_case, 2).results()
 
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run(4, tmp_path_factory.mktemp("four"))
+    return start(4, tmp_path_factory.mktemp("ranks") / "four", tp_worker.every_case, 4).results()
 
 
 @pytest.mark.parametrize("ranks", ["two", "four"])

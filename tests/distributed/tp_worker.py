@@ -1,23 +1,15 @@
-"""Trains tiny models under tensor parallelism and FSDP2 in several CPU processes; every rank saves its results.
-
-python tp_worker.py RANKS FOLDER
-"""
+"""Trains tiny models under tensor parallelism and FSDP2 in several CPU processes; every rank returns its results."""
 
 from __future__ import annotations
 
 import os
-import socket
-import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
-
-os.environ["OMP_NUM_THREADS"] = "1"
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
+from helpers import VOCAB, LitTiny, loader, token_batches, trainer
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
@@ -27,9 +19,6 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils.data import DataLoader, TensorDataset
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from helpers import VOCAB, LitTiny, loader, token_batches, trainer
 
 from lightning_muonclip import (
     Attention,
@@ -273,9 +262,8 @@ def by_column(module: nn.Module, mesh: DeviceMesh) -> None:
     parallelize_module(module, mesh["tensor"], {"q_proj": RowwiseParallel(), "k_proj": RowwiseParallel()})
 
 
-def main(rank: int, ranks: int, folder: Path) -> None:
-    os.environ["LOCAL_RANK"] = str(rank)
-    torch.set_num_threads(1)
+def every_case(ranks: int) -> dict[str, Any]:
+    rank = int(os.environ["RANK"])
     mesh, names = RUNS[ranks]
     found: dict[str, Any] = {name: trained(name, rank, *mesh) for name in names}
     if ranks == 2:
@@ -291,15 +279,4 @@ def main(rank: int, ranks: int, folder: Path) -> None:
             "both": scaled(partial(by_tensor_and_data, mesh=mesh)),
             "by column": scaled(partial(by_column, mesh=mesh)),
         }
-    torch.save(found, folder / f"{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    ranks, folder = int(sys.argv[1]), Path(sys.argv[2])
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(free.getsockname()[1]))
-    # Forked, which avoids repeated imports.
-    torch.multiprocessing.start_processes(main, (ranks, folder), nprocs=ranks, start_method="fork")
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import sys
 from collections.abc import Callable, Sequence
@@ -56,12 +57,7 @@ class Case:
 
     def model(self, implementation: str) -> nn.Module:
         """The model in training mode without dropout, with large, reproducible random weights."""
-        torch.manual_seed(0)
-        model = self.make(implementation).train()
-        if not self.fits(model, implementation):
-            pytest.skip(f"{library(type(model))} builds {type(model).__name__} in another way")
-        randomize(model)
-        return model
+        return copy.deepcopy(_make(self, implementation))
 
     def batches(self) -> list[Inputs]:
         """The inputs and, if padding is optional, the same without it."""
@@ -75,6 +71,16 @@ class Case:
         found = {name: cls for name, cls in found.items() if cls in self.classes}
         assert set(found.values()) == set(self.classes)
         return list(found)
+
+
+@functools.cache
+def _make(case: Case, implementation: str) -> nn.Module:
+    torch.manual_seed(0)
+    model = case.make(implementation).train()
+    if not case.fits(model, implementation):
+        pytest.skip(f"{library(type(model))} builds {type(model).__name__} in another way")
+    randomize(model)
+    return model
 
 
 def qualified(cls: type) -> str:

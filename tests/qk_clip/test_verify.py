@@ -108,13 +108,13 @@ def try_all(case: Case, others: Iterator[tuple[str, AttentionSpec]], tried: Coun
 def test_of_any_attention_the_right_spec_is_accepted_and_every_wrong_one_refused() -> None:
     tried: Counter[str] = Counter()
 
-    @settings(max_examples=220, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=90, database=None, suppress_health_check=list(HealthCheck))
     @given(cases())
     def run(case: Case) -> None:
         try_all(case, some(case, 5), tried)
 
     run()
-    assert tried["right"] >= 200 and tried["wrong"] >= 400 and tried["right in other words"] >= 10, tried
+    assert tried["right"] >= 80 and tried["wrong"] >= 150 and tried["right in other words"] >= 4, tried
     assert len(tried) >= 25, tried
 
 
