@@ -32,25 +32,24 @@ def near(window: int) -> MaskMod:
 # Tensors have one row per sequence, or a single row for all.
 
 
+def _of_tokens(tensor: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """Looks up tokens of a sequence in a tensor."""
+    if len(tensor) > 1:
+        return lambda b, token: tensor[b, token]
+    row = tensor[0]  # under vmap, torch before 2.11 takes no number beside a tensor as an index
+    return lambda b, token: row[token]
+
+
 def real(padding: Tensor, counted: bool) -> MaskMod:
     """Visible if the key is not padding; with ``counted``, only if the query is not padding either."""
-
-    def is_real(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        row = b if len(padding) > 1 else 0
-        return padding[row, q] & padding[row, k] if counted else padding[row, k]
-
-    return is_real
+    of = _of_tokens(padding)
+    return lambda b, h, q, k: of(b, q) & of(b, k) if counted else of(b, k)
 
 
 def same_document(documents: Tensor) -> MaskMod:
     """Visible within a document; a negative id is padding."""
-
-    def is_same(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        row = b if len(documents) > 1 else 0
-        own = documents[row, q]
-        return (own == documents[row, k]) & (own >= 0)
-
-    return is_same
+    of = _of_tokens(documents)
+    return lambda b, h, q, k: (of(b, q) == of(b, k)) & (of(b, q) >= 0)
 
 
 def causal_after(prefix: Tensor) -> MaskMod:

@@ -87,7 +87,7 @@ class AttentionMask:
             raise ValueError(
                 f"padding must be boolean of shape (batch, length), True for real tokens; got {_describe(padding)}"
             )
-        if window is not None and (not isinstance(window, int | torch.SymInt) or window < 1):
+        if window is not None and (not isinstance(window, (int, torch.SymInt)) or window < 1):
             raise ValueError(f"window must be an integer of at least 1, got {window!r}; use None for any distance")
         if documents is not None and not _is_integers(documents, 2):
             raise ValueError(

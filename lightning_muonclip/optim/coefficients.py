@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, cast
 
+import torch
 from torch import Tensor
 
 Odd: TypeAlias = tuple[float, ...]
@@ -175,6 +176,7 @@ SCHEDULES: dict[str, Schedule] = {
 Coefficients: TypeAlias = str | Schedule | Mapping[str, Any] | Sequence[float] | Sequence[Sequence[float]]
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def resolve_schedule(coefficients: Coefficients | None, steps: int | None) -> Schedule:
     """Converts any accepted form of coefficients to a schedule with one polynomial per step.
 

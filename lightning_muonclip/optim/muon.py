@@ -170,25 +170,27 @@ class Muon(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         shared = self._share()
-        self._consolidated = None  # of the step before
+        if self._consolidated is not None:  # of the step before; torch.compile sets no attribute up to torch 2.11
+            self._consolidated = None
         matrices: list[Matrix] = []
-        for group in self.param_groups:
+        for number, group in enumerate(self.param_groups):
             params = [p for p in group["params"] if p.grad is not None]
             if params and group["algorithm"] == "adamw":
                 adamw_step(self.state, group, params)
             elif params:
-                matrices += self._matrices(group, params)
-        self._matrix_step.step(matrices, shared)
+                with torch.profiler.record_function("muonclip::muon"):  # torch 2.11 compiles no decorator of this kind
+                    matrices += self._matrices(number, params)
+        with torch.profiler.record_function("muonclip::muon"):
+            self._matrix_step.step(matrices, shared)
         return loss
 
-    @torch.profiler.record_function("muonclip::muon")
-    def _matrices(self, group: dict[str, Any], params: list[Tensor]) -> list[Matrix]:
+    def _matrices(self, number: int, params: list[Tensor]) -> list[Matrix]:
         """Decays the weights of one group and updates their momentum, each on the shard of this rank."""
-        elsewhere = self._kept_elsewhere()
+        group, elsewhere = self.param_groups[number], self._kept_elsewhere()
         grads = [gradient(p) for p in params]
         buffers = [None if p in elsewhere else self._momentum_buffer(p, grad) for p, grad in zip(params, grads)]
         matrices = [
-            Matrix(p, to_local(p), to_local(grad), None if buffer is None else to_local(buffer), group)
+            Matrix(p, to_local(p), to_local(grad), None if buffer is None else to_local(buffer), number, group)
             for p, grad, buffer in zip(params, grads, buffers)
         ]
         gain_momentum(matrices, group["momentum"])

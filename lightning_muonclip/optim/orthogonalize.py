@@ -72,12 +72,17 @@ def orthogonalize(
     wide = y.mT if is_tall else y
     restarts = _restarts(wide, schedule, method)
     kind = x.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    if _has_autocast(kind) and torch.is_autocast_enabled(kind):
         with torch.autocast(kind, enabled=False):  # the restarts are planned for the working dtype
             wide = _iterate(wide, schedule, restarts)
     else:
         wide = _iterate(wide, schedule, restarts)
     return (wide.mT if is_tall else wide).reshape(x.shape).to(x.dtype)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _has_autocast(kind: str) -> bool:
+    return torch.amp.is_autocast_available(kind)
 
 
 def _normalize(x: Tensor, norm: str, eps: float) -> Tensor:

@@ -11,6 +11,8 @@ from __future__ import annotations
 from functools import lru_cache
 from itertools import pairwise
 
+import torch
+
 from lightning_muonclip.optim.coefficients import Odd, Schedule
 
 #: Maximum amplification of a unit of rounding between two restarts. A whole schedule amplifies a unit of the matrix itself
@@ -34,6 +36,7 @@ def amplification(polynomials: tuple[Odd, ...]) -> float:
     return max(worst, product)
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 @lru_cache(maxsize=4096)
 def best_restarts(polynomials: tuple[Odd, ...], ratio: float, unit: float, symmetric: float) -> tuple[int, ...]:
     """The steps that start with a restart: the cheapest choice that is as accurate as the direct form in bfloat16.

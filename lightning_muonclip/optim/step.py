@@ -27,12 +27,14 @@ class Matrix(NamedTuple):
 
     Attributes:
         momentum: ``None`` if another rank keeps it.
+        number: The number of its group; torch.compile takes no ids of objects.
     """
 
     param: Tensor
     weight: Tensor
     grad: Tensor
     momentum: Tensor | None
+    number: int
     group: dict[str, Any]
 
 
@@ -50,7 +52,6 @@ class MatrixStep:
         self.stack_numel = stack_numel
         self.parts = parts
 
-    @torch.profiler.record_function("muonclip::muon")
     def step(self, matrices: Sequence[Matrix], shared: SharedWeights) -> None:
         """Subtracts the orthogonalized updates from the weights."""
         here: list[Matrix] = []
@@ -102,7 +103,7 @@ class MatrixStep:
     def _stacks(self, matrices: Sequence[Matrix], shapes: Sequence[torch.Size]) -> Iterator[list[int]]:
         if not matrices:
             return iter(())
-        alike = [(id(m.group), id(self.parts.get(m.param)), m.weight.dtype, m.weight.device) for m in matrices]
+        alike = [(m.number, self.parts.get(m.param), m.weight.dtype, m.weight.device) for m in matrices]
         return stacks(shapes, alike, self._bound(matrices[0].weight.device))
 
     def _working_dtype(self, device: torch.device) -> torch.dtype:
@@ -133,7 +134,7 @@ class MatrixStep:
             scale = self._scale(matrix)
             if isinstance(scale, Tensor):
                 direction, scale = direction * scale, 1.0
-            alike[id(matrix.group), scale].append((matrix, direction))
+            alike[matrix.number, scale].append((matrix, direction))
         for (_, scale), own in alike.items():
             rate = -scalar(own[0][0].group["lr"]) * scale
             _add_scaled([matrix.weight for matrix, _ in own], [direction for _, direction in own], rate)
@@ -159,7 +160,7 @@ def gain_momentum(matrices: Sequence[Matrix], momentum: float) -> None:
 def updates(matrices: Sequence[Matrix]) -> list[Tensor]:
     """The tensors to orthogonalize: the momentum, or the Nesterov momentum."""
     found: list[Tensor] = []
-    for _, members in groupby(matrices, key=lambda matrix: id(matrix.group)):
+    for _, members in groupby(matrices, key=lambda matrix: matrix.number):
         own = list(members)
         group, momenta = own[0].group, [m.momentum for m in own if m.momentum is not None]
         if group["nesterov"]:

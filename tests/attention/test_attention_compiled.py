@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +12,7 @@ from oracles import Residual, SdpaAttention, enlarge
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
+from torch.nn.attention.flex_attention import create_block_mask
 
 from lightning_muonclip import Attention, AttentionMask, MultiheadLatentAttention, QKClip
 from lightning_muonclip.attention.core import attention
@@ -87,6 +87,14 @@ def test_flex_is_part_of_the_graph_of_its_model(score_mod: ScoreMod | None) -> N
     query, key, value = (torch.randn(2, heads, 200, 16) for heads in (4, 2, 2))
     documents = torch.arange(200).expand(2, -1) // 70
 
+    def block_mask() -> Any:
+        return create_block_mask(lambda b, h, q, k: documents[b, q] == documents[b, k], 2, None, 200, 200, "cpu")
+
+    try:
+        torch.compile(block_mask, fullgraph=True, backend="eager")()
+    except torch._dynamo.exc.Unsupported:  # up to torch 2.9
+        pytest.skip("this release of torch compiles no mask's own blocks")
+
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Any:  # its mask is made in the graph, too
         mask = AttentionMask(window=50) | AttentionMask(documents=documents)
         return attention(query, key, value, scale=0.5, mask=mask, score_mod=score_mod, track="exact", backend="flex")
@@ -95,12 +103,6 @@ def test_flex_is_part_of_the_graph_of_its_model(score_mod: ScoreMod | None) -> N
         found = torch.compile(attend, fullgraph=True, backend="aot_eager")(query, key, value)
         expected = attend(query, key, value)
     torch.testing.assert_close(found, expected)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
-def test_inductor_gives_the_same() -> None:
-    check_one_graph(Residual(Attention(16, 2)), torch.randn(2, 2, 9, 16), "inductor")
 
 
 @pytest.mark.parametrize("name", MODELS)

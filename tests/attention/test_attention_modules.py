@@ -6,6 +6,7 @@ import copy
 import importlib
 import math
 from functools import partial
+from inspect import signature
 from typing import Any, NamedTuple
 
 import pytest
@@ -137,7 +138,9 @@ def test_output_and_gradients_are_hugging_faces(kind: str) -> None:
     # Hugging Face's own mask, to use its definition of a window.
     make_mask = create_causal_mask if ours.sliding_window is None else create_sliding_window_causal_mask
     positions = torch.arange(LENGTH)[None]
-    mask = make_mask(theirs.config, x, None, None, position_ids=positions)
+    of_other_releases = {"cache": None, "past_key_values": None, "cache_position": positions[0]}
+    known = {name: value for name, value in of_other_releases.items() if name in signature(make_mask).parameters}
+    mask = make_mask(theirs.config, x, attention_mask=None, position_ids=positions, **known)
     expected = theirs(x, position_embeddings=rotary(x, positions), attention_mask=mask)[0]
     output = ours(x)
     torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
-import socket
-import time
-import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 from helpers import LitTiny, loader, tiny_gpt, token_batches, trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.distributed.checkpoint.api import CheckpointException
@@ -111,14 +105,10 @@ class _Rest:
 
 
 class Kill(pl.Callback):
-    """Kills rank 1 with SIGKILL and writes a file at that moment."""
-
-    def __init__(self, moment: Path) -> None:
-        self.moment = moment
+    """Kills rank 1 with SIGKILL."""
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
         if trainer.global_rank == 1 and trainer.global_step == KILLED:
-            self.moment.touch()
             os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -147,7 +137,7 @@ def train(run: Run, ranks: int, folder: Path) -> dict[str, Any]:
             )
         )
     if run.killed:
-        callbacks.append(Kill(folder / f"{run.name}.killed"))
+        callbacks.append(Kill())
     fit = trainer(
         callbacks,
         max_steps=run.steps,
@@ -175,69 +165,3 @@ def train(run: Run, ranks: int, folder: Path) -> dict[str, Any]:
 
 def train_all(runs: list[Run], ranks: int, folder: Path) -> dict[str, dict[str, Any]]:
     return {run.name: train(run, ranks, folder) for run in runs}
-
-
-@dataclass
-class Ranks:
-    """Processes started together, and their results."""
-
-    processes: list[BaseProcess]
-    folder: Path
-
-    def exit_codes(self, timeout: float) -> list[int | None]:
-        """Exit codes of processes that end within a time limit; ``None`` for the others, which are killed."""
-        end = time.monotonic() + timeout
-        for process in self.processes:
-            process.join(max(0.0, end - time.monotonic()))
-        codes = [process.exitcode for process in self.processes]
-        for process in self.processes:
-            process.kill()
-        return codes
-
-    def error(self, rank: int) -> str:
-        file = self.folder / f"error{rank}.txt"
-        return file.read_text() if file.exists() else ""
-
-    def results(self, timeout: float = 240) -> list[Any]:
-        codes = self.exit_codes(timeout)
-        ranks = range(len(codes))
-        assert codes == [0] * len(codes), "\n".join([f"exit codes {codes}", *map(self.error, ranks)])
-        return [torch.load(self.folder / f"rank{rank}.pt", weights_only=False) for rank in ranks]
-
-
-def start(count: int, folder: Path, function: Callable[..., Any], *args: Any) -> Ranks:
-    """Runs a function on several ranks that rendezvous as under torchrun."""
-    context = multiprocessing.get_context("forkserver")  # imports this only once:
-    context.set_forkserver_preload(["lightning_muonclip", "torch.distributed.fsdp"])
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    folder.mkdir()
-    processes: list[BaseProcess] = []
-    for rank in range(count):
-        environment = {
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-            "WORLD_SIZE": count,
-            "RANK": rank,
-            "LOCAL_RANK": rank,
-            "NODE_RANK": 0,
-        }
-        processes.append(context.Process(target=_run, args=(rank, environment, folder, function, args)))
-        processes[-1].start()
-    return Ranks(processes, folder)
-
-
-def _run(
-    rank: int, environment: dict[str, Any], folder: Path, function: Callable[..., Any], args: tuple[Any, ...]
-) -> None:
-    torch.set_num_threads(1)
-    os.environ.update({name: str(value) for name, value in environment.items()})
-    try:
-        torch.save(function(*args), folder / f"rank{rank}.pt")
-    except BaseException:
-        (folder / f"error{rank}.txt").write_text(traceback.format_exc())
-        raise
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -14,7 +12,7 @@ import pytest
 import torch
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
-from ranks import on_ranks
+from processes import on_ranks
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -149,9 +147,8 @@ def overflowing(rank: int) -> list[set[bool]]:
     return watch.moved
 
 
-def every_mode(port: int) -> dict[str, Any]:
+def every_mode() -> dict[str, Any]:
     rank = torch.distributed.get_rank()
-    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), LOCAL_RANK=str(rank))
     results: dict[str, Any] = {mode: train_mode(mode, rank, RANKS) for mode in MODES}
     results["overflow"] = overflowing(rank)
     return results
@@ -159,10 +156,7 @@ def every_mode(port: int) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def results() -> list[dict[str, Any]]:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    return on_ranks(RANKS, every_mode, port)
+    return on_ranks(RANKS, every_mode)
 
 
 @pytest.mark.parametrize("mode", MODES)

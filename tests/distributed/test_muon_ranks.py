@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import on_ranks
+from processes import on_ranks
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -44,7 +44,7 @@ def gradients(step: int) -> list[Tensor]:
 
 def make(params: dict[str, list[Any]], **options: Any) -> tuple[Muon, list[Any]]:
     groups = [
-        {"params": own, "kind": "matrix" if kind == "fused" else kind, "lr": 0.02 * (1 + i)}
+        {"params": own, "kind": "matrix" if kind == "fused" else kind, "lr": 0.02 * (1 + i), "momentum": 0.95 - 0.1 * i}
         for i, (kind, own) in enumerate(params.items())
     ]
     parts = {params["fused"][0]: (0, [torch.arange(0, 10, 2), torch.arange(1, 10, 2)])}
@@ -236,14 +236,10 @@ def checkpoint() -> dict[str, Any]:
     for step in range(2):
         set_gradients(params, step)
         first.step()
-    try:
-        first.state_dict()
-        refused = ""
-    except RuntimeError as error:
-        refused = str(error)
+    refused = [refusal_to_save(first)]
     kept = sum(bool(state) for state in first.state.values())
     first.consolidate_state_dict()
-    box = [first.state_dict() if dist.get_rank() == 0 else None]
+    box = [copy.deepcopy(first.state_dict()) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(box)
     results = {}
     for shard_momentum in (True, False):
@@ -253,7 +249,17 @@ def checkpoint() -> dict[str, Any]:
         set_gradients(others, 2)
         second.step()
         results[shard_momentum] = [p.detach() for p in others]
+    first.step()
+    refused.append(refusal_to_save(first))
     return {"refused": refused, "kept": kept, "saved": box[0], "resumed": results}
+
+
+def refusal_to_save(optimizer: Muon) -> str:
+    try:
+        optimizer.state_dict()
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
 
 
 def grouped(params: list[Any]) -> list[tuple[str, list[Any]]]:
@@ -370,8 +376,9 @@ class TestShardedMomentum:
         kept = [rank["checkpoint"]["kept"] for rank in others]
         assert sum(kept) == sum(map(len, weights().values())) and min(kept) > 0
 
-    def test_state_has_to_be_consolidated(self, others: list[dict[str, Any]]) -> None:
-        assert all("consolidate_state_dict()" in rank["checkpoint"]["refused"] for rank in others)
+    def test_state_has_to_be_consolidated_after_every_step(self, others: list[dict[str, Any]]) -> None:
+        for rank in others:
+            assert all("consolidate_state_dict()" in refused for refused in rank["checkpoint"]["refused"])
 
     def test_saved_state_is_that_of_one_process(self, others: list[dict[str, Any]]) -> None:
         optimizer, params = make(plain())

@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import tp_worker
-
-
-def run(ranks: int, folder: Path) -> list[dict[str, Any]]:
-    done = subprocess.run(
-        [sys.executable, tp_worker.__file__, str(ranks), str(folder)], timeout=280, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-5000:]
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
+from processes import start
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run(2, tmp_path_factory.mktemp("two"))
+    return start(2, tmp_path_factory.mktemp("ranks") / "two", tp_worker.every_case, 2).results()
 
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run(4, tmp_path_factory.mktemp("four"))
+    return start(4, tmp_path_factory.mktemp("ranks") / "four", tp_worker.every_case, 4).results()
 
 
 @pytest.mark.parametrize("ranks", ["two", "four"])
@@ -74,5 +64,6 @@ def test_a_clip_of_shards_is_exact_and_local(four: list[dict[str, Any]]) -> None
         for layout, (weights, collectives) in rank["scaled"].items():
             assert collectives == 2, layout  # one a step
             assert weights.keys() == expected.keys()
-            for name, weight in weights.items():
-                assert torch.equal(weight, expected[name]), f"{layout}: {name}"
+            for name, (part, box) in weights.items():
+                whole, _ = expected[name]
+                assert torch.equal(part, whole[tuple(slice(*side) for side in box)]), f"{layout}: {name}"

@@ -1,23 +1,15 @@
-"""Trains tiny models under tensor parallelism and FSDP2 in several CPU processes; every rank saves its results.
-
-python tp_worker.py RANKS FOLDER
-"""
+"""Trains tiny models under tensor parallelism and FSDP2 in several CPU processes; every rank returns its results."""
 
 from __future__ import annotations
 
 import os
-import socket
-import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
-
-os.environ["OMP_NUM_THREADS"] = "1"
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
+from helpers import VOCAB, LitTiny, loader, token_batches, trainer
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
@@ -27,9 +19,6 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils.data import DataLoader, TensorDataset
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from helpers import VOCAB, LitTiny, loader, token_batches, trainer
 
 from lightning_muonclip import (
     Attention,
@@ -42,7 +31,7 @@ from lightning_muonclip import (
 from lightning_muonclip.attention.score_mods import Alibi, RelativeBias
 from lightning_muonclip.experiment.gpt import GPT
 from lightning_muonclip.experiment.lit import LitGPT, _tensor_parallel_plan
-from lightning_muonclip.parallel.shards import to_local
+from lightning_muonclip.parallel.shards import local_box, to_local
 
 BATCHES, BATCH = 10, 4
 ATTENTION = "model.layers.0.self_attn"
@@ -243,8 +232,8 @@ def refusals(mesh: DeviceMesh) -> list[str]:
     return messages
 
 
-def scaled(shard: Callable[[nn.Module], None]) -> tuple[dict[str, Tensor], int]:
-    """Weights of three heads of six channels after a clip, and the number of collectives."""
+def scaled(shard: Callable[[nn.Module], None]) -> tuple[dict[str, tuple[Tensor, list[list[int]]]], int]:
+    """This rank's shards of three heads of six channels after a clip, where they lie, and the number of collectives."""
     torch.manual_seed(0)
     module = Attention(12, 3, head_dim=6, attention_bias=True, qk_norm=True)
     d = {"d": 6}
@@ -257,7 +246,9 @@ def scaled(shard: Callable[[nn.Module], None]) -> tuple[dict[str, Tensor], int]:
             with CommDebugMode() as comm:
                 qk_clip.step([[2.0, 0.5, 7.0]])
             talk += comm.get_total_counts()
-    weights = {name: whole(param) for name, param in module.named_parameters()}
+    # Not full_tensor(): that of torch 2.9 puts parts of different sizes in the wrong places.
+    for name, param in module.named_parameters():
+        weights[name] = to_local(param).detach().clone(), [[side.start, side.stop] for side in local_box(param)]
     return weights, talk
 
 
@@ -271,9 +262,8 @@ def by_column(module: nn.Module, mesh: DeviceMesh) -> None:
     parallelize_module(module, mesh["tensor"], {"q_proj": RowwiseParallel(), "k_proj": RowwiseParallel()})
 
 
-def main(rank: int, ranks: int, folder: Path) -> None:
-    os.environ["LOCAL_RANK"] = str(rank)
-    torch.set_num_threads(1)
+def every_case(ranks: int) -> dict[str, Any]:
+    rank = int(os.environ["RANK"])
     mesh, names = RUNS[ranks]
     found: dict[str, Any] = {name: trained(name, rank, *mesh) for name in names}
     if ranks == 2:
@@ -289,15 +279,4 @@ def main(rank: int, ranks: int, folder: Path) -> None:
             "both": scaled(partial(by_tensor_and_data, mesh=mesh)),
             "by column": scaled(partial(by_column, mesh=mesh)),
         }
-    torch.save(found, folder / f"{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    ranks, folder = int(sys.argv[1]), Path(sys.argv[2])
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(free.getsockname()[1]))
-    # Forked, which avoids repeated imports.
-    torch.multiprocessing.start_processes(main, (ranks, folder), nprocs=ranks, start_method="fork")
+    return found

@@ -3,8 +3,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import os
-import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,8 +13,8 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf.errors import MissingMandatoryValue
+from processes import start
 from torch import Tensor
-from torch.multiprocessing.spawn import spawn
 
 from lightning_muonclip.experiment import corpora
 from lightning_muonclip.experiment.corpora import HuggingFace, Shakespeare, StandardLibrary, TextFiles
@@ -225,14 +223,13 @@ def digests(folder: str) -> list[str]:
     return [hashlib.sha256(part.numpy().tobytes()).hexdigest() for part in parts if isinstance(part, Tensor)]
 
 
-def train_on_rank(rank: int, folder: Path, port: int) -> None:
-    """Saves what an uninterrupted run saw, what a resumed one saw, and the digests."""
-    os.environ |= {"LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def train_on_rank(folder: Path) -> tuple[Seen, Seen, list[str], int]:
+    """What an uninterrupted run saw, what a resumed one saw, the digests, and the hash of a word."""
     settings: dict[str, Any] = {"strategy": "ddp", "devices": 2, "max_epochs": 2, "limit_train_batches": 3}
     corpus = TextFiles(str(folder))
     whole = fit(small(corpus), callbacks=[SaveEveryStep(folder)], **settings)
     resumed = fit(small(corpus), ckpt_path=folder / "4.ckpt", **settings)
-    torch.save((whole.seen, resumed.seen, digests(str(folder))), folder / f"{rank}.pt")
+    return whole.seen, resumed.seen, digests(str(folder)), hash("word")
 
 
 @pytest.fixture(scope="module")
@@ -244,32 +241,28 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def ranks(folder: Path) -> list[tuple[Seen, Seen, list[str]]]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONHASHSEED", "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2")
-        spawn(train_on_rank, (folder, port), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
+def ranks(folder: Path) -> list[tuple[Seen, Seen, list[str], int]]:
+    return start(2, folder / "ranks", train_on_rank, folder).results()
 
 
 def test_corpora_are_the_same_in_processes_with_different_hash_seeds(ranks: Any, folder: Path) -> None:
     expected = digests(str(folder))
     assert len(set(expected)) == 4
-    assert [found for _, _, found in ranks] == [expected, expected]
+    for _, _, found, word in ranks:
+        assert word != hash("word")
+        assert found == expected
 
 
 def test_two_ranks_see_what_one_with_twice_the_batch_sees(ranks: Any, folder: Path) -> None:
     single = fit(small(TextFiles(str(folder)), batch_size=6), max_epochs=2, limit_train_batches=3).seen
     assert len(single) == 6
     for step, (epoch, batch) in enumerate(single):
-        assert [whole[step][0] for whole, _, _ in ranks] == [epoch, epoch]
-        assert [row for pair in zip(*(whole[step][1] for whole, _, _ in ranks), strict=True) for row in pair] == batch
+        assert [whole[step][0] for whole, *_ in ranks] == [epoch, epoch]
+        assert [row for pair in zip(*(whole[step][1] for whole, *_ in ranks), strict=True) for row in pair] == batch
 
 
 def test_two_ranks_resume(ranks: Any) -> None:
-    for whole, resumed, _ in ranks:
+    for whole, resumed, *_ in ranks:
         assert resumed == whole[4:]
 
 

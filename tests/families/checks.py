@@ -64,9 +64,10 @@ def check_cache(case: Case, implementation: str) -> None:
     prefix, rest = case.inputs()[1]["input_ids"].split([4, LENGTH - 4], 1)
     with torch.no_grad():
         cache, true_cache = (either(input_ids=prefix, use_cache=True).past_key_values for either in (model, truth))
-    expected = brute_force(truth, names, case.heads, ((), {"input_ids": rest, "past_key_values": true_cache}))
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    expected = brute_force(truth, names, case.heads, ((), {"input_ids": rest, name: true_cache}))
     with clip(case, model) as qk_clip:
-        model(input_ids=rest, past_key_values=cache)
+        model(input_ids=rest, **{name: cache})
         deviation(qk_clip.max_logits, torch.stack(expected))
 
 

@@ -6,7 +6,7 @@ import importlib.metadata
 from pathlib import Path
 
 from families.checks import CHECKS, Row, rows
-from families.zoo import CASES, OF_OTHER_VERSIONS
+from families.zoo import CASES, OF_OLDER_RELEASES
 
 PATH = Path(__file__).parents[2] / "docs" / "families.md"
 LIBRARIES = ("torch", "transformers", "litgpt", "timm")
@@ -56,7 +56,7 @@ def write(path: Path) -> None:
     lines = [TITLES, ["---"] * len(TITLES), *(_cells(*key, rows[key]) for key in expected_rows())]
     table = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
     versions = ", ".join(f"{name} {importlib.metadata.version(name).partition('+')[0]}" for name in LIBRARIES)
-    others = ", ".join(f"`{short(cls)}` ({version})" for cls, version in OF_OTHER_VERSIONS.items())
+    others = ", ".join(f"`{short(cls)}` ({version})" for cls, version in OF_OLDER_RELEASES.items())
     path.write_text(TEXT.format(versions=versions, table=table, others=others))
 
 

@@ -11,7 +11,7 @@ from oracles import enlarge, module_max_logits
 from families.brute_force import brute_force
 from families.checks import check_brute_force, check_cache, check_replay, check_undone, check_verify
 from families.table import expected_rows, read, short
-from families.zoo import BATCH, CASES, CLAMPED, LENGTH, OF_OTHER_VERSIONS, WIDTH, Case, draw, parameters
+from families.zoo import BATCH, CASES, CLAMPED, LENGTH, WIDTH, Case, draw, parameters
 from lightning_muonclip import Attention, MultiheadLatentAttention, QKClip
 from lightning_muonclip.qk_clip.describe.families import FAMILIES
 
@@ -63,8 +63,7 @@ def test_the_oracle_agrees_with_attention_that_is_written_out() -> None:
 
 def test_every_class_of_the_registry_is_in_the_zoo() -> None:
     classes = {cls for case in CASES for cls in case.classes}
-    assert classes | set(OF_OTHER_VERSIONS) == set(FAMILIES)
-    assert not classes & set(OF_OTHER_VERSIONS)
+    assert classes == set(FAMILIES)
 
 
 @pytest.mark.skipif("FAMILIES_TABLE" in os.environ, reason="it is being written")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_muonclip import Attention, AttentionMask, MultiheadLatentAttention
+from lightning_muonclip.qk_clip.describe.names import library
 
 BATCH, LENGTH, WIDTH, HEADS, VOCAB = 2, 10, 32, 4, 32
 IMPLEMENTATIONS = ("sdpa", "eager")
@@ -35,6 +38,7 @@ class Case:
         qk_norm: As in :class:`~lightning_muonclip.QKClip`.
         shared_gain: Whether all heads of a layer are scaled by one gain.
         cached: Whether the model accepts a cache of keys.
+        fits: Whether the installed release builds the model as the case says; takes the model and its implementation.
     """
 
     family: str
@@ -49,13 +53,11 @@ class Case:
     qk_norm: str = "error"
     shared_gain: bool = False
     cached: bool = False
+    fits: Callable[[Any, str], bool] = lambda model, implementation: True
 
     def model(self, implementation: str) -> nn.Module:
         """The model in training mode without dropout, with large, reproducible random weights."""
-        torch.manual_seed(0)
-        model = self.make(implementation).train()
-        randomize(model)
-        return model
+        return copy.deepcopy(_make(self, implementation))
 
     def batches(self) -> list[Inputs]:
         """The inputs and, if padding is optional, the same without it."""
@@ -69,6 +71,16 @@ class Case:
         found = {name: cls for name, cls in found.items() if cls in self.classes}
         assert set(found.values()) == set(self.classes)
         return list(found)
+
+
+@functools.cache
+def _make(case: Case, implementation: str) -> nn.Module:
+    torch.manual_seed(0)
+    model = case.make(implementation).train()
+    if not case.fits(model, implementation):
+        pytest.skip(f"{library(type(model))} builds {type(model).__name__} in another way")
+    randomize(model)
+    return model
 
 
 def qualified(cls: type) -> str:
@@ -281,11 +293,13 @@ UPCAST = "eager, upcast and reordered"
 
 
 def _pretrained(model: str, config: str, options: dict[str, Any], implementation: str) -> nn.Module:
-    transformers = pytest.importorskip("transformers", minversion="5.20")
+    transformers = pytest.importorskip("transformers")
     if implementation == UPCAST:
         implementation, options = "eager", {**options, "reorder_and_upcast_attn": True}
-    made = getattr(transformers, config)(**options, attn_implementation=implementation)
-    return getattr(transformers, model)(made)
+    cls = getattr(transformers, model)
+    if implementation == "sdpa" and not cls._supports_sdpa:
+        pytest.skip(f"{model} of {library(cls)} has no {implementation}")
+    return cls(getattr(transformers, config)(**options, attn_implementation=implementation))
 
 
 def hf(
@@ -304,6 +318,22 @@ def hf(
     make = functools.partial(_pretrained, prefix + model, f"{prefix}Config", config)
     options = {"implementations": IMPLEMENTATIONS, "truth": "eager", "cached": inputs is text, **kwargs}
     return Case(family, names, make, inputs, variant=variant, **options)
+
+
+def _has_one_attention_class(model: Any, implementation: str = "") -> bool:
+    return any(name.endswith("q_proj") for name, _ in model.named_modules())
+
+
+def _has_two_attention_classes(model: Any, implementation: str = "") -> bool:
+    return not _has_one_attention_class(model)
+
+
+def _tells_its_scale(model: Any, implementation: str) -> bool:
+    return implementation == "sdpa" or hasattr(model.h[0].attn, "scaling")
+
+
+def _attends_by_an_interface(model: Any, implementation: str) -> bool:
+    return hasattr(sys.modules[type(model).__module__], "ALL_ATTENTION_FUNCTIONS")
 
 
 _EAGER: dict[str, Any] = {"implementations": ("eager",)}
@@ -343,6 +373,8 @@ HUGGING_FACE = [
         "gpt2.GPT2Attention",
         {**_GPT, "scale_attn_by_inverse_layer_idx": True},
         implementations=(*IMPLEMENTATIONS, UPCAST),
+        truth=None,
+        fits=_tells_its_scale,
     ),
     hf(
         "GPT-2 with cross attention",
@@ -351,6 +383,8 @@ HUGGING_FACE = [
         {**_GPT, "add_cross_attention": True},
         inputs=text_beside_an_encoder,
         implementations=(*IMPLEMENTATIONS, UPCAST),
+        truth=None,
+        fits=_tells_its_scale,
     ),
     hf("GPT-BigCode", "GPTBigCode", "gpt_bigcode.GPTBigCodeAttention", _GPT, "one key"),
     hf("GPT-BigCode", "GPTBigCode", "gpt_bigcode.GPTBigCodeAttention", {**_GPT, "multi_query": False}, "many keys"),
@@ -467,7 +501,16 @@ HUGGING_FACE = [
         },
         cached=False,
     ),
-    hf("ViT", "ViT", "vit.ViTAttention", {**_COMMON, **_VISION}, inputs=images),
+    hf("ViT", "ViT", "vit.ViTAttention", {**_COMMON, **_VISION}, inputs=images, fits=_has_one_attention_class),
+    hf(
+        "ViT",
+        "ViT",
+        "vit.ViTSelfAttention",
+        {**_COMMON, **_VISION},
+        "of older releases",
+        inputs=images,
+        fits=_has_two_attention_classes,
+    ),
     hf("CLIP text", "CLIPText", "clip.CLIPAttention", {**_COMMON, "eos_token_id": 2}, cached=False),
     hf("CLIP vision", "CLIPVision", "clip.CLIPAttention", {**_COMMON, **_VISION}, inputs=images),
     hf(
@@ -506,6 +549,7 @@ HUGGING_FACE = [
             "relative_attention_max_distance": 16,
         },
         inputs=text_to_text,
+        fits=_attends_by_an_interface,
     ),
 ]
 
@@ -663,8 +707,5 @@ TIMM = [
 
 CASES = [*OURS, *TORCH, *HUGGING_FACE, *LITGPT, *TIMM]
 
-#: Classes of the registry that the versions installed here do not have.
-OF_OTHER_VERSIONS = {
-    "transformers.models.vit.modeling_vit.ViTSelfAttention": "transformers < 5.20",
-    "timm.models.vision_transformer.Attention": "timm < 1.0.20",
-}
+#: Classes of the registry that the newest releases do not have.
+OF_OLDER_RELEASES = {"transformers.models.vit.modeling_vit.ViTSelfAttention": "transformers < 5.9"}

@@ -60,12 +60,11 @@ def _call(
 
 
 @pytest.fixture(scope="module")
-def triton_module() -> Iterator[Any]:
+def triton_module(triton_runs: None) -> Iterator[Any]:
     """A separate, interpreted copy of the kernel, since Triton reads its environment variable when it decorates.
 
     Triton itself and the library's copy of the kernel, which may have been imported before, are not affected.
     """
-    pytest.importorskip("triton")
     from triton.runtime import interpreter
 
     path = Path(module.__file__).with_name("symmetric_matmul_triton.py")

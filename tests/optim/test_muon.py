@@ -534,6 +534,40 @@ class TestKinds:
             Muon([{"params": matrices(), "kind": "moe"}])
 
 
+class TestParts:
+    """A weight that holds several matrices steps as they would apart."""
+
+    #: The channels of the matrices in weights of one shape; the last is one matrix as it is.
+    PARTS = ([slice(0, 2), slice(2, 6)], [slice(0, 2), slice(2, 6)], [slice(0, 3), slice(3, 6)], [slice(0, 6)])
+
+    @pytest.mark.parametrize("dim", [0, 1])
+    def test_beside_others_of_the_same_shape(self, dim: int) -> None:
+        apart, groups, parts, fused = [], [], {}, []
+        for adjust_lr_fn in LR_ADJUSTMENTS:
+            weights = matrices([(6, 4)] * len(self.PARTS))
+            pieces = [nn.Parameter(w.detach()[own].clone()) for w, cut in zip(weights, self.PARTS) for own in cut]
+            apart.append({"params": pieces, "adjust_lr_fn": adjust_lr_fn})
+            if dim:
+                weights[:-1] = [nn.Parameter(w.detach().mT.clone()) for w in weights[:-1]]
+            groups.append({"params": weights, "adjust_lr_fn": adjust_lr_fn})
+            parts |= {w: (dim, [torch.arange(6)[own] for own in cut]) for w, cut in zip(weights[:-1], self.PARTS)}
+            fused.append([w.detach().mT if dim and w is not weights[-1] else w.detach() for w in weights])
+        optimizer, oracle = Muon(groups, LR, parts=parts, dtype=torch.float32), Muon(apart, LR, dtype=torch.float32)
+        for step in range(2):
+            for group, views, alone in zip(optimizer.param_groups, fused, oracle.param_groups):
+                generator, pieces = torch.Generator().manual_seed(step), iter(alone["params"])
+                for w, view, cut in zip(group["params"], views, self.PARTS):
+                    grad = torch.randn(6, 4, generator=generator)
+                    w.grad = grad if view.shape == w.shape else grad.mT.contiguous()
+                    for own in cut:
+                        next(pieces).grad = grad[own].clone()
+            optimizer.step()
+            oracle.step()
+        for views, alone in zip(fused, oracle.param_groups):
+            found = [view[own] for view, cut in zip(views, self.PARTS) for own in cut]
+            assert_all_close(found, alone["params"], atol=1e-5)
+
+
 class TestGroupSchedules:
     def test_a_group_has_its_own_schedule_with_its_own_steps(self) -> None:
         groups = [
@@ -581,8 +615,8 @@ class Allocations(TorchDispatchMode):
 class TestMemory:
     @pytest.mark.parametrize("ns_coefficients", ["jordan", "schatten4"])
     def test_a_step_needs_less_than_half_of_the_matrices(self, ns_coefficients: str) -> None:
-        shapes = [(384, 384)] * 4 + [(1536, 384), (384, 1536)]
-        params = matrices(shapes * 6)
+        shapes = [(128, 128)] * 4 + [(512, 128), (128, 512)]
+        params = matrices(shapes * 24)  # many times what is orthogonalised together
         optimizer = Muon(params, LR, ns_coefficients=ns_coefficients, dtype=torch.float32)
         train(optimizer, params, [0])
         with Allocations() as allocations:

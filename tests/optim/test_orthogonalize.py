@@ -76,6 +76,16 @@ def test_acts_on_the_singular_values_alone(
     torch.testing.assert_close(result, mapped_by_svd(x, resolve_schedule(name, steps)), rtol=0, atol=atol)
 
 
+def test_eps_is_added_to_the_norm_over_the_largest_entry() -> None:
+    x = gaussian(4, 6)
+    u, s, vh = torch.linalg.svd(x, full_matrices=False)
+    schedule = resolve_schedule("jordan", None)
+    expected = (u * schedule(s / (s.norm() + 0.5 * x.abs().max()))) @ vh
+    for scale in (1.0, 1e-20):
+        found = orthogonalize(scale * x, coefficients="jordan", dtype=torch.float64, eps=0.5)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-7)
+
+
 # Twelve steps of polar_express are within 1e-14 of 1 from any singular value above 1e-3 of the norm, which leaves
 # rounding, amplified by 1 / 1e-3 at most: 1e-12.
 @pytest.mark.parametrize("shape", [(8, 8), (20, 7), (7, 20), (3, 9, 4), (2, 3, 4, 9), (5, 1), (1, 5), (1, 1)])

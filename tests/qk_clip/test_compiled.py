@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import shutil
 from collections.abc import Callable, Iterator
+from itertools import product
 from typing import Any
 
 import pytest
@@ -30,6 +32,7 @@ from transformers import (
     MptConfig,
     MptModel,
 )
+from transformers.integrations.flex_attention import WrappedFlexAttention
 from transformers.models.codegen.modeling_codegen import CodeGenAttention
 from transformers.models.gptj.modeling_gptj import GPTJAttention
 
@@ -59,7 +62,10 @@ def codegen() -> nn.Module:
 def gpt2_upcast() -> nn.Module:
     sizes = {"n_embd": 16, "n_head": HEADS, "n_layer": 1, "n_positions": 256, "vocab_size": 11}
     config = GPT2Config(**sizes, reorder_and_upcast_attn=True, attn_implementation="eager", **NO_TOKENS)
-    return GPT2Model(config)
+    model = GPT2Model(config)
+    if not hasattr(model.h[0].attn, "scaling"):
+        pytest.skip("GPT-2 of this release of transformers does not tell its scale")
+    return model
 
 
 def bert() -> nn.Module:
@@ -173,14 +179,10 @@ def test_one_graph_with_the_log_sum_exp(name: str) -> None:
     check_one_graph(make(name), "aot_eager", source, logits="lse")
 
 
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
-
-
 @pytest.mark.slow
-@needs_compiler
-@pytest.mark.parametrize("name", ["bloom"])
-def test_inductor_gives_the_same(name: str) -> None:
-    check_one_graph(make(name), "inductor", OBSERVED[name][1])
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_inductor_gives_the_same() -> None:
+    check_one_graph(make("sdpa"), "inductor", OBSERVED["sdpa"][1])
 
 
 @a_few
@@ -196,13 +198,25 @@ def test_a_model_compiled_before_is_observed_by_every_later_observer(name: str) 
         with QKClip(model) as qk_clip:
             forward(batch)
             torch.testing.assert_close(qk_clip.max_logits, expected, rtol=1e-4, atol=1e-4)
-        qk_clip.discard()
+            qk_clip.discard()
+            model.eval()
+            forward(batch)
+            assert qk_clip.max_logits.isneginf().all()
+            model.train()
         forward(batch)
         assert qk_clip.max_logits.isneginf().all()
 
 
-@pytest.mark.parametrize("what", ["the model in place", "attention in place", "the forward of attention"])
-@pytest.mark.parametrize("name", ["sdpa", "multihead", "multihead with weights", "gpt-neo", "bloom"])
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("sdpa", "the model in place"),
+        *product(
+            ["sdpa", "multihead", "multihead with weights", "gpt-neo", "bloom"],
+            ["attention in place", "the forward of attention"],
+        ),
+    ],
+)
 def test_a_part_of_a_model_may_be_compiled(name: str, what: str) -> None:
     model = make(name)
     eager = copy.deepcopy(model)
@@ -222,7 +236,7 @@ def test_a_part_of_a_model_may_be_compiled(name: str, what: str) -> None:
         torch.testing.assert_close(found.max_logits, expected.max_logits, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["sdpa", "multihead with weights", "hugging face eager", "bloom"])
+@pytest.mark.parametrize("name", ["multihead with weights", "hugging face eager", "bloom"])
 def test_lengths_that_vary_compile_no_more_often_than_without_an_observer(name: str) -> None:
     def compilations(model: nn.Module) -> int:
         torch._dynamo.reset()
@@ -236,20 +250,6 @@ def test_lengths_that_vary_compile_no_more_often_than_without_an_observer(name: 
     unobserved = compilations(model)
     with QKClip(model) as qk_clip:
         assert compilations(model) <= unobserved
-        assert qk_clip.max_logits.isfinite().all()
-
-
-@a_few
-def test_compiled_evaluation_records_nothing(name: str) -> None:
-    model = make(name)
-    forward = torch.compile(model, backend="eager")
-    batch = tokens(1)[0]
-    with QKClip(model) as qk_clip:
-        model.eval()
-        forward(batch)
-        assert qk_clip.max_logits.isneginf().all()
-        model.train()
-        forward(batch)
         assert qk_clip.max_logits.isfinite().all()
 
 
@@ -287,10 +287,12 @@ def test_flex_attention_stays_one_graph(masked: bool) -> None:
     assert counter.frame_count == 1 and not counters["graph_break"]
 
 
-@pytest.mark.slow
-@needs_compiler
-def test_flex_attention_of_hugging_face_breaks_the_graph_no_more_than_without_an_observer() -> None:
-    model = llama("flex_attention")
+def test_flex_attention_of_hugging_face_breaks_the_graph_no_more_than_without_an_observer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(WrappedFlexAttention, "_instance", None)  # compiled anew, without machine code
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    model = llama("flex_attention", layers=1)
     batch = tokens(1)[0]
     with torch.no_grad():
         unobserved = torch._dynamo.explain(model)(batch)

@@ -21,14 +21,14 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import (
+    BartConfig,
+    BartModel,
     BloomConfig,
     BloomModel,
     GPTNeoConfig,
     GPTNeoModel,
     LlamaConfig,
     LlamaForCausalLM,
-    T5Config,
-    T5ForConditionalGeneration,
 )
 
 from lightning_muonclip import Attention, AttentionSpec, MultiheadLatentAttention, Projection, QKClip
@@ -108,13 +108,13 @@ def try_all(case: Case, others: Iterator[tuple[str, AttentionSpec]], tried: Coun
 def test_of_any_attention_the_right_spec_is_accepted_and_every_wrong_one_refused() -> None:
     tried: Counter[str] = Counter()
 
-    @settings(max_examples=220, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=90, database=None, suppress_health_check=list(HealthCheck))
     @given(cases())
     def run(case: Case) -> None:
         try_all(case, some(case, 5), tried)
 
     run()
-    assert tried["right"] >= 200 and tried["wrong"] >= 400 and tried["right in other words"] >= 10, tried
+    assert tried["right"] >= 80 and tried["wrong"] >= 150 and tried["right in other words"] >= 4, tried
     assert len(tried) >= 25, tried
 
 
@@ -360,11 +360,12 @@ def test_kernels_that_know_only_half_precision(dtype: torch.dtype) -> None:
 
 
 def test_cross_attention_is_verified_on_what_it_attends_to() -> None:
-    config = T5Config(vocab_size=11, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=4)
-    model = T5ForConditionalGeneration(config)
+    ends = {"layers": 1, "attention_heads": 4, "ffn_dim": 16}
+    both = {f"{end}_{name}": value for end in ("encoder", "decoder") for name, value in ends.items()}
+    model = BartModel(BartConfig(vocab_size=11, d_model=16, **both))
     with QKClip(model) as qk_clip:
         found = qk_clip.verify(input_ids=tokens(), decoder_input_ids=tokens()[:, :3])
-    assert [name for name in dict.fromkeys(check.layer for check in found.checks) if "EncDec" in name]
+    assert [name for name in dict.fromkeys(check.layer for check in found.checks) if "encoder_attn" in name]
 
 
 class Cross(nn.Module):

@@ -185,7 +185,6 @@ FAMILIES: dict[str, SpecFn] = {
     "lightning_muonclip.attention.latent.MultiheadLatentAttention": _latent_attention,
     "torch.nn.modules.activation.MultiheadAttention": _multihead,
     "timm.layers.attention.Attention": _TIMM,
-    "timm.models.vision_transformer.Attention": _TIMM,  # timm < 1.0.20
     "litgpt.model.CausalSelfAttention": _litgpt,
     "litgpt.model.MultiheadLatentAttention": _litgpt_latent,
     **_hugging_face(
@@ -224,7 +223,7 @@ FAMILIES: dict[str, SpecFn] = {
         roberta__RobertaCrossAttention=_BERT,
         distilbert__DistilBertSelfAttention=_DISTILBERT,
         vit__ViTAttention=Family(_QKV, "num_attention_heads", sizes={"d": "head_dim"}),
-        vit__ViTSelfAttention=_BERT,  # transformers < 5.20
+        vit__ViTSelfAttention=_BERT,  # transformers < 5.9
         clip__CLIPAttention=_OPT,
         whisper__WhisperAttention=_OPT,
         t5__T5Attention=_T5,

@@ -32,12 +32,13 @@ def library(cls: type) -> str:
 
 
 @contextmanager
-def reading(cls: type, what: str) -> Iterator[None]:
+def reading(cls: type, what: str, way_out: str = "") -> Iterator[None]:
     """Turns an error caused by a changed class of another library into an explanation.
 
     Args:
         cls: The class.
         what: What is expected in it.
+        way_out: What to do about it.
 
     Raises:
         ValueError: With the class, its library and version, what was expected, and the original error.
@@ -47,6 +48,5 @@ def reading(cls: type, what: str) -> Iterator[None]:
     except (AttributeError, LookupError, TypeError, RuntimeError) as error:
         raise ValueError(
             f"QK-Clip cannot read {cls.__name__} of {library(cls)}: expected {what}, got"
-            f" {type(error).__name__}: {error}. Use another version of the library, or skip the module with"
-            " specs={name: None}"
+            f" {type(error).__name__}: {error}{way_out}"
         ) from error

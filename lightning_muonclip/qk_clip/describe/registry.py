@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_muonclip.qk_clip.describe.example import Example, attention_on, spec_of
 from lightning_muonclip.qk_clip.describe.families import FAMILIES, SpecFn, is_active, separate
-from lightning_muonclip.qk_clip.describe.names import qualified_name, qualified_names
+from lightning_muonclip.qk_clip.describe.names import qualified_name, qualified_names, reading
 from lightning_muonclip.qk_clip.describe.spec import AttentionSpec
 
 #: The attention modules of a model by display name, in ``named_modules`` order, each with its spec.
@@ -141,7 +141,8 @@ def display_name(name: str) -> str:
 def _spec_of(module: nn.Module, *, by_name: bool) -> AttentionSpec | None:
     for name in qualified_names(type(module)):
         if spec_fn := _REGISTERED.get(name) or (FAMILIES.get(name) if by_name else None):
-            return spec_fn(module)
+            with reading(type(module), "the attributes that tell its heads and projections"):
+                return spec_fn(module)
     if not by_name:
         return None
     for names in SEPARATE_PROJECTIONS:

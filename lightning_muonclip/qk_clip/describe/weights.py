@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
 
 from lightning_muonclip.qk_clip.describe.layout import QUERY_KINDS, ChannelMap, compile_layout, layout_kinds
-from lightning_muonclip.qk_clip.describe.names import qualified_name
+from lightning_muonclip.qk_clip.describe.names import library, qualified_name
 from lightning_muonclip.qk_clip.describe.spec import AttentionSpec, Projection
 
 LORA_CHOICES = ("monitor", "scale")
@@ -154,7 +154,9 @@ def _scalable(module: nn.Module, name: str, path: str) -> Tensor:
     if param is None and not hasattr(owner, leaf):
         known = ", ".join(known for known, _ in module.named_parameters())
         raise ValueError(
-            f"attention {name!r} has no parameter {path!r}, which its spec names; its parameters are: {known or 'none'}"
+            f"attention {name!r} has no parameter {path!r}, which its spec names; the parameters of"
+            f" {type(module).__name__} of {library(type(module))} are: {known or 'none'}. Describe it with"
+            f" specs={{{name!r}: AttentionSpec(...)}}, or skip it with specs={{{name!r}: None}}"
         )
     reason = None
     if param is None:

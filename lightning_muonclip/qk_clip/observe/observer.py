@@ -21,7 +21,7 @@ from lightning_muonclip.qk_clip.observe.recompute import (
     Recomputation,
     find_recomputation,
     methods_of,
-    missing_methods,
+    missing,
     needs_hooks,
     recomputed,
 )
@@ -123,11 +123,11 @@ class Observer:
         except BaseException:
             self.close()
             raise
-        if any(needs_hooks(type(module)) for module, _ in self.attention.values()):
+        if any(needs_hooks(module) for module, _ in self.attention.values()):
             torch.compiler.reset()  # code compiled earlier would not call the new hooks
 
     def _watch(self, module: nn.Module, recorder: Recorder) -> None:
-        recomputation = find_recomputation(type(module))
+        recomputation = find_recomputation(module)
         if recomputation is not None:
             projection = module.get_submodule(recomputation.projection)
             self._handles.append(projection.register_forward_hook(_Keep(recorder)))
@@ -186,7 +186,7 @@ class _Leave:
             raise RuntimeError(
                 f"the logits of attention {recorder.name!r} ({type(module).__name__}) cannot be measured: it called neither"
                 " torch.nn.functional.scaled_dot_product_attention nor another function that can be intercepted."
-                f"{missing_methods(type(module))} Let it call that function (Hugging Face: attn_implementation='sdpa'), or"
+                f"{missing(module)} Let it call that function (Hugging Face: attn_implementation='sdpa'), or"
                 f" skip it with specs={{{recorder.name!r}: None}}"
             )
         with torch.no_grad():

@@ -18,6 +18,11 @@ from torch import Tensor, nn
 from lightning_muonclip.qk_clip.describe.names import library, qualified_names, reading
 from lightning_muonclip.qk_clip.intercept import Logits, Place, patch_method
 
+_WAY_OUT = (
+    ". Install a release that QK-Clip is tested with, let the module call torch's scaled_dot_product_attention (Hugging"
+    " Face: attn_implementation='sdpa'), or skip it with specs={name: None}"
+)
+
 
 @dataclass(frozen=True)
 class Method:
@@ -35,9 +40,10 @@ class Recomputation:
     logits: Callable[..., Logits]
 
 
-def find_recomputation(cls: type[nn.Module]) -> Recomputation | None:
-    """The row of a class, if there is one."""
-    return next((PROJECTIONS[name] for name in qualified_names(cls) if name in PROJECTIONS), None)
+def find_recomputation(module: nn.Module) -> Recomputation | None:
+    """The row of a module's class, if there is one. One whose projection is gone is left out."""
+    rows = (PROJECTIONS[name] for name in qualified_names(type(module)) if name in PROJECTIONS)
+    return next((row for row in rows if hasattr(module, row.projection)), None)
 
 
 def recomputed(row: Recomputation, module: nn.Module, projected: Tensor, *args: Any, **kwargs: Any) -> Logits:
@@ -46,7 +52,7 @@ def recomputed(row: Recomputation, module: nn.Module, projected: Tensor, *args: 
     Raises:
         ValueError: If the module's class does not match the row.
     """
-    with reading(type(module), f"the queries and keys in the output of its {row.projection}"):
+    with reading(type(module), f"the queries and keys in the output of its {row.projection}", _WAY_OUT):
         return row.logits(module, projected, *args, **kwargs)
 
 
@@ -59,19 +65,22 @@ def methods_of(cls: type[nn.Module]) -> Iterator[Place]:
             yield owner, row.method, partial(patch_method, partial(_read, row))
 
 
-def needs_hooks(cls: type[nn.Module]) -> bool:
-    """Whether modules of this class are observed by hooks or methods alone, which torch.compile does not guard."""
-    return find_recomputation(cls) is not None or any(methods_of(cls))
+def needs_hooks(module: nn.Module) -> bool:
+    """Whether a module is observed by hooks or methods alone, which torch.compile does not guard."""
+    return find_recomputation(module) is not None or any(methods_of(type(module)))
 
 
-def missing_methods(cls: type[nn.Module]) -> str:
-    """A sentence for an error that names the methods of the class that no longer exist; empty if there are none."""
-    gone = [row.method for name in qualified_names(cls) if (row := METHODS.get(name)) and not hasattr(cls, row.method)]
-    return "".join(f" {cls.__name__} of {library(cls)} no longer has the method {method}." for method in gone)
+def missing(module: nn.Module) -> str:
+    """A sentence for an error that names what the module's class no longer has; empty if nothing is missing."""
+    cls = type(module)
+    names = qualified_names(cls)
+    sought = [METHODS[name].method for name in names if name in METHODS]
+    sought += [PROJECTIONS[name].projection for name in names if name in PROJECTIONS]
+    return "".join(f" {cls.__name__} of {library(cls)} no longer has {x}." for x in sought if not hasattr(module, x))
 
 
 def _read(row: Method, module: nn.Module, *args: Any, **kwargs: Any) -> Logits | None:
-    with reading(type(module), f"the queries and keys that its method {row.method} is called with"):
+    with reading(type(module), f"the queries and keys that its method {row.method} is called with", _WAY_OUT):
         return row.logits(module, *args, **kwargs)
 
 
@@ -179,5 +188,4 @@ PROJECTIONS: dict[str, Recomputation] = {
     "transformers.models.mpt.modeling_mpt.MptAttention": Recomputation("Wqkv", _mpt),
     "transformers.models.falcon.modeling_falcon.FalconAttention": Recomputation("query_key_value", _falcon),
     "timm.layers.attention.Attention": Recomputation("qkv", _timm),
-    "timm.models.vision_transformer.Attention": Recomputation("qkv", _timm),  # timm < 1.0.20
 }

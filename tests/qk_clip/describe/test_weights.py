@@ -360,7 +360,7 @@ SPEC = AttentionSpec((Projection("q_proj", "q(H d)"), Projection("k_proj", "k(G 
     [
         (
             Projection("w_q", "q(H d)"),
-            "has no parameter 'w_q', which its spec names; its parameters are: q_proj.weight, q_proj.bias, k_",
+            "has no parameter 'w_q', which its spec names; the parameters of .* are: q_proj.weight, q_proj.bias, k_",
         ),
         (Projection("attn.w_q", "q(H d)"), "has no parameter 'attn.w_q', which its spec names"),
         (Projection("q_proj.wait", "q(H d)"), "has no parameter 'q_proj.wait'"),
