@@ -44,7 +44,7 @@ def test_a_spec_function_of_the_user_fails(error: type[Exception], monkeypatch: 
     def fails(module: Any) -> AttentionSpec:
         raise error("n_heads")
 
-    monkeypatch.setattr(registry, "_BY_CLASS", dict(registry._BY_CLASS))
+    monkeypatch.setattr(registry, "_REGISTERED", dict(registry._REGISTERED))
     register_attention(SdpaAttention, fails)
     with pytest.raises(ValueError, match=f"cannot read the attention '0'.*got {error.__name__}: .*n_heads"):
         QKClip(nn.Sequential(SdpaAttention(8, 2)))
