@@ -20,17 +20,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 RESHAPES = ("view", "_unsafe_view", "reshape")
-VIEWS = ("expand", "transpose", "permute", "unsqueeze", "squeeze", "slice", "select")
+VIEWS = ("expand", "transpose", "permute", "unsqueeze", "squeeze", "slice", "select", "t", "roll")
 FACTORS = ("mul", "div")
-PASSED = ("alias", "detach", "clone", "_to_copy", "add", "where", "masked_fill", "tanh", "maximum")
+SUMS = ("add", "sub", "rsub")
+PASSED = ("alias", "detach", "clone", "_to_copy", "where", "masked_fill", "tanh", "maximum", "cat", "clamp", "copy")
 
 
 class Logits(TorchDispatchMode):
-    """Calls ``attended(logits, visible)`` for every softmax over products of queries and keys."""
+    """Calls ``attended(logits, visible)`` for every softmax over products of queries and keys.
 
-    def __init__(self, attended: Callable[[Tensor, Tensor], None]) -> None:
+    Args:
+        attended: What is called.
+        of_heads: Whether a factor may differ from head to head.
+    """
+
+    def __init__(self, attended: Callable[[Tensor, Tensor], None], of_heads: bool = False) -> None:
         super().__init__()
-        self.attended = attended
+        self.attended, self.of_heads = attended, of_heads
         # Every tensor that a product became, with the product as it was before masks and biases; the tensors are kept, so
         # that no other can have the id of one.
         self.products: dict[int, tuple[Tensor, Tensor]] = {}
@@ -60,6 +66,9 @@ class Logits(TorchDispatchMode):
         if name == "baddbmm":  # beta · input + alpha · product
             return kwargs.get("alpha", 1) * torch.bmm(args[1].double(), args[2].double())
         of = [leaf for leaf in tree_leaves((args, kwargs)) if self.product(leaf) is not None]
+        if len(of) == 2 and name in SUMS:  # of products, as of contents and of positions
+            sign = 1 if name == "add" else -1
+            return self.product(of[0]) + sign * self.product(of[1])  # type: ignore[operator]
         if len(of) != 1:
             return None
         product = self.product(of[0])
@@ -70,10 +79,10 @@ class Logits(TorchDispatchMode):
             return func(product, *args[1:], **kwargs)
         if name in FACTORS and of[0] is args[0]:
             factor = args[1]
-            if isinstance(factor, Tensor) and factor.numel() > 1:
+            if isinstance(factor, Tensor) and factor.numel() > 1 and not self.of_heads:
                 return None
             return product * factor if name == "mul" else product / factor
-        return product if name in PASSED else None
+        return product if name in (*PASSED, *SUMS) else None
 
 
 @torch.no_grad()
@@ -114,3 +123,12 @@ def brute_force(
         model(*args, **kwargs)
     assert all(own.isfinite().all() for own in maxima.values()), f"the oracle has no answer: {maxima}"
     return list(maxima.values())
+
+
+@torch.no_grad()
+def products(model: nn.Module, inputs: Any) -> list[Tensor]:
+    """The products of queries and keys of every attention in a forward of a float64 model, before masks and biases."""
+    found: list[Tensor] = []
+    with sdpa_kernel(SDPBackend.MATH), Logits(lambda logits, _: found.append(logits.clone()), of_heads=True):
+        model(**inputs)
+    return found
