@@ -51,12 +51,14 @@ def judge(model: nn.Module, inputs: dict[str, Any], found: list[Any], calls: int
     """How many attentions were judged head by head, what is wrong, and why others were not judged."""
     described = [own for own in found if own.layout is not None]
     wrong = _outputs_change(model, inputs, described)
+    given, tolerance = inputs, 1e-5
     try:
         true = copy.deepcopy(model).double()
-        inputs = tree_map(lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, inputs)
+        inputs = tree_map(lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, given)
         before = seeded(lambda: products(true, inputs))
-    except (RuntimeError, AssertionError, NotImplementedError, TypeError, ValueError) as error:
-        return 0, wrong, f"the oracle cannot run it: {type(error).__name__}: {str(error)[:100]}"
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError, ValueError):  # it insists on single precision
+        true, inputs, tolerance = model, given, 1e-3
+        before = seeded(lambda: products(true, inputs))
     if len(before) > calls:
         wrong.append(f"the survey has {calls} attention calls, the oracle {len(before)}")
     if len(before) != calls:
@@ -77,7 +79,7 @@ def judge(model: nn.Module, inputs: dict[str, Any], found: list[Any], calls: int
         first = own.calls[0]
         if len(after) != calls or not all(map(torch.equal, before[:first], after[:first])):
             wrong.append(f"{own.name}: earlier attention changes")
-        elif problem := _deviation(before[first], after[first], expected):
+        elif problem := _deviation(before[first], after[first], expected, tolerance):
             wrong.append(f"{own.name}: {problem}")
         judged += 1
     return judged, wrong, ""
@@ -123,7 +125,7 @@ def _trial(own: Any) -> tuple[dict[str, tuple[Tensor, float]], Tensor]:
     return factors, expected
 
 
-def _deviation(before: Tensor, after: Tensor, factors: Tensor) -> str:
+def _deviation(before: Tensor, after: Tensor, factors: Tensor, tolerance: float) -> str:
     """What is wrong with logits that should be multiplied by factors of their heads."""
     heads = len(factors)
     if before.shape != after.shape:
@@ -142,7 +144,7 @@ def _deviation(before: Tensor, after: Tensor, factors: Tensor) -> str:
     finite = before.isfinite()
     size = before[finite].abs().max().clamp_min(1e-30)
     errors = [float((before * factor - after)[finite].abs().max() / size) for factor in candidates]
-    return "" if min(errors) < 1e-5 else f"logits of shape {tuple(lead)} are off by {min(errors):.1e}"
+    return "" if min(errors) < tolerance else f"logits of shape {tuple(lead)} are off by {min(errors):.1e}"
 
 
 def _mixed(before: Tensor, after: Tensor, factors: Tensor) -> str:

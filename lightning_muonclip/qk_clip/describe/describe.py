@@ -10,19 +10,30 @@ from torch import nn
 
 from lightning_muonclip.qk_clip.describe.infer import Heads, Layout, Unclear
 from lightning_muonclip.qk_clip.describe.isolate import Isolated, Run
+from lightning_muonclip.qk_clip.describe.layout import KINDS
 from lightning_muonclip.qk_clip.describe.prove import proven
 from lightning_muonclip.qk_clip.describe.survey import Frame
 
 
 @dataclass(eq=False)
 class Found:
-    """One attention: the module whose parameters make its queries, and the layout or the reason why there is none."""
+    """One attention: the module whose parameters make its queries, and the layout or the reason why there is none.
+
+    Attributes:
+        name: Of the module.
+        module: The module.
+        calls: Numbers of the attention calls in the survey.
+        layout: The heads and their channels.
+        reason: Why there is no layout.
+        elsewhere: Whether a module around it may tell.
+    """
 
     name: str
     module: nn.Module
     calls: list[int] = field(default_factory=list)
     layout: Layout | None = None
     reason: str = ""
+    elsewhere: bool = False
 
 
 def describe(calls: Sequence[Sequence[Frame]]) -> list[Found]:
@@ -39,10 +50,27 @@ def describe(calls: Sequence[Sequence[Frame]]) -> list[Found]:
     found: list[Found] = []
     for number, stack in enumerate(calls):
         own = _of_call(number, stack, inside, known)
+        own = next((other for other in found if other is own or _is_again(other, own)), own)
         if own not in found:
             found.append(own)
         own.calls.append(number)
     return found
+
+
+def _is_again(known: Found, found: Found) -> bool:
+    """Whether an attention is a known one in a further forward of its module; queries alone are scaled if once they must be.
+
+    If the two do not agree, neither is described.
+    """
+    if known.module is not found.module or known.layout is None or found.layout is None:
+        return known.module is found.module and known.layout is None and known.reason == found.reason
+    ours, theirs = ({name: table for name, table in own.layout.tables} for own in (known, found))  # type: ignore[union-attr]
+    overlap = [name for name in ours.keys() & theirs.keys() if ours[name].overlaps(theirs[name])]
+    if not overlap:
+        return False
+    agree = all(ours[name].equals(theirs[name]) for name in overlap)
+    known.layout.queries_alone()
+    return agree
 
 
 def _of_call(
@@ -64,7 +92,7 @@ def _of_call(
             break
         if own.layout is not None or best.layout is None:
             best = own
-        if own.layout is None and not own.elsewhere:  # type: ignore[attr-defined]
+        if own.layout is None and not own.elsewhere:
             break
     return best
 
@@ -81,29 +109,24 @@ def _run(frame: Frame) -> tuple[Isolated, Run]:
 
 def _analyse(frame: Frame, count: int) -> list[Found]:
     """One for each of the calls of a module."""
-
-    def refused(reason: str, elsewhere: bool) -> list[Found]:
-        own = Found(frame.name, frame.module, reason=reason)
-        own.elsewhere = elsewhere  # type: ignore[attr-defined]
-        return [own] * count
-
     try:
         isolated, run = _run(frame)
         if run.calls and len(run.calls) != count:
-            return refused(f"it makes {count} attention calls, of which {len(run.calls)} can be followed", False)
+            raise Unclear(f"it makes {count} attention calls, of which {len(run.calls)} can be followed")
         heads = Heads(isolated, run)
-        found: list[Found | None] = [None] * count
+        found: list[Found] = [Found(frame.name, frame.module)] * count
         for calls in heads.sites():
             own = Found(frame.name, frame.module)
-            own.elsewhere = False  # type: ignore[attr-defined]
             try:
                 own.layout = proven(isolated, run, heads.layouts(calls))
+                heads.enter_values(own.layout)
             except Unclear as unclear:
-                own.reason, own.elsewhere = unclear.reason, unclear.elsewhere  # type: ignore[attr-defined]
+                own.reason, own.elsewhere = unclear.reason, unclear.elsewhere
             for number in calls:
                 found[number] = own
-        return found  # type: ignore[return-value]
+        return found
     except Unclear as unclear:
-        return refused(unclear.reason, unclear.elsewhere)
+        reason, elsewhere = unclear.reason, unclear.elsewhere
     except (RuntimeError, TypeError, ValueError, AttributeError, LookupError, NotImplementedError) as error:
-        return refused(f"it cannot be run alone: {type(error).__name__}: {str(error)[:160]}", True)
+        reason, elsewhere = f"it cannot be run alone: {type(error).__name__}: {str(error)[:160]}", True
+    return [Found(frame.name, frame.module, reason=reason, elsewhere=elsewhere)] * count

@@ -56,6 +56,8 @@ class Survey:
         for name, module in self._model.named_modules():
             self._handles.append(module.register_forward_pre_hook(self._entering(name), with_kwargs=True))
             self._handles.append(module.register_forward_hook(self._leave, always_call=True))
+        self._eager = torch.compiler.set_stance("force_eager")
+        self._eager.__enter__()
         self._count.__enter__()
         return self
 
@@ -63,6 +65,7 @@ class Survey:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._count.__exit__(kind, error, trace)
+        self._eager.__exit__(kind, error, trace)
         for handle in self._handles:
             handle.remove()
 
@@ -83,7 +86,7 @@ class Survey:
 
 
 class _Count(TorchDispatchMode):
-    """Calls back for every fused attention kernel and every softmax over a batched product, whatever code they are in."""
+    """Calls back for every fused attention kernel and every softmax (or exponential) over a batched product, in any code."""
 
     supports_higher_order_operators = True
 
@@ -100,7 +103,7 @@ class _Count(TorchDispatchMode):
             return func(*args, **kwargs)
         name = func._schema.name.partition("::")[2]
         sizes = [self._products[arg] for arg in _flat(args) if arg in self._products]
-        is_softmax = name in ("_softmax", "_safe_softmax")
+        is_softmax = name in ("_softmax", "_safe_softmax", "exp")
         if (
             "scaled_dot_product" in name
             or "flash_attention" in name
