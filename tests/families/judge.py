@@ -85,6 +85,11 @@ def judge(model: nn.Module, inputs: dict[str, Any], found: list[Any], calls: int
     return judged, wrong, ""
 
 
+def entries(layout: Any) -> list[tuple[str, Any]]:
+    """Parameters with channels that make queries or keys."""
+    return [(name, table) for name, table in layout.tables if (table.kinds != KINDS.index("*")).any()]
+
+
 def _trial(own: Any) -> tuple[dict[str, tuple[Tensor, float]], Tensor]:
     """What multiplies the parameters of an attention, and what that does to the logits of each query head."""
     layout, generator = own.layout, torch.Generator().manual_seed(len(own.name))
@@ -102,7 +107,7 @@ def _trial(own: Any) -> tuple[dict[str, tuple[Tensor, float]], Tensor]:
     factors: dict[str, tuple[Tensor, float]] = {}
     made: set[str] = set()
     sides: dict[str, set[str]] = {}
-    for name, table in layout.tables:
+    for name, table in entries(layout):
         factor = torch.ones(table.kinds.shape, dtype=torch.float64)
         for index, kind in enumerate(KINDS[:5]):
             chosen = table.kinds == index
@@ -119,7 +124,7 @@ def _trial(own: Any) -> tuple[dict[str, tuple[Tensor, float]], Tensor]:
         expected = expected * of_query
     if "k" in made:
         expected = expected * of_key[group]
-    twice = [name for name, _ in layout.tables]
+    twice = [name for name, _ in entries(layout)]
     if len(set(twice)) < len(twice):  # one weight makes queries and keys
         expected = expected**2
     return factors, expected
@@ -166,7 +171,7 @@ def _outputs_change(model: nn.Module, inputs: dict[str, Any], described: list[An
     saved: list[tuple[Tensor, Tensor]] = []
     done: set[int] = set()
     for own in described:
-        names = [name for name, _ in own.layout.tables]
+        names = [name for name, _ in entries(own.layout)]
         sides = {KINDS[kind][0] for _, table in own.layout.tables for kind in table.kinds.unique().tolist()} - {"*"}
         if sides != {"q", "k"} or len(set(names)) < len(names) or any(table.offset for _, table in own.layout.tables):
             continue
@@ -176,7 +181,7 @@ def _outputs_change(model: nn.Module, inputs: dict[str, Any], described: list[An
         done |= set(map(id, params))
         heads, groups = own.layout.num_heads, own.layout.num_key_value_heads
         of_key = torch.exp2(torch.randint(-2, 3, (groups,), generator=torch.Generator().manual_seed(scaled)).double())
-        for param, (_, table) in zip(params, own.layout.tables):
+        for param, (_, table) in zip(params, entries(own.layout)):
             factor = torch.ones(table.kinds.shape, dtype=torch.float64)
             for kinds, values in ((("q", "qn"), 1 / of_key.repeat_interleave(heads // groups)), (("k", "kn"), of_key)):
                 for kind in kinds:

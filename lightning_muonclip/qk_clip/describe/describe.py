@@ -57,20 +57,22 @@ def describe(calls: Sequence[Sequence[Frame]]) -> list[Found]:
     return found
 
 
-def _is_again(known: Found, found: Found) -> bool:
-    """Whether an attention is a known one in a further forward of its module; queries alone are scaled if once they must be.
-
-    If the two do not agree, neither is described.
-    """
-    if known.module is not found.module or known.layout is None or found.layout is None:
-        return known.module is found.module and known.layout is None and known.reason == found.reason
-    ours, theirs = ({name: table for name, table in own.layout.tables} for own in (known, found))  # type: ignore[union-attr]
-    overlap = [name for name in ours.keys() & theirs.keys() if ours[name].overlaps(theirs[name])]
-    if not overlap:
+def _is_again(known: Found, own: Found) -> bool:
+    """Whether an attention is a known one, in a further forward of its module."""
+    if known.module is not own.module or known is own:
+        return known is own
+    if known.layout is None or own.layout is None:
+        return known.layout is own.layout and known.reason == own.reason
+    ours, theirs = ({name: table for name, table in of.tables if table.scaled.any()} for of in (known.layout, own.layout))
+    shared = [name for name in ours.keys() & theirs.keys() if ours[name].overlaps(theirs[name])]
+    if not shared:
         return False
-    agree = all(ours[name].equals(theirs[name]) for name in overlap)
-    known.layout.queries_alone()
-    return agree
+    if known.layout.sides != own.layout.sides and "k" not in (known.layout.sides, own.layout.sides):
+        for layout in (known.layout, own.layout):
+            layout.queries_alone("its keys come from elsewhere in some of its calls")
+    if not all(ours[name].equals(theirs[name]) for name in shared):
+        known.layout, known.reason = None, "its weights make the queries and keys of several calls in different ways"
+    return True
 
 
 def _of_call(

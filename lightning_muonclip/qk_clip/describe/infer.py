@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from lightning_muonclip.qk_clip.describe.isolate import Isolated, Run
-from lightning_muonclip.qk_clip.describe.layout import KINDS, NO_HEAD
+from lightning_muonclip.qk_clip.describe.layout import KEY_KINDS, KINDS, NO_HEAD, QUERY_KINDS
 from lightning_muonclip.qk_clip.describe.probe import MIXED, NOTHING, SIDES, Key, Output, Probe
 
 _Q, _K, _V, _REST = range(len(SIDES))
+_LEFT = KINDS.index("*")
 _OTHER_ORDER = "its query heads share key heads in another order than one after the other"
 
 
@@ -42,6 +43,20 @@ class Table:
     kinds: Tensor
     heads: Tensor
     offset: float = 0.0
+
+    @property
+    def scaled(self) -> Tensor:
+        """Whether each channel makes queries or keys."""
+        return self.kinds != _LEFT
+
+    def overlaps(self, other: Table) -> bool:
+        """Whether some channel makes queries or keys of both."""
+        return self.dims != other.dims or bool((self.scaled & other.scaled).any())
+
+    def equals(self, other: Table) -> bool:
+        """Whether both scale the same channels for the same heads."""
+        same = self.dims == other.dims and self.offset == other.offset and torch.equal(self.kinds, other.kinds)
+        return same and torch.equal(self.heads[self.scaled], other.heads[other.scaled])
 
 
 @dataclass(eq=False)
@@ -74,6 +89,26 @@ class Layout:
     def lacks_keys(self) -> bool:
         """Whether no parameter of the module makes the keys."""
         return any("no parameter makes its keys" in note for note in self.notes)
+
+    @property
+    def sides(self) -> str:
+        """Which sides scale: "qk", "q" or "k"."""
+        kinds = {KINDS[kind][0] for _, table in self.tables for kind in table.kinds.unique().tolist()}
+        return "".join(side for side in "qk" if side in kinds)
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether one weight makes queries and keys at once."""
+        return any(a[0] == b[0] and a[1].overlaps(b[1]) for a, b in itertools.combinations(self.tables, 2))
+
+    def queries_alone(self, why: str) -> None:
+        """Leaves the keys alone; the queries take the whole factor."""
+        for _, table in self.tables:
+            is_key = torch.isin(table.kinds, torch.tensor([KINDS.index(kind) for kind in KEY_KINDS]))
+            is_query = torch.isin(table.kinds, torch.tensor([KINDS.index(kind) for kind in QUERY_KINDS]))
+            table.kinds = table.kinds.masked_fill(is_key, _LEFT).masked_fill(is_query, KINDS.index("q"))
+        self.own_channels = None
+        self.notes.append(why)
 
 
 @dataclass(eq=False)
@@ -308,8 +343,8 @@ class Heads:
         channels = query.outputs[0].tensor.shape[-1]
         for name, table in layout.tables:
             param = self.probe.params[name]
-            heads = table.heads[table.kinds != KINDS.index("*")].unique().numel()
-            scaled = int((table.kinds != KINDS.index("*")).sum()) * param.numel() // max(1, table.kinds.numel())
+            heads = table.heads[table.scaled].unique().numel()
+            scaled = int(table.scaled.sum()) * param.numel() // max(1, table.kinds.numel())
             if scaled > channels * max(1, heads):
                 return False
         return True
@@ -328,13 +363,12 @@ class Heads:
         """Enters channels of a parameter into a layout."""
         key = side.keys[name]
         chosen = self._private(side, key) if where is None else where
-        left = KINDS.index("*")
         table = next((own for other, own in layout.tables if other == name and own.dims == key[1]), None)
-        if table is None or (kind != "*" and bool((table.kinds[chosen] != left).any())):
-            kinds = torch.full(chosen.shape, left)
+        if table is None or (kind != "*" and bool((table.kinds[chosen] != _LEFT).any())):
+            kinds = torch.full(chosen.shape, _LEFT)
             table = Table(key[1], kinds, torch.full_like(kinds, NO_HEAD), offset)
             layout.tables.append((name, table))
-        chosen = chosen & (table.kinds == left)
+        chosen = chosen & (table.kinds == _LEFT)
         table.kinds = torch.where(chosen, KINDS.index(kind), table.kinds)
         table.heads = torch.where(chosen, side.heads[key] if heads is None else heads, table.heads)
 

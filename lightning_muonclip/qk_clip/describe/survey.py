@@ -73,7 +73,7 @@ class Survey:
         def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
             if any(param.is_floating_point() for param in module.parameters()):
                 with DetachedCopies():
-                    args, kwargs = tree_map(_kept, (args, kwargs))
+                    args, kwargs = tree_map(kept, (args, kwargs))
             else:
                 args, kwargs = (), {}
             self._stack.append(Frame(name, module, args, kwargs))
@@ -130,6 +130,7 @@ def _flat(args: Any) -> Any:
             yield from (item for item in arg if isinstance(item, Tensor))
 
 
-def _kept(leaf: Any) -> Any:
+def kept(leaf: Any) -> Any:
+    """What a forward is given, to be given again."""
     # A cache is written to in the forward; a tensor is not.
     return leaf.detach() if isinstance(leaf, Tensor) else leaf if isinstance(leaf, nn.Module) else copy.deepcopy(leaf)
