@@ -18,7 +18,16 @@ from lightning_muonclip.qk_clip.describe.survey import Frame
 
 @dataclass(eq=False)
 class Found:
-    """One attention: the module whose parameters make its queries, and the layout or the reason why there is none."""
+    """One attention: the module whose parameters make its queries, and the layout or the reason why there is none.
+
+    Attributes:
+        name: Of the module.
+        module: The module.
+        calls: Numbers of the attention calls in the survey.
+        layout: The heads and their channels.
+        reason: Why there is no layout.
+        elsewhere: Whether a module around it may tell.
+    """
 
     name: str
     module: nn.Module
@@ -26,6 +35,7 @@ class Found:
     layout: Layout | None = None
     reason: str = ""
     softmaxes: tuple[Softmax, ...] = ()
+    elsewhere: bool = False
 
 
 def describe(calls: Sequence[Sequence[Frame]]) -> list[Found]:
@@ -42,10 +52,31 @@ def describe(calls: Sequence[Sequence[Frame]]) -> list[Found]:
     found: list[Found] = []
     for number, stack in enumerate(calls):
         own = _of_call(number, stack, inside, known)
+        own = next((other for other in found if other is own or _is_again(other, own)), own)
         if own not in found:
             found.append(own)
         own.calls.append(number)
     return found
+
+
+def _is_again(known: Found, own: Found) -> bool:
+    """Whether an attention is a known one, in a further forward of its module."""
+    if known.module is not own.module or known is own:
+        return known is own
+    if known.layout is None or own.layout is None:
+        return known.layout is own.layout and known.reason == own.reason
+    ours, theirs = (
+        {name: table for name, table in of.tables if table.scaled.any()} for of in (known.layout, own.layout)
+    )
+    shared = [name for name in ours.keys() & theirs.keys() if ours[name].overlaps(theirs[name])]
+    if not shared:
+        return False
+    if known.layout.sides != own.layout.sides and "k" not in (known.layout.sides, own.layout.sides):
+        for layout in (known.layout, own.layout):
+            layout.queries_alone("its keys come from elsewhere in some of its calls")
+    if not all(ours[name].equals(theirs[name]) for name in shared):
+        known.layout, known.reason = None, "its weights make the queries and keys of several calls in different ways"
+    return True
 
 
 def _of_call(
@@ -67,7 +98,7 @@ def _of_call(
             break
         if own.layout is not None or best.layout is None:
             best = own
-        if own.layout is None and not own.elsewhere:  # type: ignore[attr-defined]
+        if own.layout is None and not own.elsewhere:
             break
     return best
 
@@ -84,31 +115,26 @@ def _run(frame: Frame) -> tuple[Isolated, Run]:
 
 def _analyse(frame: Frame, count: int) -> list[Found]:
     """One for each of the calls of a module."""
-
-    def refused(reason: str, elsewhere: bool) -> list[Found]:
-        own = Found(frame.name, frame.module, reason=reason)
-        own.elsewhere = elsewhere  # type: ignore[attr-defined]
-        return [own] * count
-
     try:
         isolated, run = _run(frame)
         if run.calls and len(run.calls) != count:
-            return refused(f"it makes {count} attention calls, of which {len(run.calls)} can be followed", False)
+            raise Unclear(f"it makes {count} attention calls, of which {len(run.calls)} can be followed")
         heads = Heads(isolated, run)
-        found: list[Found | None] = [None] * count
+        found: list[Found] = [Found(frame.name, frame.module)] * count
         for calls in heads.sites():
             own = Found(frame.name, frame.module)
-            own.elsewhere = False  # type: ignore[attr-defined]
             try:
                 own.layout = proven(isolated, run, heads.layouts(calls))
                 if any("softmax" in run.calls[call].source for call in calls):
                     own.softmaxes = locate(isolated)
+                heads.enter_values(own.layout)
             except Unclear as unclear:
-                own.reason, own.elsewhere = unclear.reason, unclear.elsewhere  # type: ignore[attr-defined]
+                own.reason, own.elsewhere = unclear.reason, unclear.elsewhere
             for number in calls:
                 found[number] = own
-        return found  # type: ignore[return-value]
+        return found
     except Unclear as unclear:
-        return refused(unclear.reason, unclear.elsewhere)
+        reason, elsewhere = unclear.reason, unclear.elsewhere
     except (RuntimeError, TypeError, ValueError, AttributeError, LookupError, NotImplementedError) as error:
-        return refused(f"it cannot be run alone: {type(error).__name__}: {str(error)[:160]}", True)
+        reason, elsewhere = f"it cannot be run alone: {type(error).__name__}: {str(error)[:160]}", True
+    return [Found(frame.name, frame.module, reason=reason, elsewhere=elsewhere)] * count

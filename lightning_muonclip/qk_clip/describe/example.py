@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from lightning_muonclip.qk_clip.describe.describe import Found, describe
+from lightning_muonclip.qk_clip.describe.gate import gate
 from lightning_muonclip.qk_clip.describe.isolate import apart
 from lightning_muonclip.qk_clip.describe.layout import ChannelMap
 from lightning_muonclip.qk_clip.describe.spec import AttentionSpec, Projection
-from lightning_muonclip.qk_clip.describe.survey import Survey
+from lightning_muonclip.qk_clip.describe.survey import Frame, Survey
 
 #: Positional and keyword arguments of a model.
 Example = tuple[Sequence[Any], Mapping[str, Any]]
@@ -46,6 +47,7 @@ def attention_on(model: nn.Module, example: Example) -> list[Found]:
         for buffer, before in buffers:
             buffer.copy_(before)
     found = describe(survey.calls)
+    gate(Frame("", model, args, kwargs), found)
     for own in found:
         spread = [name for name, table in own.layout.tables if len(table.dims) != 1] if own.layout is not None else []
         if spread:

@@ -6,16 +6,19 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from lightning_muonclip.qk_clip.describe.isolate import Isolated, Run
-from lightning_muonclip.qk_clip.describe.layout import KINDS, NO_HEAD
+from lightning_muonclip.qk_clip.describe.layout import KEY_KINDS, KINDS, NO_HEAD, QUERY_KINDS
 from lightning_muonclip.qk_clip.describe.probe import MIXED, NOTHING, SIDES, Key, Output, Probe
 from lightning_muonclip.qk_clip.describe.spec import HeadAxis
 
 _Q, _K, _V, _REST = range(len(SIDES))
+_LEFT = KINDS.index("*")
+_OTHER_ORDER = "its query heads share key heads in another order than one after the other"
 
 
 class Unclear(Exception):  # noqa: N818
@@ -41,6 +44,20 @@ class Table:
     kinds: Tensor
     heads: Tensor
     offset: float = 0.0
+
+    @property
+    def scaled(self) -> Tensor:
+        """Whether each channel makes queries or keys."""
+        return self.kinds != _LEFT
+
+    def overlaps(self, other: Table) -> bool:
+        """Whether some channel makes queries or keys of both."""
+        return self.dims != other.dims or bool((self.scaled & other.scaled).any())
+
+    def equals(self, other: Table) -> bool:
+        """Whether both scale the same channels for the same heads."""
+        same = self.dims == other.dims and self.offset == other.offset and torch.equal(self.kinds, other.kinds)
+        return same and torch.equal(self.heads[self.scaled], other.heads[other.scaled])
 
 
 @dataclass(eq=False)
@@ -76,6 +93,26 @@ class Layout:
         """Whether no parameter of the module makes the keys."""
         return any("no parameter makes its keys" in note for note in self.notes)
 
+    @property
+    def sides(self) -> str:
+        """Which sides scale: "qk", "q" or "k"."""
+        kinds = {KINDS[kind][0] for _, table in self.tables for kind in table.kinds.unique().tolist()}
+        return "".join(side for side in "qk" if side in kinds)
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether one weight makes queries and keys at once."""
+        return any(a[0] == b[0] and a[1].overlaps(b[1]) for a, b in itertools.combinations(self.tables, 2))
+
+    def queries_alone(self, why: str) -> None:
+        """Leaves the keys alone; the queries take the whole factor."""
+        for _, table in self.tables:
+            is_key = torch.isin(table.kinds, torch.tensor([KINDS.index(kind) for kind in KEY_KINDS]))
+            is_query = torch.isin(table.kinds, torch.tensor([KINDS.index(kind) for kind in QUERY_KINDS]))
+            table.kinds = table.kinds.masked_fill(is_key, _LEFT).masked_fill(is_query, KINDS.index("q"))
+        self.own_channels = None
+        self.notes.append(why)
+
 
 @dataclass(eq=False)
 class _Side:
@@ -107,9 +144,14 @@ class Heads:
         self.isolated, self.run = isolated, run
         self.probe = probe = Probe(isolated, run)
         self.side = probe.coordinates(lambda output: output.side, len(SIDES))
-        self.feeds_rest = probe.coordinates(lambda output: int(output.side in (_V, _REST)), 2)
         self.call = probe.coordinates(lambda output: output.call, len(run.calls)) if len(run.calls) > 1 else None
         self._axes: dict[int, dict[Key, Tensor]] = {}
+
+    @cached_property
+    def makes_both(self) -> dict[Key, Tensor]:
+        """Channels that feed queries and keys, and nothing else."""
+        rest = self.probe.coordinates(lambda output: int(output.side in (_V, _REST)), 2)
+        return {key: (own == MIXED) & (rest[key] == 0) for key, own in self.side.items()}
 
     def sites(self) -> list[list[int]]:
         """The calls, those together that share the weights of their heads."""
@@ -146,30 +188,43 @@ class Heads:
             if self.run.calls[call].problem:
                 raise Unclear(self.run.calls[call].problem)
         query, key = self._sides(calls)
-        query_sets, key_sets = self._scaling(query), self._scaling(key)
-        if query_sets and not key_sets:
+        group = _group(query, key)
+        is_in_order = group == [head * key.count // query.count for head in range(query.count)]
+        query_sets, key_sets = self._scaling(query), self._scaling(key) if is_in_order else []
+        if query_sets and is_in_order and not key_sets:
             yield from self._rotated_apart(calls, query, key, query_sets)
         for chosen in itertools.islice(itertools.product(query_sets or [()], key_sets or [()]), 12):
-            layout = self._empty(calls, query, key)
+            layout = _new(calls, query, key)
             if not any(chosen):
                 continue
             for side, names in zip((query, key), chosen):
                 for name in names:
                     self._add(layout, side, name, "q" if side is query else "k")
             if not all(chosen):
-                layout.notes.append(self._why_not(key if chosen[0] else query))
+                layout.notes.append(self._why_not(key if chosen[0] else query) if is_in_order else _OTHER_ORDER)
             layout.qk_norm = self._is_norm(layout, query)
             yield layout
+        if not is_in_order and not query_sets:
+            raise Unclear(f"{self._why_not(query)}; {_OTHER_ORDER}")
         if not query_sets and not key_sets:
             yield from self._tied(calls, query, key)
             yield from self._shared_gains(calls, query, key)
             if self._is_normalized(query) or self._is_normalized(key):
-                watched = self._empty(calls, query, key)
+                watched = _new(calls, query, key)
                 watched.qk_norm = True
                 yield watched
             raise Unclear(f"{self._why_not(query)}; {self._why_not(key)}")
 
     # Heads ----------------------------------------------------------------------------------------------------------
+
+    def enter_values(self, layout: Layout) -> None:
+        """Enters the head of every channel that feeds the values of one head alone."""
+        if not self.probe.of(_V, layout.calls):
+            return
+        value = self._side_of(_V, layout.calls)
+        self._find_keys(value)
+        for name in value.keys:
+            self._add(layout, value, name, "*")
 
     def _sides(self, calls: list[int]) -> tuple[_Side, _Side]:
         query, key = (self._side_of(side, calls) for side in (_Q, _K))
@@ -187,13 +242,7 @@ class Heads:
                 raise Unclear(f"its {what} are not finite on these inputs")
             if bool((sizes == 0).any()):
                 raise Unclear(f"the {what} of head {int((sizes == 0).nonzero()[0])} are zero on these inputs")
-            for k in side.heads:
-                private = self._private(side, k)
-                if private.any() and (
-                    k[0] not in side.keys
-                    or private.float().mean() > self._private(side, side.keys[k[0]]).float().mean()
-                ):
-                    side.keys[k[0]] = k
+            self._find_keys(side)
             for name, k in side.keys.items():
                 private = self._private(side, k)
                 share = torch.zeros_like(sizes).index_add_(
@@ -201,6 +250,15 @@ class Heads:
                 )
                 side.shares[name] = share / sizes
         return query, key
+
+    def _find_keys(self, side: _Side) -> None:
+        """Where the channels of every parameter lie: along the dimensions on which most of them feed one head."""
+        for key in side.heads:
+            private = self._private(side, key).float().mean()
+            if private > 0 and (
+                key[0] not in side.keys or private > self._private(side, side.keys[key[0]]).float().mean()
+            ):
+                side.keys[key[0]] = key
 
     def _side_of(self, side: int, calls: list[int]) -> _Side:
         outputs = self.probe.of(side, calls)
@@ -254,13 +312,15 @@ class Heads:
 
     def _is_told(self, side: int, calls: list[int], coordinates: dict[Key, Tensor], count: int) -> bool:
         """Whether channels tell every coordinate apart."""
-        seen: set[int] = set()
-        for key, own in coordinates.items():
-            feeds = (self.side[key] == side) | ((self.side[key] == MIXED) & (self.feeds_rest[key] == 0))
-            found = own[feeds & self._of_calls(key, calls) & (own != NOTHING)]
-            if len(found) and bool((found >= 0).all()):
-                seen |= set(found.unique().tolist())
-        return len(seen) == count
+        for feeds in (lambda key: self.side[key] == side, lambda key: self.makes_both[key]):
+            seen: set[int] = set()
+            for key, own in coordinates.items():
+                found = own[feeds(key) & self._of_calls(key, calls) & (own != NOTHING)]
+                if len(found) and bool((found >= 0).all()):
+                    seen |= set(found.unique().tolist())
+            if len(seen) == count:
+                return True
+        return False
 
     def _of_calls(self, key: Key, calls: list[int]) -> Tensor:
         """Channels that feed no other calls."""
@@ -274,14 +334,6 @@ class Heads:
         number = side.outputs[0].side
         calls = sorted({output.call for output in side.outputs})
         return (side.heads[key] >= 0) & (self.side[key] == number) & self._of_calls(key, calls)
-
-    def _empty(self, calls: list[int], query: _Side, key: _Side) -> Layout:
-        group = _group(query, key)
-        if group != [head * key.count // query.count for head in range(query.count)]:
-            raise Unclear(
-                f"its {query.count} query heads share {key.count} key heads in another order than one after the other"
-            )
-        return Layout(calls, query.count, key.count, query.units, key.units, head_axes=query.axes or key.axes)
 
     # What scales ----------------------------------------------------------------------------------------------------
 
@@ -307,8 +359,8 @@ class Heads:
         channels = query.outputs[0].tensor.shape[-1]
         for name, table in layout.tables:
             param = self.probe.params[name]
-            heads = table.heads[table.kinds != KINDS.index("*")].unique().numel()
-            scaled = int((table.kinds != KINDS.index("*")).sum()) * param.numel() // max(1, table.kinds.numel())
+            heads = table.heads[table.scaled].unique().numel()
+            scaled = int(table.scaled.sum()) * param.numel() // max(1, table.kinds.numel())
             if scaled > channels * max(1, heads):
                 return False
         return True
@@ -327,12 +379,12 @@ class Heads:
         """Enters channels of a parameter into a layout."""
         key = side.keys[name]
         chosen = self._private(side, key) if where is None else where
-        left = KINDS.index("*")
         table = next((own for other, own in layout.tables if other == name and own.dims == key[1]), None)
-        if table is None or bool((table.kinds[chosen] != left).any()):
-            kinds = torch.full(chosen.shape, left)
+        if table is None or (kind != "*" and bool((table.kinds[chosen] != _LEFT).any())):
+            kinds = torch.full(chosen.shape, _LEFT)
             table = Table(key[1], kinds, torch.full_like(kinds, NO_HEAD), offset)
             layout.tables.append((name, table))
+        chosen = chosen & (table.kinds == _LEFT)
         table.kinds = torch.where(chosen, KINDS.index(kind), table.kinds)
         table.heads = torch.where(chosen, side.heads[key] if heads is None else heads, table.heads)
 
@@ -349,7 +401,7 @@ class Heads:
             masks = {name: self._private(query, query.keys[name]) for name in chosen}
             if any(bool((part[query.keys[name]][mask] < 0).any()) for name, mask in masks.items()):
                 continue
-            layout = self._empty(calls, query, key)
+            layout = _new(calls, query, key)
             layout.own_channels = own
             for name, mask in masks.items():
                 self._add(layout, query, name, "qn", mask & (part[query.keys[name]] == 0))
@@ -389,26 +441,22 @@ class Heads:
             return
         degrees = []
         for side in (query, key):
-            gradients = self.probe.gradients_of(side.outputs)
             sizes = _per_head([(o.tensor.detach() * o.cotangent).sum((-2, -1)) for o in side.outputs], side)
             shares: dict[Key, Tensor] = {}
-            for k in side.heads:
-                makes_both = (self.side[k] == MIXED) & (self.feeds_rest[k] == 0) & (side.heads[k] >= 0)
-                if makes_both.any() and k[0] in gradients:
-                    degree = self.probe.degree(gradients[k[0]], k)
-                    shares[k] = (
-                        torch.zeros_like(sizes).index_add_(0, side.heads[k][makes_both], degree[makes_both].to(sizes))
-                        / sizes
-                    )
+            for k, share in self.probe.shares_of(side.outputs).items():
+                both = self.makes_both[k] & (side.heads[k] >= 0)
+                if both.any():
+                    whole = torch.zeros_like(sizes).index_add_(0, side.heads[k][both], share[both].to(sizes))
+                    shares[k] = whole / sizes
             degrees.append(shares)
         keys = [k for k in degrees[0] if k in degrees[1] and torch.equal(query.heads[k], key.heads[k])]
         names = {k[0] for k in keys}
         if not keys or len(names) != len(keys) or not self._is_one(torch.stack([degrees[0][k] for k in keys]).sum(0)):
             return
         if self._is_one(torch.stack([degrees[1][k] for k in keys]).sum(0)):
-            layout = self._empty(calls, query, key)
+            layout = _new(calls, query, key)
             for k in keys:
-                makes_both = (self.side[k] == MIXED) & (self.feeds_rest[k] == 0) & (query.heads[k] >= 0)
+                makes_both = self.makes_both[k] & (query.heads[k] >= 0)
                 for side, kind in ((query, "q"), (key, "k")):
                     side.keys[k[0]] = k
                     self._add(layout, side, k[0], kind, makes_both)
@@ -416,7 +464,7 @@ class Heads:
 
     def _shared_gains(self, calls: list[int], query: _Side, key: _Side) -> Iterator[Layout]:
         """The gains of norms, which scale all heads of a side at once."""
-        layout = self._empty(calls, query, key)
+        layout = _new(calls, query, key)
         layout.qk_norm = True
         for side, kind in ((query, "q"), (key, "k")):
             whole = float(sum((o.tensor.detach() * o.cotangent).sum() for o in side.outputs))
@@ -425,7 +473,7 @@ class Heads:
                 if self.probe.params[name].ndim != 1 or k not in self.side:
                     continue
                 own = (self.side[k] == side.outputs[0].side) & self._of_calls(k, calls)
-                total = self.probe.shares[k][own].sum() + offset * self.probe.slopes[k][own].sum()
+                total = self.probe.shares[k][own].sum() + offset * self.probe.slopes[name][own].sum()
                 if own.any() and self._is_one(total / whole):
                     side.keys[name] = k
                     self._add(
@@ -451,6 +499,10 @@ class Heads:
         if self._is_normalized(side):
             return f"its {what} stay as they are when their weights are scaled: they are normalized (degrees {degrees})"
         return f"its {what} do not scale with their weights (degrees {degrees})"
+
+
+def _new(calls: list[int], query: _Side, key: _Side) -> Layout:
+    return Layout(calls, query.count, key.count, query.units, key.units, head_axes=query.axes or key.axes)
 
 
 def _along(output: Output, index: Tensor, axis: int) -> Tensor:

@@ -12,6 +12,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,13 +57,14 @@ class Probe:
 
     Attributes:
         outputs: Of the run.
+        params: The parameters that queries, keys or values depend on.
+        keys: Wherever their channels may lie.
         shares: For every key, ``<gradient, weight>`` of each channel: by Euler's theorem, channels for which it sums up to
             ``<output, cotangent>`` scale the output when they are scaled.
-        slopes: For every key, the sum of each channel's gradient.
+        slopes: The gradients of vectors.
     """
 
     def __init__(self, isolated: Isolated, run: Run) -> None:
-        self.params = isolated.params
         is_double = isolated.dtype is torch.float64
         self.tolerance = 1e-6 if is_double else 2e-3
         self._noise = 1e-10 if is_double else 1e-5
@@ -74,13 +76,19 @@ class Probe:
                 self._add(1, number, key)
             if call.value is not None:
                 self._add(2, number, call.value)
+        reached = _variables([output.tensor.grad_fn for output in self.outputs])
         for tensor in run.rest:
             self._add(3, 0, tensor)
-        self._projections = {key: self._projection(key) for name, p in self.params.items() for key in _keys(name, p)}
+        self.params = {name: p for name, p in isolated.params.items() if p in reached}
+        self._random = {
+            name: [torch.randn(size, 2, generator=self._generator).to(p) for size in p.shape]
+            for name, p in self.params.items()
+        }
         gradients = self._gradients([output.cotangent for output in self.outputs])
-        self.shares = {key: self.degree(gradients[key[0]], key) for key in self._projections if key[0] in gradients}
-        self.slopes = {key: _onto(gradients[key[0]], key[1]).sum(-1) for key in self.shares}
+        self.keys = [key for name in gradients for key in _keys(name, self.params[name])]
+        self.slopes = {name: gradient for name, gradient in gradients.items() if gradient.ndim == 1}
         self._base = self._projected(gradients)
+        self.shares = self._shares(gradients)
 
     def of(self, side: int, calls: Sequence[int]) -> list[Output]:
         """The outputs of one side in these calls."""
@@ -104,16 +112,15 @@ class Probe:
                     both = before + digit * _BASE**place
                     digit = torch.where((before < 0) | (digit < 0), torch.minimum(before, digit), both)
                 found[key] = digit
+            if all(bool((own < 0).all()) for own in found.values()):
+                break  # no channel feeds one coordinate alone
         return {key: torch.where(own >= count, MIXED, own) for key, own in found.items()}
 
-    def degree(self, gradient: Tensor, key: Key) -> Tensor:
-        """``<gradient, weight>`` of each channel."""
-        name, dims = key
-        return _onto(gradient * self.params[name].detach(), dims).sum(-1)
-
-    def gradients_of(self, outputs: Sequence[Output]) -> dict[str, Tensor]:
-        """Gradients of some outputs alone."""
-        return self._gradients([o.cotangent if o in outputs else torch.zeros_like(o.cotangent) for o in self.outputs])
+    def shares_of(self, outputs: Sequence[Output]) -> dict[Key, Tensor]:
+        """:attr:`shares` of some outputs alone."""
+        return self._shares(
+            self._gradients([o.cotangent if o in outputs else torch.zeros_like(o.cotangent) for o in self.outputs])
+        )
 
     def _add(self, side: int, call: int, tensor: Tensor) -> None:
         random = torch.randn(tensor.shape, generator=self._generator).to(tensor)
@@ -129,19 +136,24 @@ class Probe:
         found = torch.autograd.grad(tensors, list(self.params.values()), weights, retain_graph=True, allow_unused=True)
         return {name: grad for name, grad in zip(self.params, found) if grad is not None}
 
-    def _projection(self, key: Key) -> Tensor:
-        name, dims = key
-        param = self.params[name]
-        others = math.prod(size for dim, size in enumerate(param.shape) if dim not in dims)
-        # Two, since with one some of thousands of channels look as if they fed one coordinate, by chance.
-        return torch.randn(others, 2, generator=self._generator).to(param)
+    def _shares(self, gradients: dict[str, Tensor]) -> dict[Key, Tensor]:
+        products = {name: gradient * self.params[name].detach() for name, gradient in gradients.items()}
+        return {key: _summed(products[key[0]], key[1]) for key in self.keys if key[0] in products}
 
     def _projected(self, gradients: dict[str, Tensor]) -> dict[Key, Tensor]:
-        return {
-            (name, dims): _onto(gradients[name], dims) @ projection
-            for (name, dims), projection in self._projections.items()
-            if name in gradients
-        }
+        """Random numbers for every channel, two: with one, some of thousands look as if they fed one coordinate, by chance."""
+        found: dict[Key, Tensor] = {}
+        for key in self.keys:
+            name, dims = key
+            x, letters = gradients[name], "abcdefgh"[: gradients[name].ndim]
+            kept = "".join(letters[dim] for dim in dims)
+            others = [dim for dim in range(x.ndim) if dim not in dims]
+            if not others:
+                found[key] = x[..., None].expand(*x.shape, 2)
+                continue
+            equation = ",".join([letters, *(f"{letters[dim]}z" for dim in others)]) + f"->{kept}z"
+            found[key] = torch.einsum(equation, x, *(self._random[name][dim] for dim in others))
+        return found
 
     def _digits(self, weighted: Tensor, base: Tensor) -> Tensor:
         size = base.abs().amax(-1)
@@ -160,10 +172,25 @@ def _keys(name: str, param: Tensor) -> list[Key]:
     return [(name, dims) for dims in (*singles, *pairs)]
 
 
-def _onto(x: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """Shape (*sizes of dims, everything else)."""
+def _summed(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """The sum over all other dimensions."""
     others = [dim for dim in range(x.ndim) if dim not in dims]
-    return x.permute(*dims, *others).reshape([x.shape[dim] for dim in dims] + [-1])
+    return x.sum(others) if others else x
+
+
+def _variables(nodes: list[Any]) -> set[Tensor]:
+    """The leaves of an autograd graph."""
+    found: set[Tensor] = set()
+    seen: set[Any] = set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.add(node.variable)
+        nodes += [child for child, _ in node.next_functions]
+    return found
 
 
 def _digit(index: Tensor | int, place: int) -> Tensor | float:
@@ -172,12 +199,6 @@ def _digit(index: Tensor | int, place: int) -> Tensor | float:
 
 
 def _equal_slices(x: Tensor, axis: int) -> Tensor:
-    flat = x.movedim(axis, 0).flatten(1)
-    index = torch.arange(len(flat))
-    first: list[int] = []
-    for i, own in enumerate(flat):
-        match = next((j for j, k in enumerate(first) if torch.equal(flat[k], own)), None)
-        if match is None:
-            first.append(i)
-        index[i] = len(first) - 1 if match is None else match
-    return index
+    _, index = x.movedim(axis, 0).reshape(x.shape[axis], -1).unique(dim=0, return_inverse=True)
+    first = (index == torch.arange(int(index.max()) + 1)[:, None]).int().argmax(1)  # numbered in the order of the axis
+    return first.argsort().argsort()[index]

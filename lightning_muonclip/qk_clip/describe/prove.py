@@ -31,7 +31,7 @@ class Trial:
 
         heads, groups = layout.num_heads, layout.num_key_value_heads
         self._factors = {"q": draw(heads), "k": draw(groups), "qr": draw(heads)}
-        if any((table.heads[table.kinds != KINDS.index("*")] < 0).any() for _, table in layout.tables):
+        if any((table.heads[table.scaled] < 0).any() for _, table in layout.tables):
             self._factors = {
                 kind: own[:1].expand(len(own)) for kind, own in self._factors.items()
             }  # shared by all heads

@@ -56,6 +56,8 @@ class Survey:
         for name, module in self._model.named_modules():
             self._handles.append(module.register_forward_pre_hook(self._entering(name), with_kwargs=True))
             self._handles.append(module.register_forward_hook(self._leave, always_call=True))
+        self._eager = torch.compiler.set_stance("force_eager")
+        self._eager.__enter__()
         self._count.__enter__()
         return self
 
@@ -63,6 +65,7 @@ class Survey:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._count.__exit__(kind, error, trace)
+        self._eager.__exit__(kind, error, trace)
         for handle in self._handles:
             handle.remove()
 
@@ -70,7 +73,7 @@ class Survey:
         def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
             if any(param.is_floating_point() for param in module.parameters()):
                 with DetachedCopies():
-                    args, kwargs = tree_map(_kept, (args, kwargs))
+                    args, kwargs = tree_map(kept, (args, kwargs))
             else:
                 args, kwargs = (), {}
             self._stack.append(Frame(name, module, args, kwargs))
@@ -83,7 +86,7 @@ class Survey:
 
 
 class _Count(TorchDispatchMode):
-    """Calls back for every fused attention kernel and every softmax over a batched product, whatever code they are in."""
+    """Calls back for every fused attention kernel and every softmax (or exponential) over a batched product, in any code."""
 
     supports_higher_order_operators = True
 
@@ -100,7 +103,7 @@ class _Count(TorchDispatchMode):
             return func(*args, **kwargs)
         name = func._schema.name.partition("::")[2]
         sizes = [self._products[arg] for arg in _flat(args) if arg in self._products]
-        is_softmax = name in ("_softmax", "_safe_softmax")
+        is_softmax = name in ("_softmax", "_safe_softmax", "exp")
         if (
             "scaled_dot_product" in name
             or "flash_attention" in name
@@ -127,6 +130,7 @@ def _flat(args: Any) -> Any:
             yield from (item for item in arg if isinstance(item, Tensor))
 
 
-def _kept(leaf: Any) -> Any:
+def kept(leaf: Any) -> Any:
+    """What a forward is given, to be given again."""
     # A cache is written to in the forward; a tensor is not.
     return leaf.detach() if isinstance(leaf, Tensor) else leaf if isinstance(leaf, nn.Module) else copy.deepcopy(leaf)

@@ -1,0 +1,199 @@
+"""Checks layouts on the whole model, with its own weights and kernels: what no factor may reach must not change in a bit.
+
+Where both sides scale, queries are multiplied by powers of two and keys divided by them, in all attention at once. What
+notices uses the keys elsewhere, through a cache for example; then the queries alone are scaled. Where one side scales, the
+model runs with constants in place of its attention, which is all that may notice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate
+from torch.utils._pytree import tree_leaves, tree_map
+
+from lightning_muonclip.qk_clip.describe.describe import Found
+from lightning_muonclip.qk_clip.describe.infer import Layout, spread
+from lightning_muonclip.qk_clip.describe.isolate import DetachedCopies, apart
+from lightning_muonclip.qk_clip.describe.layout import KINDS
+from lightning_muonclip.qk_clip.describe.survey import Frame, kept
+from lightning_muonclip.qk_clip.describe.trace import Product, Trace, tracing
+
+_ELSEWHERE = "its keys are used elsewhere in the model too"
+
+
+@torch.no_grad()
+def gate(root: Frame, found: Sequence[Found]) -> None:
+    """Changes the layouts of a model that does not stand by them: queries alone, or none at all.
+
+    Args:
+        root: The model and its inputs, the first frame of a survey.
+        found: What was described.
+    """
+    _refuse_ties(root.module, found)
+    with _undisturbed(root.module), _rounded_gains(found):
+        trials = _Trials(root)
+        for own in trials.noticed([own for own in _described(found) if _takes_both(own.layout)]):
+            own.layout.queries_alone(_ELSEWHERE)  # type: ignore[union-attr]
+        for own in trials.noticed([own for own in _described(found) if not _takes_both(own.layout)], False):
+            own.layout, own.reason = None, "what makes its queries or keys is used elsewhere in the model too"
+
+
+class _Trials:
+    """Forwards of a model whose weights are scaled for a while."""
+
+    def __init__(self, root: Frame) -> None:
+        self._root = root
+        self._products: Sequence[Product] = ()
+        self._plain: dict[bool, list[Tensor]] = {}
+
+    def noticed(self, found: Sequence[Found], attends: bool = True) -> list[Found]:
+        """Those whose factors the outputs notice; half of them is tried at a time."""
+        if not found:
+            return []
+        if attends not in self._plain:
+            self._plain[attends] = self._run(attends)
+        with _scaled(found):
+            after = self._run(attends)
+        if len(after) == len(self._plain[attends]) and all(map(_same, self._plain[attends], after)):
+            return []
+        half = len(found) // 2
+        return (self.noticed(found[:half], attends) + self.noticed(found[half:], attends) if half else []) or list(
+            found
+        )
+
+    def _run(self, attends: bool) -> list[Tensor]:
+        with DetachedCopies():
+            args, kwargs = tree_map(kept, (self._root.args, self._root.kwargs))
+        with apart(self._root.module):
+            torch.clear_autocast_cache()
+            torch.manual_seed(0)
+            if attends:
+                return _numbers(self._root.module(*args, **kwargs))
+            trace = Trace((args, kwargs), self._products)
+            with torch.enable_grad(), tracing(trace):
+                output = self._root.module(*args, **kwargs)
+            self._products = self._products or trace.products
+            return _numbers(output)
+
+
+def _described(found: Sequence[Found]) -> list[Found]:
+    return [own for own in found if own.layout is not None]
+
+
+def _takes_both(layout: Layout | None) -> bool:
+    return layout is not None and layout.sides == "qk" and not layout.is_tied
+
+
+@contextmanager
+def _scaled(found: Sequence[Found]) -> Iterator[None]:
+    """Queries times powers of two; keys over them, where both sides scale. A weight of several attentions is scaled once."""
+    factors: dict[Tensor, tuple[Tensor, float]] = {}
+    for own in found:
+        assert own.layout is not None
+        for name, table in own.layout.tables:
+            param = own.module.get_parameter(name)
+            if table.scaled.any() and param not in factors:
+                factors[param] = _factor(own.layout, name, param), table.offset
+    before: dict[Tensor, Tensor] = {}
+    try:
+        for param, (factor, offset) in factors.items():
+            scaled = (param + offset) * factor - offset
+            if not torch.equal((scaled + offset) / factor - offset, param):  # subnormal numbers, rounded away
+                before[param] = param.detach().clone()
+            param.copy_(scaled)
+        yield
+    finally:
+        for param, (factor, offset) in factors.items():
+            param.copy_(before[param] if param in before else (param + offset) / factor - offset)
+
+
+def _factor(layout: Layout, name: str, param: Tensor) -> Tensor:
+    group = torch.arange(layout.num_key_value_heads)
+    of_key = torch.exp2((1 + group % 3) * (-1.0) ** group)
+    of_query = of_key.repeat_interleave(layout.num_heads // layout.num_key_value_heads)
+    factor = torch.ones(())
+    for own, table in layout.tables:
+        if own != name:
+            continue
+        part = torch.ones(table.kinds.shape)
+        for kind, values in (("q", of_query), ("qn", of_query), ("k", 1 / of_key), ("kn", 1 / of_key)):
+            chosen = table.kinds == KINDS.index(kind)
+            part[chosen] = values[table.heads[chosen].clamp_min(0)]
+        if layout.is_tied:
+            part = part.maximum(1 / part)
+        factor = spread(part, table.dims, param)
+    factor = factor.to(param.device, param.dtype)
+    if isinstance(param, DTensor):
+        mesh = param.device_mesh
+        return DTensor.from_local(factor, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return factor
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Evaluates the model, and puts back its modes and buffers."""
+    modes = {module: module.training for module in model.modules()}
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        for module in modes:
+            module.training = False  # not eval(), by which some modules merge their weights
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+        for module, mode in modes.items():
+            module.training = mode
+        for buffer, before in buffers:
+            buffer.copy_(before)
+
+
+@contextmanager
+def _rounded_gains(found: Sequence[Found]) -> Iterator[None]:
+    """Gains that the module adds a number to lose their last digits, so that the factors are exact."""
+    params = {own.module.get_parameter(n) for own in _described(found) for n, t in own.layout.tables if t.offset}  # type: ignore[union-attr]
+    before = {param: param.detach().clone() for param in params}
+    try:
+        for param in params:
+            param.copy_((param * 64).round() / 64)
+        yield
+    finally:
+        for param, value in before.items():
+            param.copy_(value)
+
+
+def _refuse_ties(model: nn.Module, found: Sequence[Found]) -> None:
+    """Refuses weights that something else uses too; several attentions may, if they use them alike."""
+    owners: dict[Tensor, list[str]] = {}
+    for path, module in model.named_modules():
+        for name, param in module.named_parameters(recurse=False):
+            owners.setdefault(param, []).append(f"{path}.{name}".lstrip("."))
+    for own in _described(found):
+        for name, table in own.layout.tables:  # type: ignore[union-attr]
+            if not table.scaled.any():
+                continue
+            param, prefix = own.module.get_parameter(name), f"{own.name}." if own.name else ""
+            alike = {
+                f"{other.name}.{path}".lstrip(".")
+                for other in _described(found)
+                for path, theirs in other.layout.tables  # type: ignore[union-attr]
+                if other.module.get_parameter(path) is param and theirs.equals(table)
+            }
+            strange = [path for path in owners[param] if not path.startswith(prefix) and path not in alike]
+            if strange:
+                own.layout, own.reason = None, f"its {name} is {strange[0]} too"
+                break
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
+
+
+def _numbers(output: Any) -> list[Tensor]:
+    """What a forward returns; a cache of keys, which is no tree, does not count."""
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
