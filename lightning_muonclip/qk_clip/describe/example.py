@@ -11,7 +11,7 @@ from torch import nn
 from lightning_muonclip.qk_clip.describe.describe import Found, describe
 from lightning_muonclip.qk_clip.describe.gate import gate
 from lightning_muonclip.qk_clip.describe.isolate import apart
-from lightning_muonclip.qk_clip.describe.layout import ChannelMap
+from lightning_muonclip.qk_clip.describe.layout import ChannelMap, layout_kinds
 from lightning_muonclip.qk_clip.describe.spec import AttentionSpec, Projection
 from lightning_muonclip.qk_clip.describe.survey import Frame, Survey
 
@@ -64,12 +64,14 @@ def spec_of(found: Found) -> AttentionSpec:
         for name, table in layout.tables
     )
     heads, groups = layout.num_heads, layout.num_key_value_heads
+    values = tuple(own for own in projections if layout_kinds(own.layout) == {"*"})
+    gains = tuple(own for own in projections if layout_kinds(own.layout) != {"*"}) if layout.qk_norm else ()
     return AttentionSpec(
-        () if layout.qk_norm else projections,
+        values if layout.qk_norm else projections,
         heads,
         groups,
         qk_norm=layout.qk_norm,
-        gains=projections if layout.qk_norm else (),
+        gains=gains,
         softmaxes=found.softmaxes,
         head_axes=layout.head_axes,
     )

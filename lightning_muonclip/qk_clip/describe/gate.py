@@ -96,7 +96,7 @@ def _scaled(found: Sequence[Found]) -> Iterator[None]:
     for own in found:
         assert own.layout is not None
         for name, table in own.layout.tables:
-            param = own.module.get_parameter(name)
+            param: Tensor = own.module.get_parameter(name)
             if table.scaled.any() and param not in factors:
                 factors[param] = _factor(own.layout, name, param), table.offset
     before: dict[Tensor, Tensor] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ class Trial:
         self._factors |= {"qn": self._factors["q"], "kn": self._factors["k"]}
         self._made = {KINDS[kind] for _, table in layout.tables for kind in table.kinds.unique().tolist()}
 
-    def factors(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
+    def factors(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What multiplies each parameter."""
         factors: dict[str, Tensor] = {}
         for name, table in self.layout.tables:

@@ -380,9 +380,10 @@ def _einsum_pair(equation: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor] |
 @contextmanager
 def _without_dispatch() -> Iterator[None]:
     """Lets a mode see the calls inside of torch's ``multi_head_attention_forward``, which else hands itself over whole."""
-    dispatches = F.has_torch_function
-    F.has_torch_function = lambda *_: False
+    functional: Any = F
+    dispatches = functional.has_torch_function
+    functional.has_torch_function = lambda *_: False
     try:
         yield
     finally:
-        F.has_torch_function = dispatches
+        functional.has_torch_function = dispatches
