@@ -30,7 +30,7 @@ def floors() -> dict[str, str]:
 
 def padded(version: str) -> str:
     """With three numbers, as releases have."""
-    return ".".join((version.split(".") + ["0", "0"])[:3])
+    return ".".join([*version.split("."), "0", "0"][:3])
 
 
 def test_the_oldest_releases_are_those_that_are_tried() -> None:

@@ -367,7 +367,7 @@ HUGGING_FACE = [
         "gpt2.GPT2Attention",
         {**_GPT, "scale_attn_by_inverse_layer_idx": True},
         implementations=(*IMPLEMENTATIONS, UPCAST),
-        truth=None,
+        truth="sdpa",
         fits=_tells_its_scale,
     ),
     hf(
@@ -377,7 +377,7 @@ HUGGING_FACE = [
         {**_GPT, "add_cross_attention": True},
         inputs=text_beside_an_encoder,
         implementations=(*IMPLEMENTATIONS, UPCAST),
-        truth=None,
+        truth="sdpa",
         fits=_tells_its_scale,
     ),
     hf("GPT-BigCode", "GPTBigCode", "gpt_bigcode.GPTBigCodeAttention", _GPT, "one key"),
