@@ -6,6 +6,7 @@ import functools
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from typing import Any
 
 import pytest
@@ -13,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from lightning_muonclip import Attention, AttentionMask, MultiheadLatentAttention
-from lightning_muonclip.qk_clip.describe.names import library
 
 BATCH, LENGTH, WIDTH, HEADS, VOCAB = 2, 10, 32, 4, 32
 IMPLEMENTATIONS = ("sdpa", "eager")
@@ -59,7 +59,8 @@ class Case:
         torch.manual_seed(0)
         model = self.make(implementation).train()
         if not self.fits(model, implementation):
-            pytest.skip(f"{library(type(model))} builds {type(model).__name__} in another way")
+            package = self.classes[0].partition(".")[0]
+            pytest.skip(f"{package} {metadata.version(package)} builds {self.family} in another way")
         randomise(model)
         return model
 
@@ -292,7 +293,7 @@ def _pretrained(model: str, config: str, options: dict[str, Any], implementation
         implementation, options = "eager", {**options, "reorder_and_upcast_attn": True}
     cls = getattr(transformers, model)
     if implementation == "sdpa" and not cls._supports_sdpa:
-        pytest.skip(f"{model} of {library(cls)} has no {implementation}")
+        pytest.skip(f"{model} of transformers {transformers.__version__} has no {implementation}")
     return cls(getattr(transformers, config)(**options, attn_implementation=implementation))
 
 
