@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_muonclip.qk_clip.describe.families import FAMILIES, SpecFn, is_active, separate
-from lightning_muonclip.qk_clip.describe.names import qualified_name, qualified_names, reading
+from lightning_muonclip.qk_clip.describe.names import ChangedClassError, qualified_name, qualified_names
 from lightning_muonclip.qk_clip.describe.spec import AttentionSpec
 
 #: The attention modules of a model by display name, in ``named_modules`` order, each with its spec.
@@ -113,9 +113,14 @@ def display_name(name: str) -> str:
 
 def _spec_of(module: nn.Module) -> AttentionSpec | None:
     for name in qualified_names(type(module)):
-        if spec_fn := _BY_CLASS.get(name):
-            with reading(type(module), "the attributes that tell its heads and projections"):
+        spec_fn = _BY_CLASS.get(name)
+        if spec_fn is not None and spec_fn is FAMILIES.get(name):
+            try:
                 return spec_fn(module)
+            except (AttributeError, LookupError, TypeError) as error:
+                raise ChangedClassError(type(module), "the attributes that give its heads", error) from error
+        if spec_fn is not None:
+            return spec_fn(module)
     for names in SEPARATE_PROJECTIONS:
         if _weight_rows(module, names[0]) and _weight_rows(module, names[1]):
             return _separate_spec(module, *names)
