@@ -17,6 +17,7 @@ from lightning_muonclip.qk_clip.describe.split import matrix_parts
 from lightning_muonclip.signatures import share_out, takes_keywords_of
 
 
+@takes_keywords_of(QKClip, Muon, but=("observer", "params", "parts"))
 class MuonClip(Muon):
     """The optimizer of Kimi K2 for a whole model: Muon for hidden matrices, AdamW for the rest, then QK-Clip.
 
@@ -55,7 +56,6 @@ class MuonClip(Muon):
         torch.Size([1, 2])
     """
 
-    @takes_keywords_of(QKClip, Muon, but=("observer", "params", "parts"))
     def __init__(
         self,
         model: nn.Module,

@@ -85,11 +85,12 @@ def start(count: int, folder: Path, function: Callable[..., Any], *args: Any) ->
 def on_ranks(count: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """What ``function(*args)`` returns on every rank, where they talk by gloo."""
     with tempfile.TemporaryDirectory() as folder:
-        return start(count, Path(folder) / "ranks", _by_gloo, function, *args).results()
+        return start(count, Path(folder) / "ranks", _by_gloo, Path(folder) / "store", function, *args).results()
 
 
-def _by_gloo(function: Callable[..., Any], *args: Any) -> Any:
-    dist.init_process_group("gloo")
+def _by_gloo(store: Path, function: Callable[..., Any], *args: Any) -> Any:
+    rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=count)
     return function(*args)
 
 

@@ -18,26 +18,35 @@ class Engine:
 
 
 class Wagon:
-    def __init__(self, size: int = 1, power: float = 0.0, *, roof: bool = False) -> None: ...
+    def __init__(self, size: int = 1, *, roof: bool = False) -> None: ...
 
 
+@takes_keywords_of(Engine, Wagon, but=("fuel",))
 class Train:
-    @takes_keywords_of(Engine, Wagon, but=("fuel",))
     def __init__(self, name: str, size: int = 7, **options: object) -> None:
         self.size, self.options = size, options
 
 
-def test_the_first_class_that_has_a_keyword_declares_it() -> None:
+def test_a_constructor_takes_the_keywords_of_what_it_builds() -> None:
     train = Train("a", 5, roof=True)
     assert str(inspect.signature(Train)) == "(name: str, size: int = 7, *, power: float = 3.0, roof: bool = False)"
     assert (train.size, train.options) == (5, {"power": 3.0, "roof": True})
-    assert share_out(train.options, Engine, Wagon) == [{"power": 3.0}, {"power": 3.0, "roof": True}]
+    assert share_out(train.options, Engine, Wagon) == [{"power": 3.0}, {"roof": True}]
+
+
+def test_two_classes_cannot_declare_one_keyword() -> None:
+    class Other:
+        def __init__(self, name: str, **options: object) -> None: ...
+
+    with pytest.raises(TypeError, match="Other would pass size to two classes"):
+        takes_keywords_of(Engine, Wagon)(Other)
 
 
 @pytest.mark.parametrize("keyword", ["fuel", "rof", "options"])
 def test_an_unknown_keyword_is_refused(keyword: str) -> None:
-    with pytest.raises(TypeError, match=f"unexpected keyword argument '{keyword}'"):
+    with pytest.raises(TypeError, match=rf"Train\(\): got an unexpected keyword argument '{keyword}'") as error:
         Train("a", **{keyword: 1})
+    assert ("did you mean 'roof'?" in str(error.value)) == (keyword == "rof")
 
 
 @pytest.mark.parametrize("cls", [MuonClipCallback, MuonClip])
@@ -62,6 +71,9 @@ def test_lightning_cli_knows_every_option(tmp_path: Path) -> None:
     )
     callback = ["--trainer.callbacks=lightning_muonclip.MuonClipCallback", "--trainer.callbacks.qk_norm=gain"]
     options = ["--trainer.callbacks.momentum=0.5", "--trainer.callbacks.lr=0.01", "--trainer.accelerator=cpu"]
+    help_command = [sys.executable, "cli.py", "--trainer.callbacks.help=lightning_muonclip.MuonClipCallback"]
+    help_text = subprocess.run(help_command, cwd=tmp_path, capture_output=True, text=True).stdout
+    assert "How a key that several query heads share" in " ".join(help_text.split())
     command = [sys.executable, "cli.py", *callback, *options]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert run.stdout.split()[-3:] == ["gain", "0.5", "0.01"], run.stderr

@@ -61,6 +61,7 @@ class ModelConfig(schema_of(GPT, "lightning_muonclip.experiment.gpt.GPT")):  # t
     """Arguments of :class:`~lightning_muonclip.experiment.gpt.GPT`; ``vocab_size`` comes from the data if it is null."""
 
     vocab_size: Optional[int] = None
+    sliding_window: Optional[list[Optional[int]]] = None
 
 
 @dataclass
@@ -86,7 +87,7 @@ class TrainConfig:
     base_hidden_size: Optional[int] = None
     lit: ScheduleConfig = field(default_factory=ScheduleConfig)
     optimizer: Any = MISSING
-    muonclip: Any = None
+    muonclip: Optional[MuonClipConfig] = None  # type: ignore[valid-type]
     trainer: Any = MISSING
     logger: Any = None
     callbacks: Any = None

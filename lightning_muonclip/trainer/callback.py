@@ -38,6 +38,7 @@ from lightning_muonclip.trainer.mixin import MaxLogitsMixin
 from lightning_muonclip.trainer.strategies import check_strategy, restores_optimizers
 
 
+@takes_keywords_of(QKClip, Muon, but=("model", "example", "observer", "process_group", "params", "parts"))
 class MuonClipCallback(Callback):
     """Trains any transformer with MuonClip: Muon for hidden matrices, the user's optimizer for the rest, QK-Clip.
 
@@ -79,7 +80,6 @@ class MuonClipCallback(Callback):
         trainer.fit(model, data)
     """
 
-    @takes_keywords_of(QKClip, Muon, but=("model", "example", "observer", "process_group", "params", "parts"))
     def __init__(
         self,
         threshold: float | None = 100.0,
@@ -168,11 +168,11 @@ class MuonClipCallback(Callback):
         """Moves the hidden matrices to Muon and starts observing, before any optimizer is restored."""
         optimizer = users_optimizer(trainer)
         routes = routes_under(optimizer, route_params(pl_module, self.exclude, self.include))
-        self._groups = FollowingGroups(optimizer, routes, self.lr, self.weight_decay)
+        self._groups = FollowingGroups(optimizer, routes)
         attention, _ = recognise(pl_module, self.specs)
         parts = matrix_parts(pl_module, attention, self.split)
         self.muon = Muon(self._groups.groups, parts=parts, **self._muon_options)
-        self._groups.follow(optimizer, self.muon)
+        self._groups.follow(optimizer, self.muon, self.lr, self.weight_decay)
         if scaler_of(trainer) is not None and not any(group["params"] for group in optimizer.param_groups):
             raise ValueError(
                 f"Muon takes every parameter of {type(optimizer).__name__}, and a GradScaler cannot step an empty optimizer;"
@@ -265,7 +265,7 @@ class MuonClipCallback(Callback):
         assert self._groups is not None
         if all(p.grad is None for p in _params(self.muon)):
             return  # training_step returned None
-        self._groups.follow(optimizer, self.muon)
+        self._groups.follow(optimizer, self.muon, self.lr, self.weight_decay)
         scaler = scaler_of(trainer)
         if scaler is not None:
             scaler.unscale_(self.muon)
@@ -303,7 +303,7 @@ class MuonClipCallback(Callback):
         assert self.muon is not None
         assert self._groups is not None
         # Schedulers have stepped; monitors and checkpoints see the learning rate of the next step.
-        self._groups.follow(trainer.optimizers[0], self.muon)
+        self._groups.follow(trainer.optimizers[0], self.muon, self.lr, self.weight_decay)
         if trainer.global_step == self._last_step:
             return  # accumulating gradients
         self._last_step = trainer.global_step

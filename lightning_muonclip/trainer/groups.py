@@ -19,8 +19,6 @@ class FollowingGroups:
     Args:
         optimizer: The user's; its groups lose the matrices that Muon takes.
         routes: Where each parameter goes.
-        lr: Muon's own base learning rate, under the schedule of the user's groups; ``None`` is theirs.
-        weight_decay: Muon's own weight decay; ``None`` is that of the user's groups.
 
     Attributes:
         groups: Parameter groups for :class:`~lightning_muonclip.Muon`.
@@ -29,11 +27,8 @@ class FollowingGroups:
         ValueError: If Muon takes no parameter.
     """
 
-    def __init__(
-        self, optimizer: Optimizer, routes: Sequence[Route], lr: float | None, weight_decay: float | None
-    ) -> None:
+    def __init__(self, optimizer: Optimizer, routes: Sequence[Route]) -> None:
         self.groups: list[dict[str, Any]] = []
-        self._lr, self._weight_decay = lr, weight_decay
         # The index of the group that each of Muon's follows, and that group's base learning rate. Indices, since loading a
         # checkpoint replaces the dicts.
         self._sources: list[tuple[int, float]] = []
@@ -55,15 +50,22 @@ class FollowingGroups:
                 "Exclude fewer of them (exclude=), include some (include=), or remove the callback"
             )
 
-    def follow(self, optimizer: Optimizer, muon: Optimizer) -> None:
-        """Gives Muon's groups the learning rate and weight decay that are now due."""
+    def follow(self, optimizer: Optimizer, muon: Optimizer, lr: float | None, weight_decay: float | None) -> None:
+        """Updates the learning rate and weight decay of Muon's groups.
+
+        Args:
+            optimizer: The user's.
+            muon: The optimizer with :attr:`groups`.
+            lr: Muon's own base learning rate, under the schedule of the user's groups; ``None`` is theirs.
+            weight_decay: Muon's own weight decay; ``None`` is that of the user's groups.
+        """
         for (i, base), group in zip(self._sources, muon.param_groups):
             source = optimizer.param_groups[i]
             factors = source.get("mup", {})  # of a group that muP has scaled, for AdamW
             own, users = factors.get(group["adjust_lr_fn"] or "original", 1.0), factors.get("adamw", 1.0)
-            lr = source["lr"] / users if self._lr is None else self._lr * (source["lr"] / base if base else 1.0)
-            weight_decay = source.get("weight_decay", 0.0) * users if self._weight_decay is None else self._weight_decay
-            group["lr"], group["weight_decay"] = lr * own, weight_decay / own
+            rate = source["lr"] / users if lr is None else lr * (source["lr"] / base if base else 1.0)
+            decay = source.get("weight_decay", 0.0) * users if weight_decay is None else weight_decay
+            group["lr"], group["weight_decay"] = rate * own, decay / own
 
 
 def _name_of(group: dict[str, Any], kind: str) -> dict[str, Any]:

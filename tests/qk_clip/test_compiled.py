@@ -40,8 +40,8 @@ from lightning_muonclip import Attention, QKClip
 
 
 def gpt_neo() -> nn.Module:
-    sizes = {"hidden_size": 16, "num_heads": HEADS, "num_layers": 2, "intermediate_size": 32, "window_size": 4}
-    layers = {"attention_types": [[["global", "local"], 1]], "max_position_embeddings": 256}
+    sizes = {"hidden_size": 16, "num_heads": HEADS, "num_layers": 1, "intermediate_size": 32, "window_size": 4}
+    layers = {"attention_types": [[["local"], 1]], "max_position_embeddings": 256}
     return GPTNeoModel(GPTNeoConfig(**sizes, **layers, vocab_size=11, attn_implementation="eager", **NO_TOKENS))
 
 

@@ -230,6 +230,28 @@ def test_wrong_numbers_of_heads_are_named() -> None:
         verified(Drawn(case), torch.randn(2, 5, 7), specs={"": spec}, qk_norm="gain")
 
 
+class Unseen(nn.Module):
+    """Reports its maxima itself, and nothing of its second head."""
+
+    max_logits_recorder: Any = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key = (projection(x).unflatten(-1, (2, 2)).transpose(1, 2) for projection in (self.q_proj, self.k_proj))
+        maxima = (query @ key.mT).amax((0, 2, 3))
+        maxima[1] = -torch.inf
+        self.max_logits_recorder.record(maxima)
+        return x
+
+
+def test_a_head_of_which_nothing_is_seen_is_not_proven() -> None:
+    with pytest.raises(ValueError, match=r"head 0's q halved, head 1 should have the largest logit -inf"):
+        verified(Unseen(), torch.randn(2, 5, 4), specs={"": separate(2, 2, 2)})
+
+
 # Attention of every kind
 
 

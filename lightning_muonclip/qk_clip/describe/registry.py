@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_muonclip.qk_clip.describe.example import Example, attention_on, spec_of
 from lightning_muonclip.qk_clip.describe.families import FAMILIES, SpecFn, is_active, separate
-from lightning_muonclip.qk_clip.describe.names import qualified_name, qualified_names, reading
+from lightning_muonclip.qk_clip.describe.names import ChangedClassError, qualified_name, qualified_names
 from lightning_muonclip.qk_clip.describe.spec import AttentionSpec
 
 #: The attention modules of a model by display name, in ``named_modules`` order, each with its spec.
@@ -140,9 +140,13 @@ def display_name(name: str) -> str:
 
 def _spec_of(module: nn.Module, *, by_name: bool) -> AttentionSpec | None:
     for name in qualified_names(type(module)):
-        if spec_fn := _REGISTERED.get(name) or (FAMILIES.get(name) if by_name else None):
-            with reading(type(module), "the attributes that tell its heads and projections"):
-                return spec_fn(module)
+        if name in _REGISTERED:
+            return _REGISTERED[name](module)
+        if by_name and name in FAMILIES:
+            try:
+                return FAMILIES[name](module)
+            except (AttributeError, LookupError, TypeError) as error:
+                raise ChangedClassError(type(module), "the attributes that give its heads", error) from error
     if not by_name:
         return None
     for names in SEPARATE_PROJECTIONS:

@@ -18,11 +18,6 @@ from torch import Tensor, nn
 from lightning_muonclip.qk_clip.describe.names import library, qualified_names, reading
 from lightning_muonclip.qk_clip.intercept import Logits, Place, patch_method
 
-_WAY_OUT = (
-    ". Install a release that QK-Clip is tested with, let the module call torch's scaled_dot_product_attention (Hugging"
-    " Face: attn_implementation='sdpa'), or skip it with specs={name: None}"
-)
-
 
 @dataclass(frozen=True)
 class Method:
@@ -50,9 +45,9 @@ def recomputed(row: Recomputation, module: nn.Module, projected: Tensor, *args: 
     """The logits of a forward, from the output of its fused projection and its arguments.
 
     Raises:
-        ValueError: If the module's class does not match the row.
+        ChangedClassError: If the module's class does not match the row.
     """
-    with reading(type(module), f"the queries and keys in the output of its {row.projection}", _WAY_OUT):
+    with reading(type(module), f"the queries and keys in the output of its {row.projection}"):
         return row.logits(module, projected, *args, **kwargs)
 
 
@@ -80,7 +75,7 @@ def missing(module: nn.Module) -> str:
 
 
 def _read(row: Method, module: nn.Module, *args: Any, **kwargs: Any) -> Logits | None:
-    with reading(type(module), f"the queries and keys that its method {row.method} is called with", _WAY_OUT):
+    with reading(type(module), f"the queries and keys that its method {row.method} is called with"):
         return row.logits(module, *args, **kwargs)
 
 
@@ -126,7 +121,9 @@ def _bloom(
     **__: Any,
 ) -> Logits:
     query, key, _value = projected.unflatten(-1, (module.num_heads, 3, module.head_dim)).transpose(1, 2).unbind(3)
-    return Logits(query, _with_past(module, key, cache or layer_past), module.inv_norm_factor, attention_mask)
+    return Logits(
+        query, _with_past(module, key, layer_past if cache is None else cache), module.inv_norm_factor, attention_mask
+    )
 
 
 def _mpt(
@@ -143,7 +140,7 @@ def _mpt(
     if module.clip_qkv:
         projected = projected.clamp(-module.clip_qkv, module.clip_qkv)
     query, key, _value = projected.unflatten(-1, (3, module.n_heads, module.head_dim)).transpose(1, 3).unbind(2)
-    key = _with_past(module, key, cache or past_key_values)
+    key = _with_past(module, key, past_key_values if cache is None else cache)
     return Logits(query, key, module.softmax_scale, None if attention_mask is None else ~attention_mask)
 
 
@@ -164,7 +161,9 @@ def _falcon(
     if alibi is None and position_embeddings is not None:
         rotate = inspect.unwrap(type(module).forward).__globals__["apply_rotary_pos_emb"]
         query, key = rotate(query, key, *position_embeddings)
-    return Logits(query, _with_past(module, key, cache or layer_past), module.inv_norm_factor, attention_mask)
+    return Logits(
+        query, _with_past(module, key, layer_past if cache is None else cache), module.inv_norm_factor, attention_mask
+    )
 
 
 def _timm(
