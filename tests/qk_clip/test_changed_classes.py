@@ -35,9 +35,7 @@ def gpt_neo() -> tuple[nn.Module, str]:
 def test_an_attribute_that_a_row_of_the_registry_reads_is_gone(read: Callable[..., Any]) -> None:
     model = llama("sdpa", layers=1)
     del model.layers[0].self_attn.head_dim
-    with pytest.raises(
-        ChangedClassError, match=rf"LlamaAttention {RELEASE}: .*AttributeError.*specs={{name: None}}"
-    ):
+    with pytest.raises(ChangedClassError, match=rf"LlamaAttention {RELEASE}: .*AttributeError.*specs={{name: None}}"):
         read(model)
 
 
