@@ -79,15 +79,19 @@ class MuonClip(Muon):
                 group.update(betas=tuple(betas), eps=adamw_eps)
         qk_clip = QKClip(model, specs=specs, process_group=process_group, **clip_options)
         parts = matrix_parts(model, qk_clip.observer.attention, split)
-        super().__init__(
-            groups,
-            lr,
-            weight_decay,
-            adjust_lr_fn=adjust_lr_fn,
-            parts=parts,
-            process_group=process_group,
-            **muon_options,
-        )
+        try:
+            super().__init__(
+                groups,
+                lr,
+                weight_decay,
+                adjust_lr_fn=adjust_lr_fn,
+                parts=parts,
+                process_group=process_group,
+                **muon_options,
+            )
+        except BaseException:
+            qk_clip.close()  # it observes from construction
+            raise
         self.qk_clip: QKClip | None = qk_clip
         #: Maxima and clips of the last step.
         self.last: ClipResult | None = None
