@@ -78,8 +78,8 @@ class MuonClip(Muon):
             if group["algorithm"] == "adamw":
                 group.update(betas=tuple(betas), eps=adamw_eps)
         qk_clip = QKClip(model, specs=specs, process_group=process_group, **clip_options)
-        parts = matrix_parts(model, qk_clip.observer.attention, split)
         try:
+            parts = matrix_parts(model, qk_clip.observer.attention, split)
             super().__init__(
                 groups,
                 lr,
