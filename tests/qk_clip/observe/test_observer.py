@@ -381,7 +381,7 @@ def test_a_refused_model_is_restored(make: Callable[[], Any]) -> None:
     model = Residual(third_party(), make())
     spec = AttentionSpec((Projection("q_proj", "q(H d)"), Projection("k_proj", "k(G d)")), 4, 2, {"d": 4}, qk_norm=True)
     with pytest.raises(ValueError, match=r"attention 'layers.1' normalizes queries or keys"):
-        QKClip(model, specs={"layers.1": spec})
+        QKClip(model, specs={"layers.1": spec}, qk_norm="error")
     assert F.scaled_dot_product_attention is TORCHS_OWN
     with QKClip(model, specs={"layers.1": spec}, qk_norm="monitor") as qk_clip:
         model(torch.randn(2, 9, 16))
