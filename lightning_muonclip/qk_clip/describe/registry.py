@@ -146,6 +146,8 @@ def _spec_of(module: nn.Module, *, by_name: bool) -> AttentionSpec | None:
             try:
                 return FAMILIES[name](module)
             except (AttributeError, LookupError, TypeError) as error:
+                if _holds_known_attention(module):  # ViTAttention of transformers < 5.9 is a wrapper
+                    return None
                 raise ChangedClassError(type(module), "the attributes that give its heads", error) from error
     if not by_name:
         return None
@@ -155,6 +157,10 @@ def _spec_of(module: nn.Module, *, by_name: bool) -> AttentionSpec | None:
     if "attention" in type(module).__name__.lower() and any(p.ndim == 2 for p in module.parameters()):
         raise ValueError("its query and key projections are not separate modules with known names")
     return None
+
+
+def _holds_known_attention(module: nn.Module) -> bool:
+    return any(name in FAMILIES for child in module.children() for name in qualified_names(type(child)))
 
 
 def _separate_spec(module: nn.Module, query: str, key: str, value: str) -> AttentionSpec:
