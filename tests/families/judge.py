@@ -147,6 +147,8 @@ def _deviation(before: Tensor, after: Tensor, factors: Tensor, tolerance: float)
     else:
         return _mixed(before, after, factors)
     finite = before.isfinite()
+    if not finite.any():
+        return ""
     size = before[finite].abs().max().clamp_min(1e-30)
     errors = [float((before * factor - after)[finite].abs().max() / size) for factor in candidates]
     return "" if min(errors) < tolerance else f"logits of shape {tuple(lead)} are off by {min(errors):.1e}"
