@@ -33,10 +33,10 @@ class Logits(TorchDispatchMode):
 
     Args:
         attended: What is called.
-        of_heads: Whether a factor may differ from head to head.
+        of_heads: Whether a factor may differ from head to head; then the products of a sum are a list.
     """
 
-    def __init__(self, attended: Callable[[Tensor, Tensor], None], of_heads: bool = False) -> None:
+    def __init__(self, attended: Callable[[Any, Tensor], None], of_heads: bool = False) -> None:
         super().__init__()
         self.attended, self.of_heads = attended, of_heads
         # Every tensor that products became, with the products by number as they were before masks and biases; the tensors
@@ -54,13 +54,13 @@ class Logits(TorchDispatchMode):
             own = [product for number, product in self.of(args[0]).items() if number not in self.taken]
             if own:
                 self.taken |= set(self.of(args[0]))
-                self.attended(sum(own[1:], own[0]), args[0].double().softmax(args[1] if name != "exp" else -1) > 0)
+                self.attended(own if self.of_heads else sum(own[1:], own[0]), args[0].double().softmax(args[1] if name != "exp" else -1) > 0)
             return func(*args, **kwargs)
         if name.startswith("_scaled_dot_product"):  # a fused kernel, where a model insists on one
             query, key = args[0].double(), args[1].double()
             key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
             product = query @ key.mT
-            self.attended(product, torch.ones_like(product, dtype=torch.bool))
+            self.attended([product] if self.of_heads else product, torch.ones_like(product, dtype=torch.bool))
             return func(*args, **kwargs)
         products = self.after(name, func, args, kwargs)
         output = func(*args, **kwargs)
@@ -147,9 +147,9 @@ def brute_force(
 
 
 @torch.no_grad()
-def products(model: nn.Module, inputs: Any) -> list[Tensor]:
+def products(model: nn.Module, inputs: Any) -> list[list[Tensor]]:
     """The products of queries and keys of every attention in a forward of a float64 model, before masks and biases."""
-    found: list[Tensor] = []
-    with sdpa_kernel(SDPBackend.MATH), Logits(lambda logits, _: found.append(logits.clone()), of_heads=True):
+    found: list[list[Tensor]] = []
+    with sdpa_kernel(SDPBackend.MATH), Logits(lambda own, _: found.append([x.clone() for x in own]), of_heads=True):
         model(**inputs)
     return found

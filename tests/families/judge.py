@@ -77,12 +77,20 @@ def judge(model: nn.Module, inputs: dict[str, Any], found: list[Any], calls: int
             for name, value in saved.items():
                 params[name].copy_(value)
         first = own.calls[0]
-        if len(after) != calls or not all(map(torch.equal, before[:first], after[:first])):
+        if len(after) != calls or not all(map(_equal, before[:first], after[:first])):
             wrong.append(f"{own.name}: earlier attention changes")
-        elif problem := _deviation(before[first], after[first], expected, tolerance):
+            continue
+        # Products that stay, as those of positions may, are biases.
+        changed = [(a, b) for a, b in zip(before[first], after[first]) if not torch.equal(a, b)] or [(before[first][0],) * 2]
+        sums = (sum(own[1:], own[0]) for own in map(list, zip(*changed)))
+        if problem := _deviation(*sums, expected, tolerance):
             wrong.append(f"{own.name}: {problem}")
         judged += 1
     return judged, wrong, ""
+
+
+def _equal(a: list[Tensor], b: list[Tensor]) -> bool:
+    return len(a) == len(b) and all(map(torch.equal, a, b))
 
 
 def entries(layout: Any) -> list[tuple[str, Any]]:
