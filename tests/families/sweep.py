@@ -16,6 +16,7 @@ import inspect
 import json
 import os
 import pkgutil
+import re
 import signal
 import subprocess
 import sys
@@ -333,8 +334,7 @@ def run(library: str, name: str, make: Callable[[], Made]) -> Result:
         "refused": [[own.name, type(own.module).__name__, own.reason] for own in found if own.layout is None],
         "seconds": [round(built - start, 2), round(time.process_time() - built, 2)],
     }
-    if survey.calls or True:
-        result["judged"], result["wrong"], result["not judged"] = judge(model, inputs, found, len(survey.calls))
+    result["judged"], result["wrong"], result["not judged"] = judge(model, inputs, found, len(survey.calls))
     return result
 
 
@@ -406,6 +406,51 @@ def report(results: list[Result]) -> str:
     return "\n".join(lines)
 
 
+TEXT = """# Families of attention
+
+Written by a script, with torch {torch}, and {versions}:
+
+    python tests/families/sweep.py --write docs/families.md
+
+Every model is tiny, of random weights, and known to the library by nothing but its forward. The library reads which channels
+of which weights make which head, or refuses with a reason. Each answer is judged on the model by an oracle that shares no code
+with the library (`tests/families/judge.py`): with a random factor for every head, the products of its queries and keys, read
+from elementary operations in float64, must be the factor times what they were, and earlier attention must be the same; with
+queries times powers of two and keys over them, the model's outputs must be the same to the bit. **Wrong** counts whatever
+fails, and attention that the library does not see.
+
+{table}
+
+## What is refused, and why
+
+{refusals}
+"""
+
+
+def document(results: list[Result]) -> str:
+    """The page of the documentation."""
+    import transformers
+
+    packages = ("timm", "torchvision", "litgpt", "diffusers", "x-transformers", "vit-pytorch")
+    versions = [f"transformers {transformers.__version__}"]
+    for package in packages:
+        try:
+            versions.append(f"{package} {importlib.metadata.version(package).partition('+')[0]}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for result in results:
+        for _, cls, reason in result.get("refused", []):
+            told = re.sub(r" \(degrees [^)]*\)", "", reason)
+            names = reasons.setdefault((told, cls), [])
+            if result["name"] not in names:
+                names.append(result["name"])
+    lines = [f"- `{cls}` ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''}): {told}" for (told, cls), names in sorted(reasons.items())]
+    return TEXT.format(
+        torch=torch.__version__.partition("+")[0], versions=", ".join(versions), table=report(results), refusals="\n".join(lines)
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -437,6 +482,8 @@ def main() -> None:
         process.wait()
     results = [json.loads(line) for line in args.results.read_text().splitlines()]
     print(report(results))
+    if args.write:
+        args.write.write_text(document(results))
     return None
 
 

@@ -88,7 +88,8 @@ def check(module: Drawn, found: Found) -> None:
     layout, x = found.layout, inputs()
     assert layout is not None
     heads, groups = layout.num_heads, layout.num_key_value_heads
-    assert heads == module.options.heads or (heads == 1 and layout.sides == "k")  # one key, and queries that tell nothing
+    # Where queries tell nothing of their heads, those of the keys are all that can be told.
+    assert heads == module.options.heads or (layout.sides == "k" and heads == groups)
     of_query, of_key = torch.linspace(0.5, 2, heads).double() ** 1.1, torch.linspace(3, 0.7, groups).double()
     if any((table.heads[table.kinds != KINDS.index("*")] < 0).any() for _, table in layout.tables):
         of_query, of_key = of_query[:1].expand(heads), of_key[:1].expand(groups)
@@ -100,7 +101,7 @@ def check(module: Drawn, found: Found) -> None:
         if "q" in layout.sides:
             factor = factor * of_query[head]
         if "k" in layout.sides:
-            factor = factor * of_key[head * groups // heads]
+            factor = factor * of_key[head * groups // len(before)]
         factor = factor**2 if is_tied else factor
         torch.testing.assert_close(b, a * factor, rtol=1e-9, atol=1e-9)
     if layout.sides == "qk" and not is_tied:
