@@ -54,7 +54,10 @@ class Logits(TorchDispatchMode):
             own = [product for number, product in self.of(args[0]).items() if number not in self.taken]
             if own:
                 self.taken |= set(self.of(args[0]))
-                self.attended(own if self.of_heads else sum(own[1:], own[0]), args[0].double().softmax(args[1] if name != "exp" else -1) > 0)
+                self.attended(
+                    own if self.of_heads else sum(own[1:], own[0]),
+                    args[0].double().softmax(args[1] if name != "exp" else -1) > 0,
+                )
             return func(*args, **kwargs)
         if name.startswith("_scaled_dot_product"):  # a fused kernel, where a model insists on one
             query, key = args[0].double(), args[1].double()
@@ -88,7 +91,10 @@ class Logits(TorchDispatchMode):
         if len(before) != 1:
             return {}
         try:
-            found = {number: self.follow(name, func, product, before[0], args, kwargs) for number, product in self.of(before[0]).items()}
+            found = {
+                number: self.follow(name, func, product, before[0], args, kwargs)
+                for number, product in self.of(before[0]).items()
+            }
         except (RuntimeError, IndexError):  # it has another shape than the logits
             return {}
         return {number: product for number, product in found.items() if product is not None}

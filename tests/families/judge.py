@@ -81,7 +81,9 @@ def judge(model: nn.Module, inputs: dict[str, Any], found: list[Any], calls: int
             wrong.append(f"{own.name}: earlier attention changes")
             continue
         # Products that stay, as those of positions may, are biases.
-        changed = [(a, b) for a, b in zip(before[first], after[first]) if not torch.equal(a, b)] or [(before[first][0],) * 2]
+        changed = [(a, b) for a, b in zip(before[first], after[first]) if not torch.equal(a, b)] or [
+            (before[first][0],) * 2
+        ]
         sums = (sum(own[1:], own[0]) for own in map(list, zip(*changed)))
         if problem := _deviation(*sums, expected, tolerance):
             wrong.append(f"{own.name}: {problem}")
@@ -104,7 +106,9 @@ def _trial(own: Any) -> tuple[dict[str, tuple[Tensor, float]], Tensor]:
     heads, groups = layout.num_heads, layout.num_key_value_heads
 
     def spaced(count: int) -> Tensor:
-        return torch.exp2(torch.linspace(-1, 1, count + 2, dtype=torch.float64)[1:-1][torch.randperm(count, generator=generator)])
+        return torch.exp2(
+            torch.linspace(-1, 1, count + 2, dtype=torch.float64)[1:-1][torch.randperm(count, generator=generator)]
+        )
 
     of_query, of_key = 1.17 * spaced(heads), 0.93 * spaced(groups)
     if any((table.heads[table.kinds != KINDS.index("*")] < 0).any() for _, table in layout.tables):
@@ -149,7 +153,10 @@ def _deviation(before: Tensor, after: Tensor, factors: Tensor, tolerance: float)
     elif len(lead) == 2 and lead[1] == heads:
         candidates = [factors.view(heads, 1, 1)]
     elif len(lead) == 1 and lead[0] % heads == 0:
-        candidates = [factors.repeat(lead[0] // heads).view(-1, 1, 1), factors.repeat_interleave(lead[0] // heads).view(-1, 1, 1)]
+        candidates = [
+            factors.repeat(lead[0] // heads).view(-1, 1, 1),
+            factors.repeat_interleave(lead[0] // heads).view(-1, 1, 1),
+        ]
     elif len(lead) == 3 and lead[1] * lead[2] == heads:
         candidates = [factors.view(lead[1], lead[2], 1, 1)]
     else:
@@ -196,7 +203,11 @@ def _outputs_change(model: nn.Module, inputs: dict[str, Any], described: list[An
             for kinds, values in ((("q", "qn"), 1 / of_key.repeat_interleave(heads // groups)), (("k", "kn"), of_key)):
                 for kind in kinds:
                     chosen = table.kinds == KINDS.index(kind)
-                    own_values = values if not (table.heads[chosen] < 0).any() else values.new_full((1,), 4.0 if kind == "k" else 0.25)
+                    own_values = (
+                        values
+                        if not (table.heads[chosen] < 0).any()
+                        else values.new_full((1,), 4.0 if kind == "k" else 0.25)
+                    )
                     factor[chosen] = own_values[table.heads[chosen].clamp_min(0)]
             saved.append((param, param.detach().clone()))
             param.mul_(factor.reshape([n if dim in table.dims else 1 for dim, n in enumerate(param.shape)]).to(param))
@@ -204,7 +215,9 @@ def _outputs_change(model: nn.Module, inputs: dict[str, Any], described: list[An
     outputs.append(seeded(lambda: _numbers(model(**inputs))))
     for param, value in reversed(saved):
         param.copy_(value)
-    same = len(outputs[0]) == len(outputs[1]) and all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(*outputs))
+    same = len(outputs[0]) == len(outputs[1]) and all(
+        torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(*outputs)
+    )
     return [] if same else [f"queries times f and keys over f on {scaled} attentions change the outputs"]
 
 

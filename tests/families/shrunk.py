@@ -6,7 +6,7 @@ import importlib
 import inspect
 import itertools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -37,7 +37,10 @@ _SIZES: list[tuple[str, int]] = [
     (r"window", 8),
     (r"num_queries|num_latents|query_tokens|num_query|num_image_tokens|num_proposals", 10),
     (r"mel_bins|num_mel|n_mels|^feature_size|input_feat", 16),
-    (r"chunk_size|conv_kernel|d_conv|kernel|stride|patch|pool|type_vocab|groups|num_labels|num_channels|ratio|factor", -1),
+    (
+        r"chunk_size|conv_kernel|d_conv|kernel|stride|patch|pool|type_vocab|groups|num_labels|num_channels|ratio|factor",
+        -1,
+    ),
     (r"state_size|d_state", 16),
 ]
 
@@ -62,7 +65,10 @@ def small(name: str, value: Any, heads: int | None = None, scale: int = 1, keep:
                 return value if size < 0 else min(value, size) if value > 0 else value
         return min(value, WIDTH * scale)
     if isinstance(value, dict):
-        return {key: section(key, own) if "section" in str(key) and not keep else small(str(key), own, heads, scale, keep) for key, own in value.items()}
+        return {
+            key: section(key, own) if "section" in str(key) and not keep else small(str(key), own, heads, scale, keep)
+            for key, own in value.items()
+        }
     if isinstance(value, (list, tuple)) and value and all(isinstance(own, int) for own in value):
         if re.search("depth|layers|blocks", name) and not re.search("channels|indices|index|out", name):
             return type(value)(min(own, 1) for own in value)
@@ -100,7 +106,14 @@ def shrunk(cls: Any, default: Any = None, scale: int = 1, keep: str = "") -> Any
         except Exception:  # it differs from layer to layer
             return names[name]
 
-    heads = next((current(n) for n in names if re.fullmatch(r"num_attention_heads|n_heads?|num_heads", n) and isinstance(current(n), int)), None)
+    heads = next(
+        (
+            current(n)
+            for n in names
+            if re.fullmatch(r"num_attention_heads|n_heads?|num_heads", n) and isinstance(current(n), int)
+        ),
+        None,
+    )
     kinds = {
         name: list(dict.fromkeys(current(name)))
         for name in names
@@ -134,8 +147,11 @@ def model_classes(model_type: str) -> Iterator[Any]:
         yield from own if isinstance(own, (list, tuple)) else [own]
     name = config.__module__.replace(".configuration_", ".modeling_")
     module = importlib.import_module(name)
-    found = [c for _, c in inspect.getmembers(module, inspect.isclass)
-             if c.__module__ == name and getattr(c, "config_class", None) is config and "PreTrained" not in c.__name__]
+    found = [
+        c
+        for _, c in inspect.getmembers(module, inspect.isclass)
+        if c.__module__ == name and getattr(c, "config_class", None) is config and "PreTrained" not in c.__name__
+    ]
     yield from sorted(found, key=lambda c: (not c.__name__.endswith("Model"), len(c.__name__)))
 
 
@@ -157,7 +173,9 @@ def draw(*shape: int) -> Tensor:
 
 
 def tokens(length: int = LENGTH, high: int = VOCAB - 16) -> Tensor:
-    return torch.randint(min(5, high - 1), max(high, 1), (BATCH, length), generator=torch.Generator().manual_seed(length))
+    return torch.randint(
+        min(5, high - 1), max(high, 1), (BATCH, length), generator=torch.Generator().manual_seed(length)
+    )
 
 
 def inputs_of(model: nn.Module) -> Iterator[Inputs]:
@@ -178,30 +196,73 @@ def inputs_of(model: nn.Module) -> Iterator[Inputs]:
         "input_ids": [tokens(high=vocab), tokens(64, high=vocab)],
         "decoder_input_ids": [tokens(7, vocab)],
         "attention_mask": [torch.ones(BATCH, LENGTH, dtype=torch.long), torch.ones(BATCH, 64, dtype=torch.long)],
-        "pixel_values": [draw(BATCH, channels, image, image), draw(BATCH, 3, 64, 64), draw(BATCH, 4, channels, image, image),
-                         draw(BATCH, 3, 224, 224), draw(16, channels * temporal * patch**2), draw(BATCH, 16, channels * patch**2)],
+        "pixel_values": [
+            draw(BATCH, frames, channels, image, image),
+            draw(BATCH, channels, image, image),
+            draw(BATCH, 3, 64, 64),
+            draw(BATCH, 4, channels, image, image),
+            draw(BATCH, 3, 224, 224),
+            draw(16, channels * temporal * patch**2),
+            draw(BATCH, 16, channels * patch**2),
+        ],
         "pixel_values_videos": [draw(BATCH, 4, channels, image, image), draw(BATCH, 16, channels, image, image)],
-        "input_features": [draw(BATCH, mels, 64), draw(BATCH, 64, mels), draw(BATCH, 1, 64, mels), draw(BATCH, mels, 512),
-                           draw(BATCH, mels, 3000), draw(mels, 64)],
-        "input_values": [draw(BATCH, 1600), draw(BATCH, length, mels), draw(BATCH, 64, mels), draw(BATCH, 1, 1600), draw(BATCH, mels, 64), draw(BATCH, 6400)],
-        "hidden_states": [draw(BATCH, LENGTH, width), draw(16, channels * temporal * patch**2), draw(BATCH, width, 8, 8)],
+        "input_features": [
+            draw(BATCH, mels, 64),
+            draw(BATCH, 64, mels),
+            draw(BATCH, 1, 64, mels),
+            draw(BATCH, mels, 512),
+            draw(BATCH, mels, 3000),
+            draw(mels, 64),
+        ],
+        "input_values": [
+            draw(BATCH, 1600),
+            draw(BATCH, length, mels),
+            draw(BATCH, 64, mels),
+            draw(BATCH, 1, 1600),
+            draw(BATCH, mels, 64),
+            draw(BATCH, 6400),
+        ],
+        "hidden_states": [
+            draw(BATCH, LENGTH, width),
+            draw(16, channels * temporal * patch**2),
+            draw(BATCH, width, 8, 8),
+        ],
         "inputs_embeds": [draw(BATCH, LENGTH, width)],
         "encoder_hidden_states": [draw(BATCH, 9, width)],
-        "inputs": [tokens(high=vocab), draw(BATCH, 16, number(config, "d_model", default=WIDTH)), draw(BATCH, channels, image, image)],
+        "inputs": [
+            tokens(high=vocab),
+            draw(BATCH, 16, number(config, "d_model", default=WIDTH)),
+            draw(BATCH, channels, image, image),
+        ],
         "grid_thw": [torch.tensor([[1, 4, 4]])],
         "image_grid_thw": [torch.tensor([[1, 4, 4]])],
         "bbox": [torch.randint(0, 50, (BATCH, LENGTH, 4)).sort(-1).values],
         "timestep": [torch.rand(BATCH), torch.tensor([3, 5])],
         "position_ids": [torch.arange(LENGTH).expand(BATCH, -1)],
-        "past_values": [draw(BATCH, number(config, "context_length", default=32) , channels), draw(BATCH, 64)],
+        "past_values": [draw(BATCH, number(config, "context_length", default=32), channels), draw(BATCH, 64)],
         "context": [draw(BATCH, LENGTH, width)],
         "query_embeds": [draw(BATCH, 8, width)],
         "labels": [tokens(7, vocab)],
     }
     main = getattr(model, "main_input_name", None) or "input_ids"
-    firsts = [main] + [name for name in ("input_ids", "pixel_values", "input_features", "input_values", "hidden_states",
-                                        "inputs_embeds", "inputs") if name in parameters and name != main]
-    needed = [name for name, p in parameters.items() if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    firsts = [main] + [
+        name
+        for name in (
+            "input_ids",
+            "pixel_values",
+            "input_features",
+            "input_values",
+            "hidden_states",
+            "inputs_embeds",
+            "inputs",
+        )
+        if name in parameters and name != main
+    ]
+    needed = [
+        name
+        for name, p in parameters.items()
+        if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+    ]
     needed += [name for name in ("bbox",) if name in parameters]
     both = ["decoder_input_ids"] if "decoder_input_ids" in parameters else []
     for first in firsts:

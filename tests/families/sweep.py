@@ -23,14 +23,13 @@ import sys
 import tempfile
 import time
 import warnings
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import vision.torchvision_schemas  # noqa: F401  before transformers
 import torch
+import vision.torchvision_schemas  # noqa: F401  before transformers
 from torch import nn
 
 from families.judge import judge, randomize, seeded
@@ -74,8 +73,16 @@ def litgpt_models() -> dict[str, Callable[[], Made]]:
 
     def made(options: dict[str, Any]) -> Made:
         groups = options.get("n_query_groups", options.get("n_head", 32))
-        small = {"n_layer": 2, "n_embd": 64, "n_head": 4, "head_size": 16, "padded_vocab_size": 96, "block_size": 64,
-                 "intermediate_size": 64, "n_query_groups": 4 if groups == options.get("n_head") else min(groups, 2)}
+        small = {
+            "n_layer": 2,
+            "n_embd": 64,
+            "n_head": 4,
+            "head_size": 16,
+            "padded_vocab_size": 96,
+            "block_size": 64,
+            "intermediate_size": 64,
+            "n_query_groups": 4 if groups == options.get("n_head") else min(groups, 2),
+        }
         small |= {"n_expert": 4, "moe_intermediate_size": 32} if options.get("n_expert") else {}
         small |= {"sliding_window_size": 6} if options.get("sliding_window_size") else {}
         small |= {"sliding_window_indices": [0, 1]} if options.get("sliding_window_indices") else {}
@@ -108,7 +115,23 @@ def timm_models() -> dict[str, Callable[[], Made]]:
     for module in timm.list_modules():
         source = inspect.getsource(importlib.import_module(f"timm.models.{module}"))
         if "softmax" in source or "ttention" in source:
-            sizes = ("test", "atto", "nano", "xxt", "xxs", "femto", "pico", "tiny", "_t0", "mini", "xs", "small", "_s", "_b0", "128")
+            sizes = (
+                "test",
+                "atto",
+                "nano",
+                "xxt",
+                "xxs",
+                "femto",
+                "pico",
+                "tiny",
+                "_t0",
+                "mini",
+                "xs",
+                "small",
+                "_s",
+                "_b0",
+                "128",
+            )
             names = timm.list_models(module=module)
             ranked = sorted(names, key=lambda n: (next((i for i, size in enumerate(sizes) if size in n), 99), len(n)))
             found |= {name: lambda name=name: made(name) for name in ranked[:1]}  # type: ignore[misc]
@@ -152,43 +175,110 @@ def x_transformers_models() -> dict[str, Callable[[], Made]]:
         return model, {"src": tokens(), "tgt": tokens()}
 
     flags: list[dict[str, Any]] = [
-        {}, {"attn_flash": True}, {"rotary_pos_emb": True}, {"attn_kv_heads": 2}, {"attn_one_kv_head": True},
-        {"attn_qk_norm": True}, {"attn_qk_norm": True, "attn_qk_norm_dim_scale": True}, {"attn_talking_heads": True},
-        {"alibi_pos_bias": True}, {"rel_pos_bias": True}, {"dynamic_pos_bias": True}, {"attn_num_mem_kv": 3},
-        {"attn_sparse_topk": 4}, {"attn_gate_values": True}, {"attn_softclamp_logits": True}, {"sandwich_norm": True},
-        {"use_rmsnorm": True}, {"attn_on_attn": True}, {"attn_value_dim_head": 8}, {"attn_head_scale": True},
-        {"attn_sigmoid": True}, {"attn_cope": True, "attn_cope_max_pos": 16}, {"attn_add_zero_kv": True}, {"macaron": True},
-        {"shift_tokens": 1}, {"attn_data_dependent_alibi": True}, {"rotary_xpos": True}, {"attn_qkv_receive_diff_residuals": True},
-        {"attn_value_rmsnorm": True}, {"learned_value_residual_mix": True, "attn_add_value_residual": True},
-        {"polar_pos_emb": True}, {"attn_use_latent_kv": True, "attn_dim_latent_kv": 16},
-        {"attn_use_latent_q": True, "attn_dim_latent_q": 16}, {"attn_laser": True}, {"attn_hybrid_learned_mix": True},
-        {"residual_attn": True}, {"attn_forgetting": True},
-    ]  # fmt: skip
+        {},
+        {"attn_flash": True},
+        {"rotary_pos_emb": True},
+        {"attn_kv_heads": 2},
+        {"attn_one_kv_head": True},
+        {"attn_qk_norm": True},
+        {"attn_qk_norm": True, "attn_qk_norm_dim_scale": True},
+        {"attn_talking_heads": True},
+        {"alibi_pos_bias": True},
+        {"rel_pos_bias": True},
+        {"dynamic_pos_bias": True},
+        {"attn_num_mem_kv": 3},
+        {"attn_sparse_topk": 4},
+        {"attn_gate_values": True},
+        {"attn_softclamp_logits": True},
+        {"sandwich_norm": True},
+        {"use_rmsnorm": True},
+        {"attn_on_attn": True},
+        {"attn_value_dim_head": 8},
+        {"attn_head_scale": True},
+        {"attn_sigmoid": True},
+        {"attn_cope": True, "attn_cope_max_pos": 16},
+        {"attn_add_zero_kv": True},
+        {"macaron": True},
+        {"shift_tokens": 1},
+        {"attn_data_dependent_alibi": True},
+        {"rotary_xpos": True},
+        {"attn_qkv_receive_diff_residuals": True},
+        {"attn_value_rmsnorm": True},
+        {"learned_value_residual_mix": True, "attn_add_value_residual": True},
+        {"polar_pos_emb": True},
+        {"attn_use_latent_kv": True, "attn_dim_latent_kv": 16},
+        {"attn_use_latent_q": True, "attn_dim_latent_q": 16},
+        {"attn_laser": True},
+        {"attn_hybrid_learned_mix": True},
+        {"residual_attn": True},
+        {"attn_forgetting": True},
+    ]
     named = {"Decoder " + ", ".join(f"{k}={v}" for k, v in own.items()): own for own in flags}
     found: dict[str, Callable[[], Made]] = {n.strip(): lambda own=own: words(**own) for n, own in named.items()}  # type: ignore[misc]
     encoder = Encoder(dim=WIDTH, depth=2, heads=4, attn_dim_head=16)
-    return {**found, "Encoder": lambda: (encoder, {"x": draw(BATCH, LENGTH, WIDTH)}), "CrossAttender": crossed, "XTransformer": both}
+    return {
+        **found,
+        "Encoder": lambda: (encoder, {"x": draw(BATCH, LENGTH, WIDTH)}),
+        "CrossAttender": crossed,
+        "XTransformer": both,
+    }
 
 
 def vit_pytorch_models() -> dict[str, Callable[[], Made]]:
     import vit_pytorch as library
 
     values: dict[str, Any] = {
-        "image_size": 32, "patch_size": 8, "image_patch_size": 8, "num_classes": 3, "dim": WIDTH, "depth": 2, "heads": 4,
-        "mlp_dim": 64, "dim_head": 16, "channels": 3, "frames": 4, "frame_patch_size": 2, "seq_len": 32, "max_frames": 8,
-        "cls_depth": 1, "spatial_depth": 1, "temporal_depth": 1, "num_residual_streams": 2, "max_tokens_per_depth": (16, 8),
-        "freq_patch_size": 8, "sm_dim": 32, "lg_dim": 64, "sm_patch_size": 8, "lg_patch_size": 16, "ndim": 2,
-        "input_shape": (32, 32), "num_hierarchies": 2, "block_repeats": (1, 1), "mlp_mult": 2, "reduction_factor": (4, 2),
-        "window_size": 4, "num_slots": 2, "embedding_dim": WIDTH, "img_size": 32, "num_layers": 2, "num_heads": 4,
+        "image_size": 32,
+        "patch_size": 8,
+        "image_patch_size": 8,
+        "num_classes": 3,
+        "dim": WIDTH,
+        "depth": 2,
+        "heads": 4,
+        "mlp_dim": 64,
+        "dim_head": 16,
+        "channels": 3,
+        "frames": 4,
+        "frame_patch_size": 2,
+        "seq_len": 32,
+        "max_frames": 8,
+        "cls_depth": 1,
+        "spatial_depth": 1,
+        "temporal_depth": 1,
+        "num_residual_streams": 2,
+        "max_tokens_per_depth": (16, 8),
+        "freq_patch_size": 8,
+        "sm_dim": 32,
+        "lg_dim": 64,
+        "sm_patch_size": 8,
+        "lg_patch_size": 16,
+        "ndim": 2,
+        "input_shape": (32, 32),
+        "num_hierarchies": 2,
+        "block_repeats": (1, 1),
+        "mlp_mult": 2,
+        "reduction_factor": (4, 2),
+        "window_size": 4,
+        "num_slots": 2,
+        "embedding_dim": WIDTH,
+        "img_size": 32,
+        "num_layers": 2,
+        "num_heads": 4,
         "highres_patch_size": 4,
-    }  # fmt: skip
+    }
     stages = {
-        "crossformer": {"dim": (32, 64, 128, 256), "depth": (1, 1, 1, 1)}, "regionvit": {"dim": (32, 64, 128, 256), "depth": (1, 1, 1, 1)},
-        "levit": {"dim": (32, 64), "depth": (1, 1), "heads": (2, 4), "stages": 2}, "pit": {"depth": (1, 1)},
-        "max_vit": {"depth": (1, 1), "window_size": 2}, "max_vit_with_registers": {"depth": (1, 1), "window_size": 2},
-        "scalable_vit": {"depth": (1, 1), "heads": (2, 4), "window_size": (4, 4)}, "sep_vit": {"depth": (1, 1), "heads": (2, 4)},
-        "na_vit": {"channels": 3}, "vit_1d": {"patch_size": 4}, "simple_vit_1d": {"patch_size": 4},
-    }  # fmt: skip
+        "crossformer": {"dim": (32, 64, 128, 256), "depth": (1, 1, 1, 1)},
+        "regionvit": {"dim": (32, 64, 128, 256), "depth": (1, 1, 1, 1)},
+        "levit": {"dim": (32, 64), "depth": (1, 1), "heads": (2, 4), "stages": 2},
+        "pit": {"depth": (1, 1)},
+        "max_vit": {"depth": (1, 1), "window_size": 2},
+        "max_vit_with_registers": {"depth": (1, 1), "window_size": 2},
+        "scalable_vit": {"depth": (1, 1), "heads": (2, 4), "window_size": (4, 4)},
+        "sep_vit": {"depth": (1, 1), "heads": (2, 4)},
+        "na_vit": {"channels": 3},
+        "vit_1d": {"patch_size": 4},
+        "simple_vit_1d": {"patch_size": 4},
+    }
 
     def made(name: str) -> Made:
         module = importlib.import_module(f"vit_pytorch.{name}")
@@ -198,7 +288,11 @@ def vit_pytorch_models() -> dict[str, Callable[[], Made]]:
         model = cls(**{key: value for key, value in own.items() if key in given})
         first = next(iter(inspect.signature(model.forward).parameters))
         shapes = [(1, 3, 32, 32), (1, 3, 256, 256), (1, 3, 224, 224), (1, 3, 4, 32, 32), (2, 3, 32), (1, 3, 8, 32, 32)]
-        for given_value in [*(draw(*shape) for shape in shapes), [draw(3, 32, 32), draw(3, 32, 16)], [[draw(3, 32, 32)]]]:
+        for given_value in [
+            *(draw(*shape) for shape in shapes),
+            [draw(3, 32, 32), draw(3, 32, 16)],
+            [[draw(3, 32, 32)]],
+        ]:
             try:
                 with torch.no_grad():
                     model(given_value)
@@ -207,8 +301,27 @@ def vit_pytorch_models() -> dict[str, Callable[[], Made]]:
                 continue
         raise RuntimeError("it takes none of the inputs")
 
-    trainers = {"dino", "es_vit", "distill", "extractor", "recorder", "lejepa", "levjepa", "levjepa_nd", "mae", "mpp", "mp3", "simmim",
-                "accept_video_wrapper", "efficient", "vat", "vaat", "vat_siglip", "learnable_memory_vit"}  # fmt: skip
+    # Wrappers that train another model.
+    trainers = {
+        "dino",
+        "es_vit",
+        "distill",
+        "extractor",
+        "recorder",
+        "lejepa",
+        "levjepa",
+        "levjepa_nd",
+        "mae",
+        "mpp",
+        "mp3",
+        "simmim",
+        "accept_video_wrapper",
+        "efficient",
+        "vat",
+        "vaat",
+        "vat_siglip",
+        "learnable_memory_vit",
+    }
     names = [own.name for own in pkgutil.iter_modules(library.__path__) if own.name not in trainers]
     return {name: lambda name=name: made(name) for name in names}  # type: ignore[misc]
 
@@ -220,69 +333,272 @@ def diffusers_models() -> dict[str, Callable[[], Made]]:
     time_step = torch.tensor([3])
     made: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         "UNet2DConditionModel": (
-            {"sample_size": 8, "block_out_channels": (32, 64), "layers_per_block": 1, "cross_attention_dim": 32, "attention_head_dim": 8,
-             "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-             "norm_num_groups": 8},
-            {"sample": latent, "timestep": 3, "encoder_hidden_states": text}),
-        "UNet2DModel": ({"sample_size": 8, "in_channels": 4, "out_channels": 4, "block_out_channels": (32, 64), "layers_per_block": 1,
-                         "down_block_types": ("AttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "AttnUpBlock2D"),
-                         "norm_num_groups": 8, "attention_head_dim": 8}, {"sample": latent, "timestep": 3}),
-        "DiTTransformer2DModel": ({"num_attention_heads": 4, "attention_head_dim": 16, "in_channels": 4, "num_layers": 2, "sample_size": 8,
-                                   "num_embeds_ada_norm": 10, "norm_num_groups": 4},
-                                  {"hidden_states": latent, "timestep": time_step, "class_labels": time_step}),
-        "PixArtTransformer2DModel": ({"num_attention_heads": 4, "attention_head_dim": 16, "in_channels": 4, "out_channels": 8, "num_layers": 2,
-                                      "sample_size": 8, "cross_attention_dim": 64, "caption_channels": 32, "norm_num_groups": 4},
-                                     {"hidden_states": latent, "timestep": time_step, "encoder_hidden_states": text,
-                                      "added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}),
-        "SD3Transformer2DModel": ({"sample_size": 8, "in_channels": 4, "num_layers": 2, "attention_head_dim": 16, "num_attention_heads": 4,
-                                   "joint_attention_dim": 32, "caption_projection_dim": 64, "pooled_projection_dim": 32, "out_channels": 4,
-                                   "pos_embed_max_size": 8}, {"hidden_states": latent, "encoder_hidden_states": text,
-                                                              "pooled_projections": draw(1, 32), "timestep": time_step}),
-        "FluxTransformer2DModel": ({"in_channels": 4, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 4,
-                                    "joint_attention_dim": 32, "pooled_projection_dim": 32, "axes_dims_rope": (4, 4, 8)},
-                                   {"hidden_states": draw(1, 16, 4), "encoder_hidden_states": text, "pooled_projections": draw(1, 32),
-                                    "timestep": time_step / 10, "img_ids": torch.zeros(16, 3), "txt_ids": torch.zeros(7, 3)}),
-        "AuraFlowTransformer2DModel": ({"sample_size": 8, "in_channels": 4, "num_mmdit_layers": 1, "num_single_dit_layers": 1,
-                                        "attention_head_dim": 16, "num_attention_heads": 4, "joint_attention_dim": 32,
-                                        "caption_projection_dim": 64, "pos_embed_max_size": 16},
-                                       {"hidden_states": latent, "encoder_hidden_states": text, "timestep": time_step / 10}),
-        "CogVideoXTransformer3DModel": ({"num_attention_heads": 4, "attention_head_dim": 16, "in_channels": 4, "out_channels": 4,
-                                         "time_embed_dim": 32, "text_embed_dim": 32, "num_layers": 2, "sample_width": 8, "sample_height": 8,
-                                         "sample_frames": 5, "max_text_seq_length": 7},
-                                        {"hidden_states": draw(1, 2, 4, 8, 8), "encoder_hidden_states": text, "timestep": time_step}),
-        "SanaTransformer2DModel": ({"in_channels": 4, "out_channels": 4, "num_attention_heads": 4, "attention_head_dim": 16, "num_layers": 2,
-                                    "num_cross_attention_heads": 4, "cross_attention_head_dim": 16, "cross_attention_dim": 64,
-                                    "caption_channels": 32, "sample_size": 8},
-                                   {"hidden_states": latent, "encoder_hidden_states": text, "timestep": time_step}),
-        "WanTransformer3DModel": ({"num_attention_heads": 4, "attention_head_dim": 16, "in_channels": 4, "out_channels": 4, "text_dim": 32,
-                                   "freq_dim": 32, "ffn_dim": 64, "num_layers": 2, "rope_max_seq_len": 32},
-                                  {"hidden_states": draw(1, 4, 2, 8, 8), "timestep": time_step, "encoder_hidden_states": text}),
-        "LTXVideoTransformer3DModel": ({"in_channels": 8, "out_channels": 8, "num_attention_heads": 4, "attention_head_dim": 16,
-                                        "cross_attention_dim": 64, "num_layers": 2, "caption_channels": 32},
-                                       {"hidden_states": draw(1, 16, 8), "encoder_hidden_states": text, "timestep": time_step,
-                                        "encoder_attention_mask": torch.ones(1, 7), "num_frames": 1, "height": 4, "width": 4}),
-        "QwenImageTransformer2DModel": ({"in_channels": 16, "out_channels": 4, "num_layers": 2, "attention_head_dim": 16,
-                                         "num_attention_heads": 4, "joint_attention_dim": 32, "axes_dims_rope": (4, 4, 8)},
-                                        {"hidden_states": draw(1, 16, 16), "encoder_hidden_states": text, "timestep": time_step / 10,
-                                         "encoder_hidden_states_mask": torch.ones(1, 7), "img_shapes": [[(1, 4, 4)]], "txt_seq_lens": [7]}),
-        "HunyuanDiT2DModel": ({"num_attention_heads": 4, "attention_head_dim": 16, "in_channels": 4, "patch_size": 2, "sample_size": 8,
-                               "hidden_size": 64, "num_layers": 2, "mlp_ratio": 2.0, "cross_attention_dim": 32,
-                               "cross_attention_dim_t5": 32, "pooled_projection_dim": 32, "text_len": 7, "text_len_t5": 7},
-                              {"hidden_states": latent, "timestep": time_step.float(), "encoder_hidden_states": text,
-                               "text_embedding_mask": torch.ones(1, 7), "encoder_hidden_states_t5": text,
-                               "text_embedding_mask_t5": torch.ones(1, 7), "image_rotary_emb": (draw(16, 16), draw(16, 16)),
-                               "image_meta_size": torch.ones(1, 6), "style": torch.zeros(1, dtype=torch.long)}),
-        "PriorTransformer": ({"num_attention_heads": 4, "attention_head_dim": 16, "num_layers": 2, "embedding_dim": 32, "num_embeddings": 7,
-                              "additional_embeddings": 4},
-                             {"hidden_states": draw(1, 32), "timestep": 3, "proj_embedding": draw(1, 32), "encoder_hidden_states": text}),
-        "AutoencoderKL": ({"block_out_channels": (32, 64), "norm_num_groups": 8, "down_block_types": ("DownEncoderBlock2D",) * 2,
-                           "up_block_types": ("UpDecoderBlock2D",) * 2, "latent_channels": 4}, {"sample": draw(1, 3, 16, 16)}),
-        "Lumina2Transformer2DModel": ({"sample_size": 8, "in_channels": 4, "hidden_size": 64, "num_layers": 2, "num_refiner_layers": 1,
-                                       "num_attention_heads": 4, "num_kv_heads": 2, "multiple_of": 16, "axes_dim_rope": (4, 4, 8),
-                                       "axes_lens": (30, 16, 16), "cap_feat_dim": 32},
-                                      {"hidden_states": latent, "timestep": time_step / 10, "encoder_hidden_states": text,
-                                       "encoder_attention_mask": torch.ones(1, 7).bool()}),
-    }  # fmt: skip
+            {
+                "sample_size": 8,
+                "block_out_channels": (32, 64),
+                "layers_per_block": 1,
+                "cross_attention_dim": 32,
+                "attention_head_dim": 8,
+                "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+                "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+                "norm_num_groups": 8,
+            },
+            {"sample": latent, "timestep": 3, "encoder_hidden_states": text},
+        ),
+        "UNet2DModel": (
+            {
+                "sample_size": 8,
+                "in_channels": 4,
+                "out_channels": 4,
+                "block_out_channels": (32, 64),
+                "layers_per_block": 1,
+                "down_block_types": ("AttnDownBlock2D", "DownBlock2D"),
+                "up_block_types": ("UpBlock2D", "AttnUpBlock2D"),
+                "norm_num_groups": 8,
+                "attention_head_dim": 8,
+            },
+            {"sample": latent, "timestep": 3},
+        ),
+        "DiTTransformer2DModel": (
+            {
+                "num_attention_heads": 4,
+                "attention_head_dim": 16,
+                "in_channels": 4,
+                "num_layers": 2,
+                "sample_size": 8,
+                "num_embeds_ada_norm": 10,
+                "norm_num_groups": 4,
+            },
+            {"hidden_states": latent, "timestep": time_step, "class_labels": time_step},
+        ),
+        "PixArtTransformer2DModel": (
+            {
+                "num_attention_heads": 4,
+                "attention_head_dim": 16,
+                "in_channels": 4,
+                "out_channels": 8,
+                "num_layers": 2,
+                "sample_size": 8,
+                "cross_attention_dim": 64,
+                "caption_channels": 32,
+                "norm_num_groups": 4,
+            },
+            {
+                "hidden_states": latent,
+                "timestep": time_step,
+                "encoder_hidden_states": text,
+                "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+            },
+        ),
+        "SD3Transformer2DModel": (
+            {
+                "sample_size": 8,
+                "in_channels": 4,
+                "num_layers": 2,
+                "attention_head_dim": 16,
+                "num_attention_heads": 4,
+                "joint_attention_dim": 32,
+                "caption_projection_dim": 64,
+                "pooled_projection_dim": 32,
+                "out_channels": 4,
+                "pos_embed_max_size": 8,
+            },
+            {
+                "hidden_states": latent,
+                "encoder_hidden_states": text,
+                "pooled_projections": draw(1, 32),
+                "timestep": time_step,
+            },
+        ),
+        "FluxTransformer2DModel": (
+            {
+                "in_channels": 4,
+                "num_layers": 1,
+                "num_single_layers": 1,
+                "attention_head_dim": 16,
+                "num_attention_heads": 4,
+                "joint_attention_dim": 32,
+                "pooled_projection_dim": 32,
+                "axes_dims_rope": (4, 4, 8),
+            },
+            {
+                "hidden_states": draw(1, 16, 4),
+                "encoder_hidden_states": text,
+                "pooled_projections": draw(1, 32),
+                "timestep": time_step / 10,
+                "img_ids": torch.zeros(16, 3),
+                "txt_ids": torch.zeros(7, 3),
+            },
+        ),
+        "AuraFlowTransformer2DModel": (
+            {
+                "sample_size": 8,
+                "in_channels": 4,
+                "num_mmdit_layers": 1,
+                "num_single_dit_layers": 1,
+                "attention_head_dim": 16,
+                "num_attention_heads": 4,
+                "joint_attention_dim": 32,
+                "caption_projection_dim": 64,
+                "pos_embed_max_size": 16,
+            },
+            {"hidden_states": latent, "encoder_hidden_states": text, "timestep": time_step / 10},
+        ),
+        "CogVideoXTransformer3DModel": (
+            {
+                "num_attention_heads": 4,
+                "attention_head_dim": 16,
+                "in_channels": 4,
+                "out_channels": 4,
+                "time_embed_dim": 32,
+                "text_embed_dim": 32,
+                "num_layers": 2,
+                "sample_width": 8,
+                "sample_height": 8,
+                "sample_frames": 5,
+                "max_text_seq_length": 7,
+            },
+            {"hidden_states": draw(1, 2, 4, 8, 8), "encoder_hidden_states": text, "timestep": time_step},
+        ),
+        "SanaTransformer2DModel": (
+            {
+                "in_channels": 4,
+                "out_channels": 4,
+                "num_attention_heads": 4,
+                "attention_head_dim": 16,
+                "num_layers": 2,
+                "num_cross_attention_heads": 4,
+                "cross_attention_head_dim": 16,
+                "cross_attention_dim": 64,
+                "caption_channels": 32,
+                "sample_size": 8,
+            },
+            {"hidden_states": latent, "encoder_hidden_states": text, "timestep": time_step},
+        ),
+        "WanTransformer3DModel": (
+            {
+                "num_attention_heads": 4,
+                "attention_head_dim": 16,
+                "in_channels": 4,
+                "out_channels": 4,
+                "text_dim": 32,
+                "freq_dim": 32,
+                "ffn_dim": 64,
+                "num_layers": 2,
+                "rope_max_seq_len": 32,
+            },
+            {"hidden_states": draw(1, 4, 2, 8, 8), "timestep": time_step, "encoder_hidden_states": text},
+        ),
+        "LTXVideoTransformer3DModel": (
+            {
+                "in_channels": 8,
+                "out_channels": 8,
+                "num_attention_heads": 4,
+                "attention_head_dim": 16,
+                "cross_attention_dim": 64,
+                "num_layers": 2,
+                "caption_channels": 32,
+            },
+            {
+                "hidden_states": draw(1, 16, 8),
+                "encoder_hidden_states": text,
+                "timestep": time_step,
+                "encoder_attention_mask": torch.ones(1, 7),
+                "num_frames": 1,
+                "height": 4,
+                "width": 4,
+            },
+        ),
+        "QwenImageTransformer2DModel": (
+            {
+                "in_channels": 16,
+                "out_channels": 4,
+                "num_layers": 2,
+                "attention_head_dim": 16,
+                "num_attention_heads": 4,
+                "joint_attention_dim": 32,
+                "axes_dims_rope": (4, 4, 8),
+            },
+            {
+                "hidden_states": draw(1, 16, 16),
+                "encoder_hidden_states": text,
+                "timestep": time_step / 10,
+                "encoder_hidden_states_mask": torch.ones(1, 7),
+                "img_shapes": [[(1, 4, 4)]],
+                "txt_seq_lens": [7],
+            },
+        ),
+        "HunyuanDiT2DModel": (
+            {
+                "num_attention_heads": 4,
+                "attention_head_dim": 16,
+                "in_channels": 4,
+                "patch_size": 2,
+                "sample_size": 8,
+                "hidden_size": 64,
+                "num_layers": 2,
+                "mlp_ratio": 2.0,
+                "cross_attention_dim": 32,
+                "cross_attention_dim_t5": 32,
+                "pooled_projection_dim": 32,
+                "text_len": 7,
+                "text_len_t5": 7,
+            },
+            {
+                "hidden_states": latent,
+                "timestep": time_step.float(),
+                "encoder_hidden_states": text,
+                "text_embedding_mask": torch.ones(1, 7),
+                "encoder_hidden_states_t5": text,
+                "text_embedding_mask_t5": torch.ones(1, 7),
+                "image_rotary_emb": (draw(16, 16), draw(16, 16)),
+                "image_meta_size": torch.ones(1, 6),
+                "style": torch.zeros(1, dtype=torch.long),
+            },
+        ),
+        "PriorTransformer": (
+            {
+                "num_attention_heads": 4,
+                "attention_head_dim": 16,
+                "num_layers": 2,
+                "embedding_dim": 32,
+                "num_embeddings": 7,
+                "additional_embeddings": 4,
+            },
+            {"hidden_states": draw(1, 32), "timestep": 3, "proj_embedding": draw(1, 32), "encoder_hidden_states": text},
+        ),
+        "AutoencoderKL": (
+            {
+                "block_out_channels": (32, 64),
+                "norm_num_groups": 8,
+                "down_block_types": ("DownEncoderBlock2D",) * 2,
+                "up_block_types": ("UpDecoderBlock2D",) * 2,
+                "latent_channels": 4,
+            },
+            {"sample": draw(1, 3, 16, 16)},
+        ),
+        "Lumina2Transformer2DModel": (
+            {
+                "sample_size": 8,
+                "in_channels": 4,
+                "hidden_size": 64,
+                "num_layers": 2,
+                "num_refiner_layers": 1,
+                "num_attention_heads": 4,
+                "num_kv_heads": 2,
+                "multiple_of": 16,
+                "axes_dim_rope": (4, 4, 8),
+                "axes_lens": (30, 16, 16),
+                "cap_feat_dim": 32,
+            },
+            {
+                "hidden_states": latent,
+                "timestep": time_step / 10,
+                "encoder_hidden_states": text,
+                "encoder_attention_mask": torch.ones(1, 7).bool(),
+            },
+        ),
+    }
     return {name: lambda name=name, own=own: (getattr(library, name)(**own[0]), own[1]) for name, own in made.items()}  # type: ignore[misc]
 
 
@@ -342,7 +658,15 @@ def summary(own: Any) -> list[Any]:
     """What is kept of a layout."""
     layout = own.layout
     kinds = {name: sorted(set(table.kinds.unique().tolist()) - {5}) for name, table in layout.tables}
-    return [own.name, type(own.module).__name__, layout.num_heads, layout.num_key_value_heads, kinds, layout.qk_norm, layout.notes]
+    return [
+        own.name,
+        type(own.module).__name__,
+        layout.num_heads,
+        layout.num_key_value_heads,
+        kinds,
+        layout.qk_norm,
+        layout.notes,
+    ]
 
 
 class _TookTooLong(BaseException):
@@ -369,7 +693,11 @@ def work(library: str, names: list[str], results: Path) -> None:
             import traceback
 
             where = traceback.extract_tb(error.__traceback__)[-1]
-            result = {"library": library, "name": name, "crash": f"{type(error).__name__}: {error}"[:300] + f" {where.filename}:{where.lineno}"}
+            result = {
+                "library": library,
+                "name": name,
+                "crash": f"{type(error).__name__}: {error}"[:300] + f" {where.filename}:{where.lineno}",
+            }
         finally:
             signal.alarm(0)
         with results.open("a") as file:
@@ -385,7 +713,6 @@ def report(results: list[Result]) -> str:
         "| library | models | with attention | attentions | inferred | refused | wrong | judged head by head |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    total: Counter[str] = Counter()
     for library in [*LIBRARIES, "all"]:
         own = [r for r in results if library in (r["library"], "all") and "calls" in r]
         if not own:
@@ -401,7 +728,8 @@ def report(results: list[Result]) -> str:
         all_of = count["inferred"] + count["refused"]
         share = f"{count['inferred']} ({count['inferred'] / max(1, all_of):.1%})"
         lines.append(
-            f"| {library} | {count['models']} | {count['with']} | {all_of} | {share} | {count['refused']} | {count['wrong']} | {count['judged']} |"
+            f"| {library} | {count['models']} | {count['with']} | {all_of} | {share}"
+            f" | {count['refused']} | {count['wrong']} | {count['judged']} |"
         )
     return "\n".join(lines)
 
@@ -413,8 +741,8 @@ Written by a script, with torch {torch}, and {versions}:
     python tests/families/sweep.py --write docs/families.md
 
 Every model is tiny, of random weights, and known to the library by nothing but its forward. The library reads which channels
-of which weights make which head, or refuses with a reason. Each answer is judged on the model by an oracle that shares no code
-with the library (`tests/families/judge.py`): with a random factor for every head, the products of its queries and keys, read
+of which weights make which head, or refuses with a reason. Each answer is judged on the model by an oracle that shares no
+code with the library (`tests/families/judge.py`): with a random factor for every head, the products of its queries and keys, read
 from elementary operations in float64, must be the factor times what they were, and earlier attention must be the same; with
 queries times powers of two and keys over them, the model's outputs must be the same to the bit. **Wrong** counts whatever
 fails, and attention that the library does not see.
@@ -445,9 +773,15 @@ def document(results: list[Result]) -> str:
             names = reasons.setdefault((told, cls), [])
             if result["name"] not in names:
                 names.append(result["name"])
-    lines = [f"- `{cls}` ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''}): {told}" for (told, cls), names in sorted(reasons.items())]
+    lines = [
+        f"- `{cls}` ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''}): {told}"
+        for (told, cls), names in sorted(reasons.items())
+    ]
     return TEXT.format(
-        torch=torch.__version__.partition("+")[0], versions=", ".join(versions), table=report(results), refusals="\n".join(lines)
+        torch=torch.__version__.partition("+")[0],
+        versions=", ".join(versions),
+        table=report(results),
+        refusals="\n".join(lines),
     )
 
 
@@ -468,7 +802,7 @@ def main() -> None:
     done = {(r["library"], r["name"]) for r in known}
     chunks: list[list[str]] = []
     for library, models in LIBRARIES.items():
-        if args.only and args.only[0] != library or args.write:
+        if (args.only and args.only[0] != library) or args.write:
             continue
         names = [n for n in models() if (library, n) not in done and all(word in n for word in args.only[1:])]
         chunks += [[library, *names[i : i + CHUNK]] for i in range(0, len(names), CHUNK)]

@@ -10,7 +10,6 @@ from torch import nn
 
 from lightning_muonclip.qk_clip.describe.infer import Heads, Layout, Unclear
 from lightning_muonclip.qk_clip.describe.isolate import Isolated, Run
-from lightning_muonclip.qk_clip.describe.layout import KINDS
 from lightning_muonclip.qk_clip.describe.prove import proven
 from lightning_muonclip.qk_clip.describe.survey import Frame
 
@@ -63,7 +62,9 @@ def _is_again(known: Found, own: Found) -> bool:
         return known is own
     if known.layout is None or own.layout is None:
         return known.layout is own.layout and known.reason == own.reason
-    ours, theirs = ({name: table for name, table in of.tables if table.scaled.any()} for of in (known.layout, own.layout))
+    ours, theirs = (
+        {name: table for name, table in of.tables if table.scaled.any()} for of in (known.layout, own.layout)
+    )
     shared = [name for name in ours.keys() & theirs.keys() if ours[name].overlaps(theirs[name])]
     if not shared:
         return False

@@ -252,7 +252,9 @@ class Heads:
         """Where the channels of every parameter lie: along the dimensions on which most of them feed one head."""
         for key in side.heads:
             private = self._private(side, key).float().mean()
-            if private > 0 and (key[0] not in side.keys or private > self._private(side, side.keys[key[0]]).float().mean()):
+            if private > 0 and (
+                key[0] not in side.keys or private > self._private(side, side.keys[key[0]]).float().mean()
+            ):
                 side.keys[key[0]] = key
 
     def _side_of(self, side: int, calls: list[int]) -> _Side:
@@ -293,7 +295,9 @@ class Heads:
                     index = output.slices[-axis]
                     return _along(output, index % count if is_inner else index // (size // count), axis)
 
-                heads = self.probe.coordinates(lambda o: fold(o) if o.side != _REST and o.lead == outputs[0].lead else 0, count)
+                heads = self.probe.coordinates(
+                    lambda o: fold(o) if o.side != _REST and o.lead == outputs[0].lead else 0, count
+                )
                 if self._is_told(side, calls, heads, count):
                     return _Side(outputs, [fold(o)[..., 0, 0].expand(o.lead) for o in outputs], count, heads)
         return None

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lightning_muonclip.qk_clip.observe.capture import DetachedCopies, apart
 from lightning_muonclip.qk_clip.describe.trace import Call, Product, Trace, tracing
+from lightning_muonclip.qk_clip.observe.capture import DetachedCopies, apart
 
 
 @dataclass
@@ -76,7 +76,7 @@ class Isolated:
 
     def scaled(
         self, factors: Mapping[str, Tensor], products: Sequence[Product], offsets: Mapping[str, float] = {}
-    ) -> Run:  # noqa: B006
+    ) -> Run:
         """:meth:`run` while parameters, plus their offsets, are multiplied by factors that broadcast."""
         before = {name: self.params[name].data for name in factors}
         try:

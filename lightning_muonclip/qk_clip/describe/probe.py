@@ -141,7 +141,7 @@ class Probe:
         return {key: _summed(products[key[0]], key[1]) for key in self.keys if key[0] in products}
 
     def _projected(self, gradients: dict[str, Tensor]) -> dict[Key, Tensor]:
-        """Random numbers for every channel, two: with one, some of thousands look as if they fed one coordinate, by chance."""
+        """Two random numbers for every channel: with one, some of thousands look as if they fed one coordinate."""
         found: dict[Key, Tensor] = {}
         for key in self.keys:
             name, dims = key
@@ -167,8 +167,8 @@ class Probe:
 
 def _keys(name: str, param: Tensor) -> list[Key]:
     """Dimensions that the channels of a parameter may lie on: one, or two of three and more."""
-    singles = [(dim,) for dim in range(param.ndim)] or [()]
-    pairs = list(itertools.combinations(range(param.ndim), 2)) if param.ndim > 2 else []
+    singles = itertools.combinations(range(param.ndim), min(param.ndim, 1))
+    pairs = itertools.combinations(range(param.ndim), 2) if param.ndim > 2 else ()
     return [(name, dims) for dims in (*singles, *pairs)]
 
 

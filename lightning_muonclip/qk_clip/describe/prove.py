@@ -3,60 +3,63 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from lightning_muonclip.qk_clip.describe.infer import Layout, Table, Unclear, spread
+from lightning_muonclip.qk_clip.describe.infer import Layout, Unclear, spread
 from lightning_muonclip.qk_clip.describe.isolate import Isolated, Run
 from lightning_muonclip.qk_clip.describe.layout import KINDS
 
 
+def factors(layout: Layout, of: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What multiplies each parameter, from the factors of the heads by kind of channel."""
+    found: dict[str, Tensor] = {}
+    for name, table in layout.tables:
+        if not table.scaled.any():
+            continue
+        own = torch.ones(table.kinds.shape, dtype=torch.float64)
+        for kind, values in of.items():
+            chosen = table.kinds == KINDS.index(kind)
+            own[chosen] = values[table.heads[chosen].clamp_min(0)]
+        own = spread(own, table.dims, params[name])
+        found[name] = found[name] * own if name in found else own
+    return found
+
+
 class Trial:
-    """A factor of its own for every head of an attention, and what queries and keys do then.
+    """A factor of its own for every head of an attention, and what queries and keys do then."""
 
-    Args:
-        layout: The heads and their channels.
-        seed: Draws the factors.
-        powers: Powers of two, which are exact in floating point.
-    """
-
-    def __init__(self, layout: Layout, seed: int, *, powers: bool = False) -> None:
+    def __init__(self, layout: Layout, seed: int) -> None:
         self.layout = layout
         generator = torch.Generator().manual_seed(seed)
 
         def draw(count: int) -> Tensor:
-            drawn = 4 * torch.rand(count, generator=generator, dtype=torch.float64) - 2
-            return torch.exp2(drawn.round() if powers else drawn / 2)
+            return torch.exp2(2 * torch.rand(count, generator=generator, dtype=torch.float64) - 1)
 
-        heads, groups = layout.num_heads, layout.num_key_value_heads
-        self._factors = {"q": draw(heads), "k": draw(groups), "qr": draw(heads)}
-        if any((table.heads[table.scaled] < 0).any() for _, table in layout.tables):
-            self._factors = {
-                kind: own[:1].expand(len(own)) for kind, own in self._factors.items()
-            }  # shared by all heads
+        self._factors = {
+            "q": draw(layout.num_heads),
+            "k": draw(layout.num_key_value_heads),
+            "qr": draw(layout.num_heads),
+        }
+        if any((table.heads[table.scaled] < 0).any() for _, table in layout.tables):  # shared by all heads
+            self._factors = {kind: own[:1].expand(len(own)) for kind, own in self._factors.items()}
+        if layout.is_tied:  # both sides by both factors
+            self._factors |= dict.fromkeys("qk", self._factors["q"])
         self._factors |= {"qn": self._factors["q"], "kn": self._factors["k"]}
-        self._made = {KINDS[kind] for _, table in layout.tables for kind in table.kinds.unique().tolist()}
 
-    def factors(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
+    def factors(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What multiplies each parameter."""
-        factors: dict[str, Tensor] = {}
-        for name, table in self.layout.tables:
-            own = torch.ones(table.kinds.shape, dtype=torch.float64)
-            for kind, values in self._factors.items():
-                chosen = table.kinds == KINDS.index(kind)
-                own[chosen] = values[table.heads[chosen].clamp_min(0)]
-            own = spread(own, table.dims, params[name])
-            factors[name] = factors[name] * own if name in factors else own
-        return factors
+        return factors(self.layout, self._factors, params)
 
     def expected(self, side: str, number: int) -> Tensor:
         """What multiplies the queries ("q") or keys ("k") of one pair, in the order of the layout's units."""
         units = (self.layout.query_units if side == "q" else self.layout.key_units)[number]
-        kinds = self._made & ({"q", "qn"} if side == "q" else {"k", "kn"})
-        factor = self._factors[side][units] if kinds else torch.ones(units.shape, dtype=torch.float64)
-        factor = factor[..., None, None]
+        factor = (
+            self._factors[side][units] if side in self.layout.sides else torch.ones(units.shape, dtype=torch.float64)
+        )
+        factor = factor[..., None, None] ** (2 if self.layout.is_tied else 1)
         if self.layout.own_channels is not None:
             rest = self._factors["qr"][units][..., None, None] if side == "q" else torch.ones_like(factor)
             factor = torch.where(self.layout.own_channels, factor, rest)

@@ -28,11 +28,53 @@ _MATMUL = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm
 _BADDBMM = {torch.baddbmm, Tensor.baddbmm, Tensor.baddbmm_}
 
 #: Nodes of the autograd graph between a product and its softmax that leave every logit to its head.
-_ELEMENTWISE = set(
-    "View UnsafeView ReshapeAlias Alias T Transpose Permute Expand Squeeze Unsqueeze Select Slice Split SplitWithSizes Unbind"
-    " Index Gather Cat Stack Clone ToCopy Copy CopySlices AsStrided Mul Div Add Sub Rsub Neg MaskedFill Where Tanh Clamp"
-    " ClampMin ClampMax Maximum Minimum ConstantPadNd Repeat Roll Flip IndexPut NanToNum NativeDropout".split()
-)
+_ELEMENTWISE = {
+    "View",
+    "UnsafeView",
+    "ReshapeAlias",
+    "Alias",
+    "T",
+    "Transpose",
+    "Permute",
+    "Expand",
+    "Squeeze",
+    "Unsqueeze",
+    "Select",
+    "Slice",
+    "Split",
+    "SplitWithSizes",
+    "Unbind",
+    "Index",
+    "Gather",
+    "Cat",
+    "Stack",
+    "Clone",
+    "ToCopy",
+    "Copy",
+    "CopySlices",
+    "AsStrided",
+    "Mul",
+    "Div",
+    "Add",
+    "Sub",
+    "Rsub",
+    "Neg",
+    "MaskedFill",
+    "Where",
+    "Tanh",
+    "Clamp",
+    "ClampMin",
+    "ClampMax",
+    "Maximum",
+    "Minimum",
+    "ConstantPadNd",
+    "Repeat",
+    "Roll",
+    "Flip",
+    "IndexPut",
+    "NanToNum",
+    "NativeDropout",
+}
 
 
 @dataclass(eq=False)
@@ -42,10 +84,11 @@ class Product:
     query: Tensor
     key: Tensor
     out: Tensor
-    is_logits: bool = False  # once a softmax has been found behind it
+    is_logits: bool = False  # once a softmax has been found
 
     @property
     def lead(self) -> torch.Size:
+        """Shape before rows and channels."""
         return self.query.shape[:-2]
 
 
@@ -55,7 +98,7 @@ class Call:
 
     Attributes:
         source: What was called.
-        pairs: Queries and keys, shape (*lead, length, channels) each. More than one pair if the logits are a sum of products.
+        pairs: Queries and keys, shape (*lead, length, channels) each; several if the logits are a sum of products.
         value: Shape (*lead, length, channels); ``None`` if nothing was weighted.
         rest: Whatever else enters the logits: masks, biases.
         problem: Why the logits cannot be followed; empty if they can.
@@ -72,7 +115,7 @@ class Trace(TorchFunctionMode):
     """Records attention calls in :attr:`calls`, and answers them.
 
     Args:
-        given: The inputs of the module: what depends on them is an activation; a product with anything else is a projection.
+        given: The inputs of the module. What depends on them is an activation; a product with anything else, a projection.
         products: Products of an earlier run. They answer for those of this run, so that nothing behind them may change.
     """
 
@@ -343,9 +386,9 @@ def _einsum_pair(equation: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor] |
 @contextmanager
 def _without_dispatch() -> Iterator[None]:
     """Lets a mode see the calls inside of torch's ``multi_head_attention_forward``, which else hands itself over whole."""
-    dispatches = F.has_torch_function
-    F.has_torch_function = lambda *_: False
+    dispatches = F.has_torch_function  # type: ignore[attr-defined]
+    F.has_torch_function = lambda *_: False  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        F.has_torch_function = dispatches
+        F.has_torch_function = dispatches  # type: ignore[attr-defined]

@@ -20,11 +20,11 @@ class Options:
         heads: Number of query heads.
         groups: Number of key heads, which divides it.
         channels: Of a head.
-        fused: ``"no"``, ``"blocks"`` (queries | keys | values), ``"heads"`` (head by head), or ``"tensor"``: one parameter of
-            shape (heads, width, 3·channels).
+        fused: ``"no"``, ``"blocks"`` (queries | keys | values), ``"heads"`` (head by head), or ``"tensor"``: one parameter
+            of shape (heads, width, 3·channels).
         bias: Whether projections have one.
-        call: How logits and probabilities are made: ``"sdpa"``, ``"matmul"``, ``"einsum"`` or ``"merged"`` (heads and batch in
-            one dimension).
+        call: How logits and probabilities are made: ``"sdpa"``, ``"matmul"``, ``"einsum"`` or ``"merged"`` (heads and batch
+            in one dimension).
         rotary: Whether half of the channels are rotated.
         norm: ``""``, ``"gain"`` (of the channels of a head), ``"heads"`` (gains of every head) or ``"no gain"``.
         offset: What the norm adds to its gain.
@@ -70,7 +70,10 @@ class Drawn(nn.Module):
             self.projection = nn.Linear(WIDTH, sum(sizes) * own.channels, own.bias)
         if own.norm in ("gain", "heads"):
             shape = (own.channels,) if own.norm == "gain" else (own.heads, 1, own.channels)
-            self.gains = nn.ParameterList(torch.randn(n if own.norm == "gain" else (k, 1, own.channels)) + 1 for n, k in ((shape, own.heads), (shape, self.groups)))
+            self.gains = nn.ParameterList(
+                torch.randn(n if own.norm == "gain" else (k, 1, own.channels)) + 1
+                for n, k in ((shape, own.heads), (shape, self.groups))
+            )
         if own.relative:
             self.positions = nn.Parameter(torch.randn(LENGTH, own.channels))
         self.out = nn.Linear(own.heads * own.channels, WIDTH)

@@ -60,7 +60,9 @@ def test_attentions_may_share_a_weight_that_they_use_alike() -> None:
 
 
 def test_weights_modes_and_buffers_are_as_before() -> None:
-    model = nn.Sequential(Drawn(Options()), nn.BatchNorm1d(LENGTH), nn.Dropout(), Drawn(Options(norm="gain", offset=1.0)))
+    model = nn.Sequential(
+        Drawn(Options()), nn.BatchNorm1d(LENGTH), nn.Dropout(), Drawn(Options(norm="gain", offset=1.0))
+    )
     with torch.no_grad():
         model[0].projections[1].weight[0] = 1e-44  # a subnormal number
     model[2].eval()

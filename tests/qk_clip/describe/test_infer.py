@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from attentions import BATCH, LENGTH, WIDTH, Drawn, Options
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -14,8 +15,6 @@ from torch import Tensor, nn
 from lightning_muonclip.qk_clip.describe.describe import Found, describe
 from lightning_muonclip.qk_clip.describe.layout import KINDS
 from lightning_muonclip.qk_clip.describe.survey import Survey
-
-from attentions import BATCH, LENGTH, WIDTH, Drawn, Options
 
 options = st.builds(
     Options,
@@ -119,7 +118,7 @@ def test_drawn_attention_is_read_right_or_refused(own: Options) -> None:
     assume(not (own.tied and own.fused != "no"))
     module = made(own)
     (found,) = described(module, inputs())
-    unscalable = own.clamp and not own.norm or own.norm == "no gain"
+    unscalable = (own.clamp and not own.norm) or own.norm == "no gain"
     if unscalable:
         assert found.layout is None and found.reason
     elif not (own.tied or own.relative or own.returns_keys or own.clamp or own.norm == "heads"):

@@ -25,7 +25,9 @@ FORMS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "sdpa": lambda q, k, v: F.scaled_dot_product_attention(q, k, v),
     "matmul": lambda q, k, v: (q @ k.mT / 2).softmax(-1) @ v,
     "bmm": lambda q, k, v: torch.bmm(torch.bmm(q.flatten(0, 1), k.flatten(0, 1).mT).softmax(-1), v.flatten(0, 1)),
-    "baddbmm": lambda q, k, v: torch.baddbmm(torch.zeros(1), q.flatten(0, 1), k.flatten(0, 1).mT).softmax(-1) @ v.flatten(0, 1),
+    "baddbmm": lambda q, k, v: (
+        torch.baddbmm(torch.zeros(1), q.flatten(0, 1), k.flatten(0, 1).mT).softmax(-1) @ v.flatten(0, 1)
+    ),
     "einsum": lambda q, k, v: torch.einsum("bhij,bhjd->bihd", torch.einsum("bhid,bhjd->bhij", q, k).softmax(-1), v),
     "masked": lambda q, k, v: (q @ k.mT).masked_fill(torch.ones(5, 5).triu(1).bool(), -torch.inf).softmax(-1) @ v,
     "soft cap": lambda q, k, v: (5 * (q @ k.mT / 5).tanh()).softmax(-1) @ v,
