@@ -742,10 +742,10 @@ Written by a script, with torch {torch}, and {versions}:
 
 Every model is tiny, of random weights, and known to the library by nothing but its forward. The library reads which channels
 of which weights make which head, or refuses with a reason. Each answer is judged on the model by an oracle that shares no
-code with the library (`tests/families/judge.py`): with a random factor for every head, the products of its queries and keys, read
-from elementary operations in float64, must be the factor times what they were, and earlier attention must be the same; with
-queries times powers of two and keys over them, the model's outputs must be the same to the bit. **Wrong** counts whatever
-fails, and attention that the library does not see.
+code with the library (`tests/families/judge.py`). With a random factor for every head, the products of its queries and keys,
+read from elementary operations in float64, must be the factor times what they were, and earlier attention must be the same.
+With queries times powers of two and keys over them, the model's outputs must be the same to the bit. **Wrong** counts
+whatever fails, and attention that the library does not see.
 
 {table}
 

@@ -22,7 +22,7 @@ def factors(layout: Layout, of: Mapping[str, Tensor], params: Mapping[str, Tenso
         own = torch.ones(table.kinds.shape, dtype=torch.float64)
         for kind, values in of.items():
             chosen = table.kinds == KINDS.index(kind)
-            own[chosen] = values[table.heads[chosen].clamp_min(0)]
+            own[chosen] = values[table.heads[chosen].clamp_min(0)].to(own)
         own = spread(own, table.dims, params[name])
         found[name] = found[name] * own if name in found else own
     return found
