@@ -87,8 +87,8 @@ def check(module: Drawn, found: Found) -> None:
     layout, x = found.layout, inputs()
     assert layout is not None
     heads, groups = layout.num_heads, layout.num_key_value_heads
-    # Where queries tell nothing of their heads, those of the keys are all that can be told.
-    assert heads == module.options.heads or (layout.sides == "k" and heads == groups)
+    # Where queries tell nothing of their heads, those of the keys, or one head, are all that can be told.
+    assert heads == module.options.heads or heads == 1 or (layout.sides == "k" and heads == groups)
     of_query, of_key = torch.linspace(0.5, 2, heads).double() ** 1.1, torch.linspace(3, 0.7, groups).double()
     if any((table.heads[table.kinds != KINDS.index("*")] < 0).any() for _, table in layout.tables):
         of_query, of_key = of_query[:1].expand(heads), of_key[:1].expand(groups)
@@ -98,7 +98,7 @@ def check(module: Drawn, found: Found) -> None:
     for head, (a, b) in enumerate(zip(before, after)):
         factor = torch.ones((), dtype=torch.float64)
         if "q" in layout.sides:
-            factor = factor * of_query[head]
+            factor = factor * of_query[head * heads // len(before)]
         if "k" in layout.sides:
             factor = factor * of_key[head * groups // len(before)]
         factor = factor**2 if is_tied else factor
