@@ -51,7 +51,8 @@ class Logits(TorchDispatchMode):
             return func(*args, **kwargs)
         name = func._schema.name.removeprefix("aten::").rstrip("_")
         if name in ("_softmax", "_safe_softmax", "exp"):
-            own = [product for number, product in self.of(args[0]).items() if number not in self.taken]
+            every = self.of(args[0])
+            own = [product for number, product in every.items() if number not in self.taken] or list(every.values())
             if own:
                 self.taken |= set(self.of(args[0]))
                 self.attended(

@@ -36,7 +36,7 @@ from families.judge import judge, randomize, seeded
 from families.shrunk import BATCH, LENGTH, WIDTH, draw, tiny, tokens
 
 RESULTS = Path(tempfile.gettempdir()) / "attention_sweep.jsonl"
-SECONDS, CHUNK = 90, 12
+SECONDS, CHUNK = 60, 40
 Made = tuple[nn.Module, dict[str, Any]]
 Result = dict[str, Any]
 

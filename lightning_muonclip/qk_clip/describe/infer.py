@@ -158,8 +158,11 @@ class Heads:
         private = [own[(self.side[key] == _Q) & (self.axis(1)[key] >= 0)] for key, own in self.call.items()]
         known = torch.cat([own[own != NOTHING] for own in private])
         alone = set(known[known >= 0].tolist())
-        if not len(known):
-            return [[number] for number in numbers]
+        if not len(known):  # only one product tells then that calls belong together
+            groups: dict[int, list[int]] = {}
+            for number in numbers:
+                groups.setdefault(id(self.run.calls[number].pairs[0][0]), []).append(number)
+            return list(groups.values())
         shared = [number for number in numbers if number not in alone]
         return [*([shared] if shared else []), *([number] for number in sorted(alone))]
 

@@ -187,14 +187,13 @@ class Trace(TorchFunctionMode):
         # Products of another arrangement, such as those of a table of positions, are part of the rest.
         main = next((p for p in products if p.out.shape == logits.shape == (*p.lead, *p.out.shape[-2:])), products[0])
         for product in (product for product in products if product.lead == main.lead):
-            product.is_logits = True
             rows, columns = product.out.shape[-2:]
-            is_turned = dim % logits.ndim == logits.ndim - 2 or columns != logits.shape[dim] == rows
-            call.pairs.append((product.key, product.query) if is_turned else (product.query, product.key))
-        if logits.shape[dim] < call.pairs[0][1].shape[-2]:
-            call.problem = (
-                call.problem or f"it attends to {call.pairs[0][1].shape[-2]} keys, {logits.shape[dim]} at a time"
-            )
+            if not product.is_logits and (dim % logits.ndim == logits.ndim - 2 or columns != logits.shape[dim] == rows):
+                product.query, product.key = product.key, product.query
+            product.is_logits = True
+            call.pairs.append((product.query, product.key))
+        if logits.shape[dim] < min(main.out.shape[-2:]):
+            call.problem = call.problem or f"of {tuple(main.out.shape)} logits it weighs {logits.shape[dim]} at a time"
         self.calls.append(call)
         with torch.no_grad():
             out = func(*args, **kwargs)
@@ -202,7 +201,7 @@ class Trace(TorchFunctionMode):
 
     def _product(self, func: Any, args: Any, kwargs: Any) -> Tensor:
         a, b = _operands(func, args, kwargs)
-        if a is None or b is None or (a in self._activations) != (b in self._activations):
+        if a is None or b is None or not self._is_product(func, a, b):
             return func(*args, **kwargs)
         for probabilities, value in ((a, b), (b, a)):
             for call in _marks_behind([probabilities.grad_fn], Call)[0]:
@@ -221,6 +220,12 @@ class Trace(TorchFunctionMode):
         ):
             out = self._earlier[number].out
         return _mark(out, product)
+
+    def _is_product(self, func: Any, a: Tensor, b: Tensor) -> bool:
+        """Not a projection; learned queries are in a batch, as the weight of a projection is not."""
+        if (a in self._activations) == (b in self._activations):
+            return True
+        return func is not torch.einsum and a.ndim == b.ndim > 2 and a.shape[0] == b.shape[0]
 
     def _weighted(self, func: Any, args: Any, kwargs: Any, call: Call, is_first: bool, value: Tensor) -> Tensor:
         """Values, weighted by the probabilities of a call: nothing behind depends on them."""
