@@ -12,7 +12,7 @@ from lightning_muonclip.qk_clip.describe.infer import Heads, Layout, Unclear
 from lightning_muonclip.qk_clip.describe.isolate import Isolated, Run
 from lightning_muonclip.qk_clip.describe.locate import locate
 from lightning_muonclip.qk_clip.describe.prove import proven
-from lightning_muonclip.qk_clip.describe.spec import Softmax
+from lightning_muonclip.qk_clip.describe.spec import HeadAxis, Softmax
 from lightning_muonclip.qk_clip.describe.survey import Frame
 
 
@@ -35,6 +35,7 @@ class Found:
     layout: Layout | None = None
     reason: str = ""
     softmaxes: tuple[Softmax, ...] = ()
+    head_axes: tuple[HeadAxis, ...] = ()
     elsewhere: bool = False
 
 
@@ -127,6 +128,7 @@ def _analyse(frame: Frame, count: int) -> list[Found]:
                 own.layout = proven(isolated, run, heads.layouts(calls))
                 if any("softmax" in run.calls[call].source for call in calls):
                     own.softmaxes = locate(isolated)
+                own.head_axes = own.layout.head_axes
                 heads.enter_values(own.layout)
             except Unclear as unclear:
                 own.reason, own.elsewhere = unclear.reason, unclear.elsewhere

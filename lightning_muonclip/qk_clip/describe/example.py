@@ -49,7 +49,9 @@ def attention_on(model: nn.Module, example: Example) -> list[Found]:
     found = describe(survey.calls)
     gate(Frame("", model, args, kwargs), found)
     for own in found:
-        spread = [name for name, table in own.layout.tables if len(table.dims) != 1] if own.layout is not None else []
+        if own.layout is None:
+            continue
+        spread = [name for name, table in own.layout.tables if len(table.dims) != 1]
         if spread:
             own.layout, own.reason = None, f"its heads lie on several dimensions of {', '.join(spread)}"
     return found
@@ -73,5 +75,5 @@ def spec_of(found: Found) -> AttentionSpec:
         qk_norm=layout.qk_norm,
         gains=gains,
         softmaxes=found.softmaxes,
-        head_axes=layout.head_axes,
+        head_axes=found.head_axes,
     )

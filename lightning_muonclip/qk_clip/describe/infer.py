@@ -72,7 +72,6 @@ class Layout:
         qk_norm: Whether a norm stands behind the projections, so that its gains are what scales.
         query_units: For every pair of queries and keys, the head of each leading index of the queries.
         key_units: The same of the keys.
-        head_axes: The leading axes of the queries that count heads.
         own_channels: Channels of the keys that are each head's own, where others are shared by all heads (latent attention).
         notes: Why one side is left alone.
     """
@@ -85,8 +84,33 @@ class Layout:
     tables: list[tuple[str, Table]] = field(default_factory=list)
     qk_norm: bool = False
     own_channels: Tensor | None = None
-    head_axes: tuple[HeadAxis, ...] = ()
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def head_axes(self) -> tuple[HeadAxis, ...]:
+        """The leading axes of the queries that count heads, outermost first.
+
+        Raises:
+            Unclear: If heads are no product of axes.
+        """
+        units = self.query_units[0]
+        along = {axis: units.movedim(-axis, 0).flatten(1)[:, 0] for axis in range(units.ndim, 0, -1)}
+        found = []
+        for axis, index in along.items():
+            values = index.unique()
+            count, places = len(values), torch.arange(len(index))
+            if count > 1:
+                is_inner = torch.equal(torch.searchsorted(values, index), places % count)
+                found.append(HeadAxis(axis, count, is_inner))
+        rebuilt = torch.zeros([1] * units.ndim, dtype=units.dtype)
+        for axis, count, is_inner in found:
+            size = units.shape[-axis]
+            places = torch.arange(size)
+            own = places % count if is_inner else places // (size // count)
+            rebuilt = rebuilt * count + own.view([-1 if d == units.ndim - axis else 1 for d in range(units.ndim)])
+        if not torch.equal(rebuilt.expand_as(units), units):
+            raise Unclear("its heads lie on the leading axes of the queries in no regular order")
+        return tuple(found)
 
     @property
     def lacks_keys(self) -> bool:
@@ -122,7 +146,7 @@ class _Side:
     units: list[Tensor]
     count: int
     heads: dict[Key, Tensor]
-    axes: tuple[HeadAxis, ...] = ()
+    axes: list[int] = field(default_factory=list)
     shares: dict[str, Tensor] = field(default_factory=dict)
     keys: dict[str, Key] = field(default_factory=dict)
 
@@ -178,8 +202,10 @@ class Heads:
             self._axes[axis] = self.probe.coordinates(index, count) if count > 1 else one
         return self._axes[axis]
 
-    def layouts(self, calls: list[int]) -> Iterator[Layout]:
+    def layouts(self, calls: list[int]) -> Iterator[list[Layout]]:
         """Layouts that the gradients allow, the likeliest first; only a forward decides between them.
+
+        Each comes with another, where there are parameters whose shares are almost lost in rounding, which takes them too.
 
         Raises:
             Unclear: If they allow none.
@@ -194,26 +220,25 @@ class Heads:
         if query_sets and is_in_order and not key_sets:
             yield from self._rotated_apart(calls, query, key, query_sets)
         for chosen in itertools.islice(itertools.product(query_sets or [()], key_sets or [()]), 12):
-            layout = _new(calls, query, key)
-            if not any(chosen):
-                continue
-            for side, names in zip((query, key), chosen):
-                for name in names:
-                    self._add(layout, side, name, "q" if side is query else "k")
-            if not all(chosen):
-                layout.notes.append(self._why_not(key if chosen[0] else query) if is_in_order else _OTHER_ORDER)
-            layout.qk_norm = self._is_norm(layout, query)
-            yield layout
-        if not is_in_order and not query_sets:
-            raise Unclear(f"{self._why_not(query)}; {_OTHER_ORDER}")
+            tiny = [self._tiny(side, names) if names else () for side, names in zip((query, key), chosen)]
+            found = []
+            for more in ((), tiny) if any(tiny) else ((),):
+                layout = Layout(calls, query.count, key.count, query.units, key.units)
+                for side, names, kind in zip((query, key), (a + b for a, b in zip(chosen, more or ((), ()))), "qk"):
+                    for name in names:
+                        self._add(layout, side, name, kind)
+                if not all(chosen):
+                    layout.notes.append(self._why_not(key if chosen[0] else query) if is_in_order else _OTHER_ORDER)
+                layout.qk_norm = self._is_norm(layout, query)
+                found.append(layout)
+            if any(chosen):
+                yield found
         if not query_sets and not key_sets:
             yield from self._tied(calls, query, key)
             yield from self._shared_gains(calls, query, key)
             if self._is_normalized(query) or self._is_normalized(key):
-                watched = _new(calls, query, key)
-                watched.qk_norm = True
-                yield watched
-            raise Unclear(f"{self._why_not(query)}; {self._why_not(key)}")
+                yield [Layout(calls, query.count, key.count, query.units, key.units, qk_norm=True)]
+            raise Unclear(f"{self._why_not(query)}; {self._why_not(key) if is_in_order else _OTHER_ORDER}")
 
     # Heads ----------------------------------------------------------------------------------------------------------
 
@@ -228,14 +253,15 @@ class Heads:
 
     def _sides(self, calls: list[int]) -> tuple[_Side, _Side]:
         query, key = (self._side_of(side, calls) for side in (_Q, _K))
-        if query.count == 1 < key.count and [u.shape for u in query.units] == [u.shape for u in key.units]:
-            query = _Side(
-                query.outputs,
-                key.units,
-                key.count,
-                {k: torch.full_like(h, MIXED) for k, h in query.heads.items()},
-                key.axes,
-            )
+        for side, other in ((query, key), (key, query)):
+            units, count = side.units, side.count
+            if count == 1 and other.axes and len(side.outputs[0].lead) >= max(other.axes):
+                units, count = _units(side.outputs, other.axes)
+            elif count == 1 and [unit.shape for unit in units] == [unit.shape for unit in other.units]:
+                units, count = other.units, other.count
+            if count > side.count:  # nothing tells its heads, but they lie where those of the other side lie
+                mixed = {k: torch.full_like(own, MIXED) for k, own in side.heads.items()}
+                side.units, side.count, side.heads = units, count, mixed
         for side, what in ((query, "queries"), (key, "keys")):
             sizes = _per_head([(o.tensor.detach() * o.cotangent).sum((-2, -1)) for o in side.outputs], side)
             if not bool(sizes.isfinite().all()):
@@ -275,26 +301,21 @@ class Heads:
                 1,
                 {k: torch.full_like(own, 0) for k, own in self.side.items()},
             )
-        counts = [int(outputs[0].slices[-axis].max()) + 1 for axis in axes]
-        units = []
-        for output in outputs:
-            unit = torch.zeros([1] * len(output.lead), dtype=torch.long)
-            for axis, count in zip(axes, counts):
-                unit = unit * count + _along(output, output.slices[-axis], axis)[..., 0, 0]
-            units.append(unit.expand(output.lead))
+        units, count = _units(outputs, axes)
         heads = {}
         for key in self.side:
             head = torch.zeros_like(self.side[key])
-            for axis, count in zip(axes, counts):
+            for axis in axes:
                 own = self.axis(axis)[key]
-                head = torch.where((head < 0) | (own < 0), torch.minimum(head, own), head * count + own)
+                size = int(outputs[0].slices[-axis].max()) + 1
+                head = torch.where((head < 0) | (own < 0), torch.minimum(head, own), head * size + own)
             heads[key] = head
-        found = tuple(HeadAxis(axis, count) for axis, count in zip(axes, counts))
-        return _Side(outputs, units, math.prod(counts), heads, found)
+        return _Side(outputs, units, count, heads, axes)
 
     def _merged(self, side: int, outputs: list[Output], calls: list[int]) -> _Side | None:
         """Heads that share an axis with the batch, as in (batch · heads, length, channels)."""
-        for axis in range(len(outputs[0].lead), 0, -1):
+        lead = outputs[0].lead
+        for axis in range(len(lead), 0, -1):
             size = int(outputs[0].slices[-axis].max()) + 1
             for count, is_inner in itertools.product((h for h in range(size, 1, -1) if size % h == 0), (True, False)):
 
@@ -304,10 +325,10 @@ class Heads:
                     index = output.slices[-axis]
                     return _along(output, index % count if is_inner else index // (size // count), axis)
 
-                heads = self.probe.coordinates(lambda o: fold(o) if o in outputs else 0, count)
+                heads = self.probe.coordinates(lambda o: fold(o) if o.side != _REST and o.lead == lead else 0, count)
                 if self._is_told(side, calls, heads, count):
                     units = [fold(o)[..., 0, 0].expand(o.lead) for o in outputs]
-                    return _Side(outputs, units, count, heads, (HeadAxis(axis, count, is_inner),))
+                    return _Side(outputs, units, count, heads)
         return None
 
     def _is_told(self, side: int, calls: list[int], coordinates: dict[Key, Tensor], count: int) -> bool:
@@ -346,10 +367,12 @@ class Heads:
                 is_new = not any(set(other) <= set(chosen) for other in found)
                 if is_new and self._is_one(torch.stack([side.shares[name] for name in chosen]).sum(0)):
                     found.append(chosen)
-        sets = sorted(found, key=lambda chosen: -sum(self.probe.params[name].numel() for name in chosen))
-        # A bias beside huge inputs has a share that is lost in rounding, and scales all the same.
-        tiny = tuple(name for name in side.shares if name not in names and float(side.shares[name].abs().max()) > 0)
-        return [chosen + more for chosen in sets for more in ([tiny, ()] if tiny else [()])]
+        return sorted(found, key=lambda chosen: -sum(self.probe.params[name].numel() for name in chosen))
+
+    def _tiny(self, side: _Side, chosen: Sequence[str]) -> tuple[str, ...]:
+        """Parameters whose share is lost in rounding, such as a bias beside huge inputs; they may scale all the same."""
+        shares = {name: float(share.abs().max()) for name, share in side.shares.items() if name not in chosen}
+        return tuple(name for name, share in shares.items() if 0 < share <= 10 * self.probe.tolerance)
 
     def _is_one(self, share: Tensor) -> bool:
         return bool(((share - 1).abs() < 10 * self.probe.tolerance).all())
@@ -390,7 +413,7 @@ class Heads:
 
     def _rotated_apart(
         self, calls: list[int], query: _Side, key: _Side, query_sets: list[tuple[str, ...]]
-    ) -> Iterator[Layout]:
+    ) -> Iterator[list[Layout]]:
         """Latent attention: a part of every key is its head's own, the rest is rotated and shared by all heads."""
         names = [name for name, share in key.shares.items() if float(share.abs().max()) > self.probe.tolerance]
         own = self._own_channels(key, names)
@@ -401,14 +424,14 @@ class Heads:
             masks = {name: self._private(query, query.keys[name]) for name in chosen}
             if any(bool((part[query.keys[name]][mask] < 0).any()) for name, mask in masks.items()):
                 continue
-            layout = _new(calls, query, key)
+            layout = Layout(calls, query.count, key.count, query.units, key.units)
             layout.own_channels = own
             for name, mask in masks.items():
                 self._add(layout, query, name, "qn", mask & (part[query.keys[name]] == 0))
                 self._add(layout, query, name, "qr", mask & (part[query.keys[name]] == 1))
             for name in names:
                 self._add(layout, key, name, "kn")
-            yield layout
+            yield [layout]
 
     def _own_channels(self, key: _Side, names: Sequence[str]) -> Tensor | None:
         """Which channels of the keys double if the private channels of these parameters do, where the others stay."""
@@ -435,7 +458,7 @@ class Heads:
         )
         return doubled if bool((doubled | same).all() and doubled.any() and same.any()) else None
 
-    def _tied(self, calls: list[int], query: _Side, key: _Side) -> Iterator[Layout]:
+    def _tied(self, calls: list[int], query: _Side, key: _Side) -> Iterator[list[Layout]]:
         """One weight that makes queries and keys of the same head."""
         if query.count != key.count:
             return
@@ -454,34 +477,38 @@ class Heads:
         if not keys or len(names) != len(keys) or not self._is_one(torch.stack([degrees[0][k] for k in keys]).sum(0)):
             return
         if self._is_one(torch.stack([degrees[1][k] for k in keys]).sum(0)):
-            layout = _new(calls, query, key)
+            layout = Layout(calls, query.count, key.count, query.units, key.units)
             for k in keys:
                 makes_both = self.makes_both[k] & (query.heads[k] >= 0)
                 for side, kind in ((query, "q"), (key, "k")):
                     side.keys[k[0]] = k
                     self._add(layout, side, k[0], kind, makes_both)
-            yield layout
+            yield [layout]
 
-    def _shared_gains(self, calls: list[int], query: _Side, key: _Side) -> Iterator[Layout]:
-        """The gains of norms, which scale all heads of a side at once."""
-        layout = _new(calls, query, key)
-        layout.qk_norm = True
-        for side, kind in ((query, "q"), (key, "k")):
-            whole = float(sum((o.tensor.detach() * o.cotangent).sum() for o in side.outputs))
-            for name, offset in itertools.product(self.probe.params, (0.0, 1.0)):
-                k = (name, (0,))
-                if self.probe.params[name].ndim != 1 or k not in self.side:
-                    continue
-                own = (self.side[k] == side.outputs[0].side) & self._of_calls(k, calls)
-                total = self.probe.shares[k][own].sum() + offset * self.probe.slopes[name][own].sum()
-                if own.any() and self._is_one(total / whole):
-                    side.keys[name] = k
-                    self._add(
-                        layout, side, name, kind, own, heads=torch.full_like(self.side[k], NO_HEAD), offset=offset
-                    )
-                    break
-        if layout.tables:
-            yield layout
+    def _shared_gains(self, calls: list[int], query: _Side, key: _Side) -> Iterator[list[Layout]]:
+        """The gains and biases of norms, which scale all heads of a side at once."""
+        for offset in (0.0, 1.0):
+            layout = Layout(calls, query.count, key.count, query.units, key.units, qk_norm=True)
+            for side, kind in ((query, "q"), (key, "k")):
+                whole = float(sum((o.tensor.detach() * o.cotangent).sum() for o in side.outputs))
+                own: dict[str, Tensor] = {}
+                shares: dict[str, Tensor] = {}
+                for name, slopes in self.probe.slopes.items():
+                    k = (name, (0,))
+                    chosen = (self.side[k] == side.outputs[0].side) & self._of_calls(k, calls)
+                    share = (self.probe.shares[k][chosen].sum() + offset * slopes[chosen].sum()) / whole
+                    if chosen.any() and abs(share) > 10 * self.probe.tolerance:
+                        own[name], shares[name] = chosen, share
+                for size in range(1, min(len(own), 8) + 1):
+                    sets = [c for c in itertools.combinations(own, size) if self._is_one(sum(shares[n] for n in c))]  # type: ignore[arg-type]
+                    for name in sets[0] if sets else ():
+                        side.keys[name] = (name, (0,))
+                        heads = torch.full_like(self.side[name, (0,)], NO_HEAD)
+                        self._add(layout, side, name, kind, own[name], heads=heads, offset=offset)
+                    if sets:
+                        break
+            if layout.tables:
+                yield [layout]
 
     def _is_normalized(self, side: _Side) -> bool:
         """Whether a factor on the weights does not reach a side at all."""
@@ -501,13 +528,21 @@ class Heads:
         return f"its {what} do not scale with their weights (degrees {degrees})"
 
 
-def _new(calls: list[int], query: _Side, key: _Side) -> Layout:
-    return Layout(calls, query.count, key.count, query.units, key.units, head_axes=query.axes or key.axes)
-
-
 def _along(output: Output, index: Tensor, axis: int) -> Tensor:
     """An index of one leading axis, shaped to broadcast over the output."""
     return index.view([-1 if i == len(output.lead) - axis else 1 for i in range(output.tensor.ndim)])
+
+
+def _units(outputs: Sequence[Output], axes: Sequence[int]) -> tuple[list[Tensor], int]:
+    """The head of each leading index, where heads lie along some axes; and how many heads there are."""
+    counts = [int(outputs[0].slices[-axis].max()) + 1 for axis in axes]
+    units = []
+    for output in outputs:
+        unit = torch.zeros([1] * len(output.lead), dtype=torch.long)
+        for axis, count in zip(axes, counts):
+            unit = unit * count + _along(output, output.slices[-axis], axis)[..., 0, 0]
+        units.append(unit.expand(output.lead))
+    return units, math.prod(counts)
 
 
 def _per_head(values: Sequence[Tensor], side: _Side) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -104,17 +104,21 @@ def deviation(expected: Tensor, found: Tensor) -> float:
     return float(((expected - found)[differs] / size).abs().nan_to_num(nan=math.inf).max())
 
 
-def proven(isolated: Isolated, run: Run, layouts: object) -> Layout:
-    """The first of several layouts that passes.
+def proven(isolated: Isolated, run: Run, layouts: Iterable[Sequence[Layout]]) -> Layout:
+    """The first of several layouts that passes; of alternatives, the one that errs much less than the one before.
 
     Raises:
         Unclear: If none does.
     """
     limit = 1e-6 if isolated.dtype is torch.float64 else 1e-3
     worst = math.inf
-    for layout in layouts:  # type: ignore[attr-defined]
-        error = prove(isolated, run, layout)
-        if error < limit:
-            return layout
-        worst = min(worst, error)
+    for alternatives in layouts:
+        best, least = alternatives[0], math.inf
+        for layout in alternatives:
+            error = prove(isolated, run, layout)
+            if error < least / 10:
+                best, least = layout, error
+        if least < limit:
+            return best
+        worst = min(worst, least)
     raise Unclear(f"the proof fails: with all heads scaled at once, something is off by {worst:.1e}")

@@ -89,6 +89,11 @@ class Product:
     out: Tensor
     is_logits: bool = False  # once a softmax has been found behind it
 
+    @property
+    def lead(self) -> torch.Size:
+        """Shape before length and channels."""
+        return self.query.shape[:-2]
+
 
 @dataclass(eq=False)
 class Call:
@@ -169,8 +174,9 @@ class Trace(TorchFunctionMode):
         if attn_mask is not None and attn_mask.is_floating_point():
             call.rest.append(attn_mask)
             for product in _products_behind(attn_mask)[0]:  # of queries and relative positions
-                product.is_logits = True
-                call.pairs.append((product.query, product.key))
+                if product.lead == query.shape[:-2]:
+                    product.is_logits = True
+                    call.pairs.append((product.query, product.key))
         self.calls.append(call)
         return _constant_output(query, value)
 
@@ -181,9 +187,12 @@ class Trace(TorchFunctionMode):
         if not products:
             return func(*args, **kwargs)
         call = Call(func.__name__, [], rest=[logits], problem=obstacle)
-        for product in products:
+        # Products of another arrangement, such as those of a table of positions, are part of the rest.
+        main = next((p for p in products if p.out.shape == logits.shape == (*p.lead, *p.out.shape[-2:])), products[0])
+        for product in (product for product in products if product.lead == main.lead):
             product.is_logits = True
-            is_turned = logits.shape[dim] != product.key.shape[-2] or dim % logits.ndim == logits.ndim - 2
+            rows, columns = product.out.shape[-2:]
+            is_turned = dim % logits.ndim == logits.ndim - 2 or columns != logits.shape[dim] == rows
             call.pairs.append((product.key, product.query) if is_turned else (product.query, product.key))
         if logits.shape[dim] < call.pairs[0][1].shape[-2]:
             call.problem = (
