@@ -94,7 +94,9 @@ class Layout:
             Unclear: If heads are no product of axes.
         """
         units = self.query_units[0]
-        along = {axis: units.movedim(-axis, 0).flatten(1)[:, 0] for axis in range(units.ndim, 0, -1)}
+        along = {
+            axis: units.movedim(-axis, 0).reshape(units.shape[-axis], -1)[:, 0] for axis in range(units.ndim, 0, -1)
+        }
         found = []
         for axis, index in along.items():
             values = index.unique()
