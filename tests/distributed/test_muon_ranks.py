@@ -159,6 +159,7 @@ def other_cases() -> dict[str, Any]:
         "other gradients": other_gradients(),
         "checkpoint": checkpoint(),
         "layers": {layers: collectives_of(layers) for layers in (1, 8)},
+        "large gradients": train_on_large_gradients(sharded(init_device_mesh("cpu", (2,)), [Shard(0)])),
     }
 
 
@@ -182,6 +183,16 @@ def gradients_in_parts() -> list[Tensor]:
             p.grad = DTensor.from_local(share, mesh, [Partial()])
         optimizer.step()
     return [p.full_tensor() for p in flat]
+
+
+def train_on_large_gradients(params: dict[str, list[Any]]) -> list[Tensor]:
+    """Larger than any number of the working dtype."""
+    optimizer, flat = make(params, dtype=torch.float16)
+    set_gradients(flat, 0)
+    for p in flat:
+        p.grad.mul_(1e6)
+    optimizer.step()
+    return [p.full_tensor() if isinstance(p, DTensor) else p.detach() for p in flat]
 
 
 def disagreement() -> str:
@@ -337,6 +348,12 @@ def test_matrices_without_a_gradient_are_left_alone(others: list[dict[str, Any]]
     for rank in others:
         for weight, p in zip(rank["missing gradients"], params):
             torch.testing.assert_close(weight, p.detach(), atol=1e-6, rtol=1e-6)
+
+
+def test_gradients_may_be_larger_than_the_working_dtype_holds(others: list[dict[str, Any]]) -> None:
+    for rank in others:
+        for weight, whole in zip(rank["large gradients"], train_on_large_gradients(plain())):
+            torch.testing.assert_close(weight, whole, atol=1e-4, rtol=0)
 
 
 def test_gradients_that_are_sums_over_ranks(others: list[dict[str, Any]]) -> None:

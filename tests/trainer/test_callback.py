@@ -170,6 +170,25 @@ def test_lr_is_its_own_base_under_the_same_schedule() -> None:
     assert group["lr"] == pytest.approx(0.5 * (1 + math.cos(5 * math.pi / 20)) / 2)
 
 
+def test_lr_is_its_own_base_after_a_warmup() -> None:
+    class LitWarm(LitTiny):
+        def configure_optimizers(self) -> Any:
+            optimizer = self.make_optimizer(self.parameters())
+            scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (1 + step) / 4))
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    class Rates(pl.Callback):
+        seen: list[float]
+
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            self.seen.append(trainer.optimizers[1].param_groups[0]["lr"])
+
+    rates = Rates()
+    rates.seen = []
+    trainer([MuonClipCallback(lr=0.5), rates]).fit(LitWarm(tiny_gpt(), OPTIMIZERS["adamw"]), loader(token_batches(5)))
+    assert rates.seen == pytest.approx([0.125, 0.25, 0.375, 0.5, 0.5])
+
+
 def test_groups_keep_their_own_rates_and_emptied_groups_stay() -> None:
     model = tiny_gpt(layers=1)
 
