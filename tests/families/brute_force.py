@@ -20,60 +20,97 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 RESHAPES = ("view", "_unsafe_view", "reshape")
-VIEWS = ("expand", "transpose", "permute", "unsqueeze", "squeeze", "slice", "select")
+VIEWS = ("expand", "transpose", "permute", "unsqueeze", "squeeze", "slice", "select", "t", "roll")
 FACTORS = ("mul", "div")
-PASSED = ("alias", "detach", "clone", "_to_copy", "add", "where", "masked_fill", "tanh", "maximum")
+SUMS = ("add", "sub", "rsub")
+PASSED = ("alias", "detach", "clone", "_to_copy", "where", "masked_fill", "tanh", "maximum", "cat", "clamp", "copy")
 
 
 class Logits(TorchDispatchMode):
-    """Calls ``attended(logits, visible)`` for every softmax over products of queries and keys."""
+    """Calls ``attended(logits, visible)`` for every softmax over products of queries and keys.
 
-    def __init__(self, attended: Callable[[Tensor, Tensor], None]) -> None:
+    Logits may be a sum of products, as of contents and of positions; those that an earlier softmax took do not count.
+
+    Args:
+        attended: What is called.
+        of_heads: Whether a factor may differ from head to head; then the products of a sum are a list.
+    """
+
+    def __init__(self, attended: Callable[[Any, Tensor], None], of_heads: bool = False) -> None:
         super().__init__()
-        self.attended = attended
-        # Every tensor that a product became, with the product as it was before masks and biases; the tensors are kept, so
-        # that no other can have the id of one.
-        self.products: dict[int, tuple[Tensor, Tensor]] = {}
+        self.attended, self.of_heads = attended, of_heads
+        # Every tensor that products became, with the products by number as they were before masks and biases; the tensors
+        # are kept, so that no other can have the id of one.
+        self.products: dict[int, tuple[Tensor, dict[int, Tensor]]] = {}
+        self.made = 0
+        self.taken: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        name = func._schema.name.removeprefix("aten::").rstrip("_")
-        if name in ("_softmax", "_safe_softmax"):
-            if (product := self.product(args[0])) is not None:
-                self.attended(product, args[0].double().softmax(args[1]) > 0)
+        if not isinstance(func, torch._ops.OpOverload):
             return func(*args, **kwargs)
-        product = self.after(name, func, args, kwargs)
+        name = func._schema.name.removeprefix("aten::").rstrip("_")
+        if name in ("_softmax", "_safe_softmax", "exp"):
+            every = self.of(args[0])
+            own = [product for number, product in every.items() if number not in self.taken] or list(every.values())
+            if own:
+                self.taken |= set(self.of(args[0]))
+                self.attended(
+                    own if self.of_heads else sum(own[1:], own[0]),
+                    args[0].double().softmax(args[1] if name != "exp" else -1) > 0,
+                )
+            return func(*args, **kwargs)
+        if name.startswith("_scaled_dot_product"):  # a fused kernel, where a model insists on one
+            query, key = args[0].double(), args[1].double()
+            key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
+            product = query @ key.mT
+            self.attended([product] if self.of_heads else product, torch.ones_like(product, dtype=torch.bool))
+            return func(*args, **kwargs)
+        products = self.after(name, func, args, kwargs)
         output = func(*args, **kwargs)
-        if product is not None:
-            self.products[id(output)] = output, product
+        if products:
+            self.products[id(output)] = output, products
         elif isinstance(output, Tensor):
             self.products.pop(id(output), None)  # written over in place
         return output
 
-    def product(self, value: Any) -> Tensor | None:
-        return self.products[id(value)][1] if isinstance(value, Tensor) and id(value) in self.products else None
+    def of(self, value: Any) -> dict[int, Tensor]:
+        return self.products[id(value)][1] if isinstance(value, Tensor) and id(value) in self.products else {}
 
-    def after(self, name: str, func: Any, args: Any, kwargs: Any) -> Tensor | None:
-        """The product that the output of an operation stands for."""
-        if name == "bmm":
-            return torch.bmm(args[0].double(), args[1].double())
-        if name == "baddbmm":  # beta · input + alpha · product
-            return kwargs.get("alpha", 1) * torch.bmm(args[1].double(), args[2].double())
-        of = [leaf for leaf in tree_leaves((args, kwargs)) if self.product(leaf) is not None]
-        if len(of) != 1:
-            return None
-        product = self.product(of[0])
-        assert product is not None
+    def after(self, name: str, func: Any, args: Any, kwargs: Any) -> dict[int, Tensor]:
+        """The products that the output of an operation stands for."""
+        if name in ("bmm", "baddbmm"):  # beta · input + alpha · product
+            self.made += 1
+            a, b = args[-2:]
+            own = {self.made: kwargs.get("alpha", 1) * torch.bmm(a.double(), b.double())}
+            return {**(self.of(args[0]) if name == "baddbmm" else {}), **own}
+        before = [leaf for leaf in tree_leaves((args, kwargs)) if self.of(leaf)]
+        if len(before) == 2 and name in SUMS:
+            a, b = map(self.of, before)
+            sign = 1 if name == "add" else -1
+            return {number: a.get(number, 0) + sign * b.get(number, 0) for number in a | b}
+        if len(before) != 1:
+            return {}
+        try:
+            found = {
+                number: self.follow(name, func, product, before[0], args, kwargs)
+                for number, product in self.of(before[0]).items()
+            }
+        except (RuntimeError, IndexError):  # it has another shape than the logits
+            return {}
+        return {number: product for number, product in found.items() if product is not None}
+
+    def follow(self, name: str, func: Any, product: Tensor, before: Tensor, args: Any, kwargs: Any) -> Tensor | None:
         if name in RESHAPES:
             return product.reshape(args[1])
         if name in VIEWS:
             return func(product, *args[1:], **kwargs)
-        if name in FACTORS and of[0] is args[0]:
+        if name in FACTORS and before is args[0]:
             factor = args[1]
-            if isinstance(factor, Tensor) and factor.numel() > 1:
+            if isinstance(factor, Tensor) and factor.numel() > 1 and not self.of_heads:
                 return None
             return product * factor if name == "mul" else product / factor
-        return product if name in PASSED else None
+        return product if name in (*PASSED, *SUMS) else None
 
 
 @torch.no_grad()
@@ -114,3 +151,12 @@ def brute_force(
         model(*args, **kwargs)
     assert all(own.isfinite().all() for own in maxima.values()), f"the oracle has no answer: {maxima}"
     return list(maxima.values())
+
+
+@torch.no_grad()
+def products(model: nn.Module, inputs: Any) -> list[list[Tensor]]:
+    """The products of queries and keys of every attention in a forward of a float64 model, before masks and biases."""
+    found: list[list[Tensor]] = []
+    with sdpa_kernel(SDPBackend.MATH), Logits(lambda own, _: found.append([x.clone() for x in own]), of_heads=True):
+        model(**inputs)
+    return found

@@ -64,7 +64,7 @@ def _is_again(known: Found, own: Found) -> bool:
     if known.module is not own.module or known is own:
         return known is own
     if known.layout is None or own.layout is None:
-        return known.layout is own.layout and known.reason == own.reason
+        return known.layout is own.layout
     ours, theirs = (
         {name: table for name, table in of.tables if table.scaled.any()} for of in (known.layout, own.layout)
     )

@@ -49,9 +49,13 @@ def attention_on(model: nn.Module, example: Example) -> list[Found]:
     found = describe(survey.calls)
     gate(Frame("", model, args, kwargs), found)
     for own in found:
-        spread = [name for name, table in own.layout.tables if len(table.dims) != 1] if own.layout is not None else []
-        if spread:
-            own.layout, own.reason = None, f"its heads lie on several dimensions of {', '.join(spread)}"
+        if own.layout is None:
+            continue
+        spread = [(name, table) for name, table in own.layout.tables if len(table.dims) != 1]
+        if scaled := [name for name, table in spread if table.scaled.any()]:
+            own.layout, own.reason = None, f"its heads lie on several dimensions of {', '.join(scaled)}"
+        else:
+            own.layout.tables = [entry for entry in own.layout.tables if entry not in spread]
     return found
 
 

@@ -1,4 +1,4 @@
-"""Checks layouts on the whole model, with its own weights and kernels: what no factor may reach must not change in a bit.
+"""Checks layouts on the whole model: what must not notice the factors must not change in a bit.
 
 Where both sides scale, queries are multiplied by powers of two and keys divided by them, in all attention at once. What
 notices uses the keys elsewhere, through a cache for example; then the queries alone are scaled. Where one side scales, the
@@ -17,9 +17,9 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_muonclip.qk_clip.describe.describe import Found
-from lightning_muonclip.qk_clip.describe.infer import Layout, spread
+from lightning_muonclip.qk_clip.describe.infer import Layout
 from lightning_muonclip.qk_clip.describe.isolate import DetachedCopies, apart
-from lightning_muonclip.qk_clip.describe.layout import KINDS
+from lightning_muonclip.qk_clip.describe.prove import factors
 from lightning_muonclip.qk_clip.describe.survey import Frame, kept
 from lightning_muonclip.qk_clip.describe.trace import Product, Trace, tracing
 
@@ -92,46 +92,37 @@ def _takes_both(layout: Layout | None) -> bool:
 @contextmanager
 def _scaled(found: Sequence[Found]) -> Iterator[None]:
     """Queries times powers of two; keys over them, where both sides scale. A weight of several attentions is scaled once."""
-    factors: dict[Tensor, tuple[Tensor, float]] = {}
+    by: dict[Tensor, tuple[Tensor, float]] = {}
     for own in found:
         assert own.layout is not None
-        for name, table in own.layout.tables:
-            param: Tensor = own.module.get_parameter(name)
-            if table.scaled.any() and param not in factors:
-                factors[param] = _factor(own.layout, name, param), table.offset
+        group = torch.arange(own.layout.num_key_value_heads)
+        of_key = torch.exp2((1 + group % 3) * (-1.0) ** group)
+        of_query = of_key.repeat_interleave(own.layout.num_heads // len(group))
+        inverse = of_key if own.layout.is_tied else 1 / of_key
+        of = {"q": of_query, "qn": of_query, "k": inverse, "kn": inverse}
+        offsets = {name: table.offset for name, table in own.layout.tables}
+        params = {name: own.module.get_parameter(name) for name in offsets}
+        for name, factor in factors(own.layout, of, params).items():
+            by.setdefault(params[name], (_like(factor, params[name]), offsets[name]))
     before: dict[Tensor, Tensor] = {}
     try:
-        for param, (factor, offset) in factors.items():
+        for param, (factor, offset) in by.items():
             scaled = (param + offset) * factor - offset
             if not torch.equal((scaled + offset) / factor - offset, param):  # subnormal numbers, rounded away
-                before[param] = param.detach().clone()
+                before[param] = param.clone()
             param.copy_(scaled)
         yield
     finally:
-        for param, (factor, offset) in factors.items():
+        for param, (factor, offset) in by.items():
             param.copy_(before[param] if param in before else (param + offset) / factor - offset)
 
 
-def _factor(layout: Layout, name: str, param: Tensor) -> Tensor:
-    group = torch.arange(layout.num_key_value_heads)
-    of_key = torch.exp2((1 + group % 3) * (-1.0) ** group)
-    of_query = of_key.repeat_interleave(layout.num_heads // layout.num_key_value_heads)
-    factor = torch.ones(())
-    for own, table in layout.tables:
-        if own != name:
-            continue
-        part = torch.ones(table.kinds.shape)
-        for kind, values in (("q", of_query), ("qn", of_query), ("k", 1 / of_key), ("kn", 1 / of_key)):
-            chosen = table.kinds == KINDS.index(kind)
-            part[chosen] = values[table.heads[chosen].clamp_min(0)]
-        if layout.is_tied:
-            part = part.maximum(1 / part)
-        factor = spread(part, table.dims, param)
+def _like(factor: Tensor, param: Tensor) -> Tensor:
     factor = factor.to(param.device, param.dtype)
-    if isinstance(param, DTensor):
-        mesh = param.device_mesh
-        return DTensor.from_local(factor, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    return factor
+    if not isinstance(param, DTensor):
+        return factor
+    mesh = param.device_mesh
+    return DTensor.from_local(factor, mesh, [Replicate()] * mesh.ndim, run_check=False)
 
 
 @contextmanager
@@ -156,10 +147,12 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _rounded_gains(found: Sequence[Found]) -> Iterator[None]:
     """Gains that the module adds a number to lose their last digits, so that the factors are exact."""
-    params = {own.module.get_parameter(n) for own in _described(found) for n, t in own.layout.tables if t.offset}  # type: ignore[union-attr]
-    before = {param: param.detach().clone() for param in params}
+    gains: set[Tensor] = set()
+    for own in _described(found):
+        gains |= {own.module.get_parameter(name) for name, table in own.layout.tables if table.offset}  # type: ignore[union-attr]
+    before: dict[Tensor, Tensor] = {param: param.clone() for param in gains}
     try:
-        for param in params:
+        for param in gains:
             param.copy_((param * 64).round() / 64)
         yield
     finally:

@@ -161,8 +161,11 @@ class Heads:
         private = [own[(self.side[key] == _Q) & (self.axis(1)[key] >= 0)] for key, own in self.call.items()]
         known = torch.cat([own[own != NOTHING] for own in private])
         alone = set(known[known >= 0].tolist())
-        if not len(known):
-            return [[number] for number in numbers]
+        if not len(known):  # only one product tells then that calls belong together
+            groups: dict[int, list[int]] = {}
+            for number in numbers:
+                groups.setdefault(id(self.run.calls[number].pairs[0][0]), []).append(number)
+            return list(groups.values())
         shared = [number for number in numbers if number not in alone]
         return [*([shared] if shared else []), *([number] for number in sorted(alone))]
 
@@ -173,13 +176,15 @@ class Heads:
             def index(output: Output) -> Tensor | int:
                 return _along(output, output.slices[-axis], axis) if len(output.slices) >= axis else 0
 
-            count = max(int(o.slices[-axis].max()) + 1 for o in self.probe.outputs if len(o.slices) >= axis)
+            count = max(o.size(axis) for o in self.probe.outputs if len(o.slices) >= axis)
             one = {key: torch.zeros_like(own) for key, own in self.side.items()}
             self._axes[axis] = self.probe.coordinates(index, count) if count > 1 else one
         return self._axes[axis]
 
-    def layouts(self, calls: list[int]) -> Iterator[Layout]:
+    def layouts(self, calls: list[int]) -> Iterator[list[Layout]]:
         """Layouts that the gradients allow, the likeliest first; only a forward decides between them.
+
+        Each comes with another, where there are parameters whose shares are almost lost in rounding, which takes them too.
 
         Raises:
             Unclear: If they allow none.
@@ -194,26 +199,27 @@ class Heads:
         if query_sets and is_in_order and not key_sets:
             yield from self._rotated_apart(calls, query, key, query_sets)
         for chosen in itertools.islice(itertools.product(query_sets or [()], key_sets or [()]), 12):
-            layout = _new(calls, query, key)
-            if not any(chosen):
-                continue
-            for side, names in zip((query, key), chosen):
-                for name in names:
-                    self._add(layout, side, name, "q" if side is query else "k")
-            if not all(chosen):
-                layout.notes.append(self._why_not(key if chosen[0] else query) if is_in_order else _OTHER_ORDER)
-            layout.qk_norm = self._is_norm(layout, query)
-            yield layout
-        if not is_in_order and not query_sets:
-            raise Unclear(f"{self._why_not(query)}; {_OTHER_ORDER}")
+            tiny = [self._tiny(side, names) if names else () for side, names in zip((query, key), chosen)]
+            found = []
+            for more in ((), tiny) if any(tiny) else ((),):
+                layout = _new(calls, query, key)
+                for side, names, kind in zip((query, key), (a + b for a, b in zip(chosen, more or ((), ()))), "qk"):
+                    for name in names:
+                        self._add(layout, side, name, kind)
+                if not all(chosen):
+                    layout.notes.append(self._why_not(key if chosen[0] else query) if is_in_order else _OTHER_ORDER)
+                layout.qk_norm = self._is_norm(layout, query)
+                found.append(layout)
+            if any(chosen):
+                yield found
         if not query_sets and not key_sets:
             yield from self._tied(calls, query, key)
             yield from self._shared_gains(calls, query, key)
             if self._is_normalized(query) or self._is_normalized(key):
                 watched = _new(calls, query, key)
                 watched.qk_norm = True
-                yield watched
-            raise Unclear(f"{self._why_not(query)}; {self._why_not(key)}")
+                yield [watched]
+            raise Unclear(f"{self._why_not(query)}; {self._why_not(key) if is_in_order else _OTHER_ORDER}")
 
     # Heads ----------------------------------------------------------------------------------------------------------
 
@@ -228,14 +234,20 @@ class Heads:
 
     def _sides(self, calls: list[int]) -> tuple[_Side, _Side]:
         query, key = (self._side_of(side, calls) for side in (_Q, _K))
-        if query.count == 1 < key.count and [u.shape for u in query.units] == [u.shape for u in key.units]:
-            query = _Side(
-                query.outputs,
-                key.units,
-                key.count,
-                {k: torch.full_like(h, MIXED) for k, h in query.heads.items()},
-                key.axes,
-            )
+        for side, other in ((query, key), (key, query)):
+            if side.count > 1:
+                continue
+            # Nothing tells its heads, but they lie where those of the other side lie.
+            axes, (units, count) = other.axes, (other.units, other.count)
+            is_alone = all(axis.heads == other.outputs[0].size(axis.axis) for axis in axes)
+            if is_alone and len(side.outputs[0].lead) >= max((axis.axis for axis in axes), default=math.inf):
+                axes = tuple(HeadAxis(axis.axis, side.outputs[0].size(axis.axis)) for axis in axes)
+                units, count = _units(side.outputs, axes)
+            elif [unit.shape for unit in side.units] != [unit.shape for unit in units]:
+                continue
+            if count > 1:
+                mixed = {k: torch.full_like(own, MIXED) for k, own in side.heads.items()}
+                side.units, side.count, side.heads, side.axes = units, count, mixed, axes
         for side, what in ((query, "queries"), (key, "keys")):
             sizes = _per_head([(o.tensor.detach() * o.cotangent).sum((-2, -1)) for o in side.outputs], side)
             if not bool(sizes.isfinite().all()):
@@ -263,10 +275,9 @@ class Heads:
     def _side_of(self, side: int, calls: list[int]) -> _Side:
         outputs = self.probe.of(side, calls)
         axes = [
-            axis
+            (axis, size)
             for axis in range(len(outputs[0].lead), 0, -1)
-            if (count := int(outputs[0].slices[-axis].max()) + 1) > 1
-            and self._is_told(side, calls, self.axis(axis), count)
+            if (size := outputs[0].size(axis)) > 1 and self._is_told(side, calls, self.axis(axis), size)
         ]
         if not axes:
             return self._merged(side, outputs, calls) or _Side(
@@ -275,39 +286,30 @@ class Heads:
                 1,
                 {k: torch.full_like(own, 0) for k, own in self.side.items()},
             )
-        counts = [int(outputs[0].slices[-axis].max()) + 1 for axis in axes]
-        units = []
-        for output in outputs:
-            unit = torch.zeros([1] * len(output.lead), dtype=torch.long)
-            for axis, count in zip(axes, counts):
-                unit = unit * count + _along(output, output.slices[-axis], axis)[..., 0, 0]
-            units.append(unit.expand(output.lead))
         heads = {}
         for key in self.side:
             head = torch.zeros_like(self.side[key])
-            for axis, count in zip(axes, counts):
+            for axis, size in axes:
                 own = self.axis(axis)[key]
-                head = torch.where((head < 0) | (own < 0), torch.minimum(head, own), head * count + own)
+                head = torch.where((head < 0) | (own < 0), torch.minimum(head, own), head * size + own)
             heads[key] = head
-        found = tuple(HeadAxis(axis, count) for axis, count in zip(axes, counts))
-        return _Side(outputs, units, math.prod(counts), heads, found)
+        found = tuple(HeadAxis(axis, size) for axis, size in axes)
+        return _Side(outputs, *_units(outputs, found), heads, found)
 
     def _merged(self, side: int, outputs: list[Output], calls: list[int]) -> _Side | None:
         """Heads that share an axis with the batch, as in (batch · heads, length, channels)."""
         for axis in range(len(outputs[0].lead), 0, -1):
-            size = int(outputs[0].slices[-axis].max()) + 1
+            size = outputs[0].size(axis)
             for count, is_inner in itertools.product((h for h in range(size, 1, -1) if size % h == 0), (True, False)):
+                shared = HeadAxis(axis, count, is_inner)
 
-                def fold(
-                    output: Output, count: int = count, is_inner: bool = is_inner, axis: int = axis, size: int = size
-                ) -> Tensor:
-                    index = output.slices[-axis]
-                    return _along(output, index % count if is_inner else index // (size // count), axis)
+                def head(output: Output, size: int = size, shared: HeadAxis = shared) -> Tensor | int:
+                    is_alike = output.side != _REST and output.lead == outputs[0].lead
+                    return _head(output, shared, size) if is_alike else 0
 
-                heads = self.probe.coordinates(lambda o: fold(o) if o in outputs else 0, count)
+                heads = self.probe.coordinates(head, count)
                 if self._is_told(side, calls, heads, count):
-                    units = [fold(o)[..., 0, 0].expand(o.lead) for o in outputs]
-                    return _Side(outputs, units, count, heads, (HeadAxis(axis, count, is_inner),))
+                    return _Side(outputs, *_units(outputs, (shared,)), heads, (shared,))
         return None
 
     def _is_told(self, side: int, calls: list[int], coordinates: dict[Key, Tensor], count: int) -> bool:
@@ -346,10 +348,12 @@ class Heads:
                 is_new = not any(set(other) <= set(chosen) for other in found)
                 if is_new and self._is_one(torch.stack([side.shares[name] for name in chosen]).sum(0)):
                     found.append(chosen)
-        sets = sorted(found, key=lambda chosen: -sum(self.probe.params[name].numel() for name in chosen))
-        # A bias beside huge inputs has a share that is lost in rounding, and scales all the same.
-        tiny = tuple(name for name in side.shares if name not in names and float(side.shares[name].abs().max()) > 0)
-        return [chosen + more for chosen in sets for more in ([tiny, ()] if tiny else [()])]
+        return sorted(found, key=lambda chosen: -sum(self.probe.params[name].numel() for name in chosen))
+
+    def _tiny(self, side: _Side, chosen: Sequence[str]) -> tuple[str, ...]:
+        """Parameters whose share is lost in rounding, such as a bias beside huge inputs; they may scale all the same."""
+        shares = {name: float(share.abs().max()) for name, share in side.shares.items() if name not in chosen}
+        return tuple(name for name, share in shares.items() if 0 < share <= 10 * self.probe.tolerance)
 
     def _is_one(self, share: Tensor) -> bool:
         return bool(((share - 1).abs() < 10 * self.probe.tolerance).all())
@@ -390,7 +394,7 @@ class Heads:
 
     def _rotated_apart(
         self, calls: list[int], query: _Side, key: _Side, query_sets: list[tuple[str, ...]]
-    ) -> Iterator[Layout]:
+    ) -> Iterator[list[Layout]]:
         """Latent attention: a part of every key is its head's own, the rest is rotated and shared by all heads."""
         names = [name for name, share in key.shares.items() if float(share.abs().max()) > self.probe.tolerance]
         own = self._own_channels(key, names)
@@ -408,7 +412,7 @@ class Heads:
                 self._add(layout, query, name, "qr", mask & (part[query.keys[name]] == 1))
             for name in names:
                 self._add(layout, key, name, "kn")
-            yield layout
+            yield [layout]
 
     def _own_channels(self, key: _Side, names: Sequence[str]) -> Tensor | None:
         """Which channels of the keys double if the private channels of these parameters do, where the others stay."""
@@ -435,7 +439,7 @@ class Heads:
         )
         return doubled if bool((doubled | same).all() and doubled.any() and same.any()) else None
 
-    def _tied(self, calls: list[int], query: _Side, key: _Side) -> Iterator[Layout]:
+    def _tied(self, calls: list[int], query: _Side, key: _Side) -> Iterator[list[Layout]]:
         """One weight that makes queries and keys of the same head."""
         if query.count != key.count:
             return
@@ -460,28 +464,33 @@ class Heads:
                 for side, kind in ((query, "q"), (key, "k")):
                     side.keys[k[0]] = k
                     self._add(layout, side, k[0], kind, makes_both)
-            yield layout
+            yield [layout]
 
-    def _shared_gains(self, calls: list[int], query: _Side, key: _Side) -> Iterator[Layout]:
-        """The gains of norms, which scale all heads of a side at once."""
-        layout = _new(calls, query, key)
-        layout.qk_norm = True
-        for side, kind in ((query, "q"), (key, "k")):
-            whole = float(sum((o.tensor.detach() * o.cotangent).sum() for o in side.outputs))
-            for name, offset in itertools.product(self.probe.params, (0.0, 1.0)):
-                k = (name, (0,))
-                if self.probe.params[name].ndim != 1 or k not in self.side:
-                    continue
-                own = (self.side[k] == side.outputs[0].side) & self._of_calls(k, calls)
-                total = self.probe.shares[k][own].sum() + offset * self.probe.slopes[name][own].sum()
-                if own.any() and self._is_one(total / whole):
-                    side.keys[name] = k
-                    self._add(
-                        layout, side, name, kind, own, heads=torch.full_like(self.side[k], NO_HEAD), offset=offset
-                    )
-                    break
-        if layout.tables:
-            yield layout
+    def _shared_gains(self, calls: list[int], query: _Side, key: _Side) -> Iterator[list[Layout]]:
+        """The gains and biases of norms, which scale all heads of a side at once."""
+        for offset in (0.0, 1.0):
+            layout = _new(calls, query, key)
+            layout.qk_norm = True
+            for side, kind in ((query, "q"), (key, "k")):
+                whole = float(sum((o.tensor.detach() * o.cotangent).sum() for o in side.outputs))
+                own: dict[str, Tensor] = {}
+                shares: dict[str, Tensor] = {}
+                for name, slopes in self.probe.slopes.items():
+                    k = (name, (0,))
+                    chosen = (self.side[k] == side.outputs[0].side) & self._of_calls(k, calls)
+                    share = (self.probe.shares[k][chosen].sum() + offset * slopes[chosen].sum()) / whole
+                    if chosen.any() and abs(share) > 10 * self.probe.tolerance:
+                        own[name], shares[name] = chosen, share
+                for size in range(1, min(len(own), 8) + 1):
+                    sets = [c for c in itertools.combinations(own, size) if self._is_one(sum(shares[n] for n in c))]  # type: ignore[arg-type]
+                    for name in sets[0] if sets else ():
+                        side.keys[name] = (name, (0,))
+                        heads = torch.full_like(self.side[name, (0,)], NO_HEAD)
+                        self._add(layout, side, name, kind, own[name], heads=heads, offset=offset)
+                    if sets:
+                        break
+            if layout.tables:
+                yield [layout]
 
     def _is_normalized(self, side: _Side) -> bool:
         """Whether a factor on the weights does not reach a side at all."""
@@ -508,6 +517,24 @@ def _new(calls: list[int], query: _Side, key: _Side) -> Layout:
 def _along(output: Output, index: Tensor, axis: int) -> Tensor:
     """An index of one leading axis, shaped to broadcast over the output."""
     return index.view([-1 if i == len(output.lead) - axis else 1 for i in range(output.tensor.ndim)])
+
+
+def _head(output: Output, axis: HeadAxis, size: int) -> Tensor:
+    """The head of every index of an axis of that size, shaped to broadcast over the output."""
+    index = output.slices[-axis.axis]
+    head = index % axis.heads if axis.is_inner else index // (size // axis.heads)
+    return _along(output, head, axis.axis)
+
+
+def _units(outputs: Sequence[Output], axes: Sequence[HeadAxis]) -> tuple[list[Tensor], int]:
+    """The head of each leading index, where heads lie along some axes; and how many heads there are."""
+    units = []
+    for output in outputs:
+        unit = torch.zeros([1] * len(output.lead), dtype=torch.long)
+        for axis in axes:
+            unit = unit * axis.heads + _head(output, axis, outputs[0].size(axis.axis))[..., 0, 0]
+        units.append(unit.expand(output.lead))
+    return units, math.prod(axis.heads for axis in axes)
 
 
 def _per_head(values: Sequence[Tensor], side: _Side) -> Tensor:

@@ -79,16 +79,16 @@ class Isolated:
         self, factors: Mapping[str, Tensor], products: Sequence[Product], offsets: Mapping[str, float] = {}
     ) -> Run:
         """:meth:`run` while parameters, plus their offsets, are multiplied by factors that broadcast."""
-        before = {name: self.params[name].detach().clone() for name in factors}
+        before = {name: self.params[name].data for name in factors}
         try:
             for name, factor in factors.items():
                 offset = offsets.get(name, 0.0)
-                # By .data, which leaves the graph of an earlier run valid: the values come back.
-                self.params[name].data.copy_((before[name] + offset) * factor - offset)
+                # Other memory, for queries may be views of a parameter; by .data, which leaves an earlier graph valid.
+                self.params[name].data = (before[name] + offset) * factor.to(self.dtype) - offset
             return self.run(products)
         finally:
             for name, value in before.items():
-                self.params[name].data.copy_(value)
+                self.params[name].data = value
 
     @torch.no_grad()
     def run_under(self, mode: TorchFunctionMode) -> None:

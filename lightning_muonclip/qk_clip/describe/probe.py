@@ -51,6 +51,10 @@ class Output:
         """Shape before length and channels."""
         return self.tensor.shape[:-2]
 
+    def size(self, axis: int) -> int:
+        """Number of different slices along a leading axis, counted from the innermost, which is 1."""
+        return int(self.slices[-axis].max()) + 1
+
 
 class Probe:
     """What feeds what in one run of an isolated module.
@@ -167,8 +171,8 @@ class Probe:
 
 def _keys(name: str, param: Tensor) -> list[Key]:
     """Dimensions that the channels of a parameter may lie on: one, or two of three and more."""
-    singles: list[tuple[int, ...]] = [(dim,) for dim in range(param.ndim)] or [()]
-    pairs = list(itertools.combinations(range(param.ndim), 2)) if param.ndim > 2 else []
+    singles = itertools.combinations(range(param.ndim), min(param.ndim, 1))
+    pairs = itertools.combinations(range(param.ndim), 2) if param.ndim > 2 else ()
     return [(name, dims) for dims in (*singles, *pairs)]
 
 

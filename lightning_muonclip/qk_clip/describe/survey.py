@@ -1,4 +1,4 @@
-"""Finds the modules that attend in a forward of the model: hooks know the stack of modules, aten operations tell when."""
+"""Finds the modules that attend in a forward: by hooks that know the stack of modules, and a count at aten level."""
 
 from __future__ import annotations
 

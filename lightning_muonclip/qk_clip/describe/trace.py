@@ -29,55 +29,53 @@ _MATMUL = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm
 _BADDBMM = {torch.baddbmm, Tensor.baddbmm, Tensor.baddbmm_}
 
 #: Nodes of the autograd graph between a product and its softmax that leave every logit to its head.
-_ELEMENTWISE = set(
-    [
-        "View",
-        "UnsafeView",
-        "ReshapeAlias",
-        "Alias",
-        "T",
-        "Transpose",
-        "Permute",
-        "Expand",
-        "Squeeze",
-        "Unsqueeze",
-        "Select",
-        "Slice",
-        "Split",
-        "SplitWithSizes",
-        "Unbind",
-        "Index",
-        "Gather",
-        "Cat",
-        "Stack",
-        "Clone",
-        "ToCopy",
-        "Copy",
-        "CopySlices",
-        "AsStrided",
-        "Mul",
-        "Div",
-        "Add",
-        "Sub",
-        "Rsub",
-        "Neg",
-        "MaskedFill",
-        "Where",
-        "Tanh",
-        "Clamp",
-        "ClampMin",
-        "ClampMax",
-        "Maximum",
-        "Minimum",
-        "ConstantPadNd",
-        "Repeat",
-        "Roll",
-        "Flip",
-        "IndexPut",
-        "NanToNum",
-        "NativeDropout",
-    ]
-)
+_ELEMENTWISE = {
+    "View",
+    "UnsafeView",
+    "ReshapeAlias",
+    "Alias",
+    "T",
+    "Transpose",
+    "Permute",
+    "Expand",
+    "Squeeze",
+    "Unsqueeze",
+    "Select",
+    "Slice",
+    "Split",
+    "SplitWithSizes",
+    "Unbind",
+    "Index",
+    "Gather",
+    "Cat",
+    "Stack",
+    "Clone",
+    "ToCopy",
+    "Copy",
+    "CopySlices",
+    "AsStrided",
+    "Mul",
+    "Div",
+    "Add",
+    "Sub",
+    "Rsub",
+    "Neg",
+    "MaskedFill",
+    "Where",
+    "Tanh",
+    "Clamp",
+    "ClampMin",
+    "ClampMax",
+    "Maximum",
+    "Minimum",
+    "ConstantPadNd",
+    "Repeat",
+    "Roll",
+    "Flip",
+    "IndexPut",
+    "NanToNum",
+    "NativeDropout",
+}
 
 
 @dataclass(eq=False)
@@ -87,7 +85,12 @@ class Product:
     query: Tensor
     key: Tensor
     out: Tensor
-    is_logits: bool = False  # once a softmax has been found behind it
+    is_logits: bool = False  # once a softmax has been found
+
+    @property
+    def lead(self) -> torch.Size:
+        """Shape before rows and channels."""
+        return self.query.shape[:-2]
 
 
 @dataclass(eq=False)
@@ -113,7 +116,7 @@ class Trace(TorchFunctionMode):
     """Records attention calls in :attr:`calls`, and answers them.
 
     Args:
-        given: The inputs of the module: what depends on them is an activation; a product with anything else is a projection.
+        given: The inputs of the module. What depends on them is an activation; a product with anything else, a projection.
         products: Products of an earlier run. They answer for those of this run, so that nothing behind them may change.
     """
 
@@ -169,8 +172,9 @@ class Trace(TorchFunctionMode):
         if attn_mask is not None and attn_mask.is_floating_point():
             call.rest.append(attn_mask)
             for product in _products_behind(attn_mask)[0]:  # of queries and relative positions
-                product.is_logits = True
-                call.pairs.append((product.query, product.key))
+                if product.lead == query.shape[:-2]:
+                    product.is_logits = True
+                    call.pairs.append((product.query, product.key))
         self.calls.append(call)
         return _constant_output(query, value)
 
@@ -181,14 +185,16 @@ class Trace(TorchFunctionMode):
         if not products:
             return func(*args, **kwargs)
         call = Call(func.__name__, [], rest=[logits], problem=obstacle)
-        for product in products:
+        # Products of another arrangement, such as those of a table of positions, are part of the rest.
+        main = next((p for p in products if p.out.shape == logits.shape == (*p.lead, *p.out.shape[-2:])), products[0])
+        for product in (product for product in products if product.lead == main.lead):
+            rows, columns = product.out.shape[-2:]
+            if not product.is_logits and (dim % logits.ndim == logits.ndim - 2 or columns != logits.shape[dim] == rows):
+                product.query, product.key = product.key, product.query
             product.is_logits = True
-            is_turned = logits.shape[dim] != product.key.shape[-2] or dim % logits.ndim == logits.ndim - 2
-            call.pairs.append((product.key, product.query) if is_turned else (product.query, product.key))
-        if logits.shape[dim] < call.pairs[0][1].shape[-2]:
-            call.problem = (
-                call.problem or f"it attends to {call.pairs[0][1].shape[-2]} keys, {logits.shape[dim]} at a time"
-            )
+            call.pairs.append((product.query, product.key))
+        if logits.shape[dim] < min(main.out.shape[-2:]):
+            call.problem = call.problem or f"of {tuple(main.out.shape)} logits it weighs {logits.shape[dim]} at a time"
         self.calls.append(call)
         with torch.no_grad():
             out = func(*args, **kwargs)
@@ -196,7 +202,7 @@ class Trace(TorchFunctionMode):
 
     def _product(self, func: Any, args: Any, kwargs: Any) -> Tensor:
         a, b = _operands(func, args, kwargs)
-        if a is None or b is None or (a in self._activations) != (b in self._activations):
+        if a is None or b is None or not self._is_product(func, a, b):
             return func(*args, **kwargs)
         for probabilities, value in ((a, b), (b, a)):
             for call in _marks_behind([probabilities.grad_fn], Call)[0]:
@@ -215,6 +221,12 @@ class Trace(TorchFunctionMode):
         ):
             out = self._earlier[number].out
         return _mark(out, product)
+
+    def _is_product(self, func: Any, a: Tensor, b: Tensor) -> bool:
+        """Not a projection; learned queries are in a batch, as the weight of a projection is not."""
+        if (a in self._activations) == (b in self._activations):
+            return True
+        return func is not torch.einsum and a.ndim == b.ndim > 2 and a.shape[0] == b.shape[0]
 
     def _weighted(self, func: Any, args: Any, kwargs: Any, call: Call, is_first: bool, value: Tensor) -> Tensor:
         """Values, weighted by the probabilities of a call: nothing behind depends on them."""
