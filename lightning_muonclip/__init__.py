@@ -1,5 +1,6 @@
 """MuonClip for PyTorch Lightning: transformers that do not blow up."""
 
+from lightning_muonclip import attention_specs as _attention_specs  # noqa: F401  registers the modules of this package
 from lightning_muonclip import mup
 from lightning_muonclip.attention.attention import Attention
 from lightning_muonclip.attention.latent import MultiheadLatentAttention
@@ -10,7 +11,7 @@ from lightning_muonclip.optim.muon import Muon
 from lightning_muonclip.optim.orthogonalize import orthogonalize
 from lightning_muonclip.optim.routing import split_params
 from lightning_muonclip.qk_clip.clip import QKClip
-from lightning_muonclip.qk_clip.describe.registry import register_attention
+from lightning_muonclip.qk_clip.describe.declared import register_attention
 from lightning_muonclip.qk_clip.describe.spec import AttentionSpec, Projection
 from lightning_muonclip.qk_clip.rule import muonclip_qk_clip, qk_clip_gamma
 from lightning_muonclip.trainer.callback import MuonClipCallback

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_muonclip.optim.muon import Muon
+from lightning_muonclip.optim.muon import Muon, evaluated
 from lightning_muonclip.optim.routing import split_params
 from lightning_muonclip.qk_clip.clip import ClipResult, QKClip
 from lightning_muonclip.qk_clip.describe.spec import AttentionSpec
@@ -37,9 +37,9 @@ class MuonClip(Muon):
         include: Patterns of parameter names to give to Muon although they look like an embedding or an output head.
         process_group: The ranks that train this model, if they are not all (see :class:`~lightning_muonclip.Muon`).
         **options: Any other keyword of :class:`~lightning_muonclip.QKClip` (``threshold``, ``alpha``, ``shared_keys``,
-            ``qk_norm``, ``logits``, ``lora``, ``every_n_steps``, ``example``) and of :class:`~lightning_muonclip.Muon`
-            (``momentum``, ``nesterov``, ``ns_coefficients``, ``ns_steps``, ``eps``, ``dtype``, ``stack_numel``,
-            ``shard_momentum``). With ``logits="off"`` the maxima are given to :meth:`step`.
+            ``qk_norm``, ``logits``, ``lora``, ``every_n_steps``, ``unknown``, ``example``) and of
+            :class:`~lightning_muonclip.Muon` (``momentum``, ``nesterov``, ``ns_coefficients``, ``ns_steps``, ``eps``,
+            ``dtype``, ``stack_numel``, ``shard_momentum``). With ``logits="off"`` the maxima are given to :meth:`step`.
 
     Raises:
         ValueError: If an argument is out of range, or the attention cannot be read.
@@ -79,7 +79,8 @@ class MuonClip(Muon):
                 group.update(betas=tuple(betas), eps=adamw_eps)
         qk_clip = QKClip(model, specs=specs, process_group=process_group, **clip_options)
         try:
-            parts = matrix_parts(model, qk_clip.observer.attention, split)
+            attention = qk_clip.observer.attention
+            parts = matrix_parts(model, attention, split)
             super().__init__(
                 groups,
                 lr,
@@ -93,6 +94,8 @@ class MuonClip(Muon):
             qk_clip.close()  # it observes from construction
             raise
         self.qk_clip: QKClip | None = qk_clip
+        self._split = split
+        self._split_attention = attention
         #: Maxima and clips of the last step.
         self.last: ClipResult | None = None
 
@@ -114,7 +117,12 @@ class MuonClip(Muon):
                 "this copy of a MuonClip observes no model, so it cannot clip; create MuonClip(model, ...) and load the"
                 " state_dict() of the original"
             )
-        loss = self._update(closure)
+        loss = evaluated(closure)
+        attention = self.qk_clip.settle()
+        if attention is not self._split_attention:
+            self.set_parts(matrix_parts(self.qk_clip.model, attention, self._split))
+            self._split_attention = attention
+        self._update()
         self.last = self.qk_clip.step(max_logits)
         return loss
 

@@ -19,10 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_muonclip.qk_clip.describe.declared import AttentionModules
+from lightning_muonclip.qk_clip.describe.find import Example
 from lightning_muonclip.qk_clip.describe.layout import QUERY_KINDS
 from lightning_muonclip.qk_clip.describe.names import TRANSPOSED_LINEARS, qualified_name
-from lightning_muonclip.qk_clip.describe.registry import recognise
 from lightning_muonclip.qk_clip.describe.weights import weights_of
+from lightning_muonclip.qk_clip.observe.observer import Observer
 from lightning_muonclip.tables import table
 
 OptimizerT = TypeVar("OptimizerT", bound=Optimizer)
@@ -169,10 +171,14 @@ class Parametrization:
         return optimizer
 
     @torch.no_grad()
-    def export(self) -> dict[str, Tensor]:
+    def export(self, example: Example | None = None) -> dict[str, Tensor]:
         """A state dict with which the plain model, without muP, gives the same outputs. The model does not change.
 
         A head that is tied to an embedding gets its own weights: load them into a model that does not tie them.
+
+        Args:
+            example: Arguments of the model, ``(args, kwargs)``, by which attention whose heads have grown is read. The
+                modules of this package need none.
 
         Raises:
             ValueError: If the query weights of an attention whose heads have grown cannot be found or scaled.
@@ -182,12 +188,17 @@ class Parametrization:
             state[f"{name}.weight"] *= factor
             if name in self._residual and f"{name}.bias" in state:
                 state[f"{name}.bias"] *= factor
-        specs = recognise(self.model)[0] if self._scaling else {}
+        specs: AttentionModules = {}
+        if self._scaling:
+            observer = Observer(self.model, logits="off", unknown="monitor", example=example)
+            observer.close()
+            specs = observer.attention
         for name, (scaling, plain) in self._scaling.items():
             if name not in specs or (specs[name][1].qk_norm and not specs[name][1].gains):
                 raise ValueError(
                     f"cannot export {name!r}: muP scales its logits by {scaling:.4g} instead of {plain:.4g}, and the query"
-                    " weights that should absorb this are unknown; describe the module with register_attention"
+                    " weights that should absorb this are unknown; pass export(example=(args, kwargs)), or describe the"
+                    " module with register_attention"
                 )
             module, spec = specs[name]
             factor = scaling / plain

@@ -145,6 +145,14 @@ class Muon(Optimizer):
                 self.param_groups.pop()
                 raise
 
+    def set_parts(self, parts: Mapping[Tensor, tuple[int, Sequence[Tensor]]]) -> None:
+        """Replaces ``parts``, once the matrices inside of fused weights are known; the momentum does not depend on them.
+
+        Raises:
+            ValueError: If they do not cover their weights.
+        """
+        self._matrix_step.parts = intern_parts(parts)
+
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {
             "shard_momentum": self.shard_momentum,
@@ -161,14 +169,12 @@ class Muon(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Performs one optimization step, without host synchronization. Parameters without a gradient are skipped."""
-        return self._update(closure)
+        loss = evaluated(closure)
+        self._update()
+        return loss
 
-    def _update(self, closure: Callable[[], Any] | None) -> Any:
+    def _update(self) -> None:
         # What a subclass's step() calls: torch wraps the step() of every class in the optimizer's hooks.
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
         shared = self._share()
         if self._consolidated is not None:  # of the step before; torch.compile sets no attribute up to torch 2.11
             self._consolidated = None
@@ -182,7 +188,6 @@ class Muon(Optimizer):
                     matrices += self._matrices(number, params)
         with torch.profiler.record_function("muonclip::muon"):
             self._matrix_step.step(matrices, shared)
-        return loss
 
     def _matrices(self, number: int, params: list[Tensor]) -> list[Matrix]:
         """Decays the weights of one group and updates their momentum, each on the shard of this rank."""
@@ -270,6 +275,14 @@ class Muon(Optimizer):
         super().load_state_dict(state_dict)
         self._consolidated = None
         self._drop_others_momentum()
+
+
+def evaluated(closure: Callable[[], Any] | None) -> Any:
+    """The loss of a closure, which reevaluates the model."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
 
 
 def _has_whole_matrices(param: Tensor, kind: str) -> bool:

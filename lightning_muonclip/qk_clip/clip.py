@@ -13,12 +13,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_muonclip.qk_clip.describe.example import Example
-from lightning_muonclip.qk_clip.describe.registry import find_attention
+from lightning_muonclip.qk_clip.describe.declared import AttentionModules, unwrapped
+from lightning_muonclip.qk_clip.describe.find import Example
+from lightning_muonclip.qk_clip.describe.saved import restored_attention, saved_attention
 from lightning_muonclip.qk_clip.describe.spec import AttentionSpec
 from lightning_muonclip.qk_clip.describe.weights import LORA_CHOICES
 from lightning_muonclip.qk_clip.observe.capture import Capture
-from lightning_muonclip.qk_clip.observe.ledger import reduce_max
+from lightning_muonclip.qk_clip.observe.discovery import UNKNOWN_CHOICES
+from lightning_muonclip.qk_clip.observe.ledger import has_others, reduce_max
 from lightning_muonclip.qk_clip.observe.observer import LOGITS_CHOICES, Observer
 from lightning_muonclip.qk_clip.plan import QK_NORM_CHOICES, ClipPlan
 from lightning_muonclip.qk_clip.rule import SHARED_KEYS, check_alpha, check_threshold, qk_clip_gamma
@@ -65,13 +67,16 @@ class QKClip:
 
     Observes the model from construction until :meth:`close`; also a context manager.
 
+    Before the first forward in training, QKClip runs the model once on the same inputs, finds all attention that it
+    computes, and infers from what it does which weights make which head. Every answer is proven, and no name of a class or
+    a weight is looked at. A module that runs later for the first time is read then. The first forward is not compiled.
+
     Args:
-        model: The model. Its attention modules are found by class, by names and shapes, or by ``specs``. Create a new
-            QKClip after freezing or unfreezing weights. A compiled model whose attention is observed by hooks (Bloom,
-            MPT, ...) is recompiled.
+        model: The model. Create a new QKClip after freezing or unfreezing weights.
         threshold: Logits above this are clipped; ``None`` only monitors.
         alpha: Share of a clip that the query weight takes, in [0, 1].
-        specs: Layouts of attention modules by module name; ``None`` as a value skips that module.
+        specs: Layouts of attention modules by module name, which go before inference; ``None`` as a value leaves a module
+            alone. So do classes of :func:`~lightning_muonclip.register_attention`.
         shared_keys: How a key that several query heads share is treated: ``"query"``, ``"group"``, ``"min_k"`` or
             ``"compensate"`` (see :func:`~lightning_muonclip.qk_clip.rule.key_factors`).
         qk_norm: A norm after the projection cancels a factor on its weight. ``"monitor"`` only watches such attention,
@@ -83,16 +88,16 @@ class QKClip:
         lora: For layers that LoRA (peft) adapts: ``"monitor"`` only watches them; ``"scale"`` scales the frozen base and
             every ``B`` together, which is exact, but adapters saved alone then no longer fit the original base.
         every_n_steps: Measures and clips at the first of every n steps.
-        example: Arguments of the model, ``(args, kwargs)``. QKClip runs the model on them once, finds all attention that it
-            computes, and infers from what it does which weights make which head; every answer is proven. Only ``specs`` and
-            :func:`~lightning_muonclip.register_attention` come before. ``None`` goes by names of classes and projections.
+        unknown: What to do with attention that cannot be read and has trainable weights: ``"error"`` stops with the reason;
+            ``"monitor"`` only watches it. With ``threshold=None`` it is always watched.
+        example: Arguments of the model, ``(args, kwargs)``, on which its attention is found and inferred at once.
         observer: An observer of the model to share; ``None`` creates one.
         process_group: The ranks that see different data or, under tensor parallelism, different heads; ``None`` is the
             default group.
 
     Raises:
-        ValueError: If an argument is out of range, the model has no attention or attention that cannot be read, or queries
-            or keys are normalized after their projection.
+        ValueError: If an argument is out of range or a spec does not fit; in the first forward, or at once with ``example``,
+            if attention cannot be read; in the first step, if there is none, or if ``qk_norm`` refuses it.
 
     Source: Kimi K2, arXiv 2507.20534, section 2.1 and algorithm 1.
 
@@ -117,38 +122,68 @@ class QKClip:
         *,
         lora: str = "monitor",
         every_n_steps: int = 1,
+        unknown: str = "error",
         example: Example | None = None,
         observer: Observer | None = None,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        check_clip_options(threshold, alpha, shared_keys, qk_norm, logits, lora, every_n_steps)
+        check_clip_options(threshold, alpha, shared_keys, qk_norm, logits, lora, every_n_steps, unknown)
         self.model = model
         self.threshold = threshold
         self.every_n_steps = every_n_steps
         self.process_group = process_group
-        self.observer = observer or Observer(find_attention(model, specs, example), logits)
-        #: Number of times that each head was clipped, int64, shape (layers, most heads).
-        self.clips = torch.zeros_like(self.observer.ledger.values, dtype=torch.int64)
+        self.observer = observer or Observer(
+            model, specs, logits, unknown="monitor" if threshold is None else unknown, example=example
+        )
+        self._alpha = alpha
+        self._shared_keys = shared_keys
         self._qk_norm = qk_norm
         self._lora = lora
         self._steps = 0
+        self._clips = torch.zeros(0, 0, dtype=torch.int64)
+        self._plan: ClipPlan | None = None
+        self._arranged: AttentionModules = {}
+        #: Whether a rank has found attention that others do not know, as of the last step.
+        self._is_alone: Tensor | None = None
         self._handles: list[Any] = []
         self._owns_observer = observer is None
         try:
-            attention = self.observer.attention
-            self._plan = None if threshold is None else ClipPlan(attention, alpha, shared_keys, qk_norm, lora)
+            self._arrange()
         except ValueError:
             self.close()
             raise
 
+    def _arrange(self) -> None:
+        """Brings the plan and the counts up to date with the attention that is known."""
+        attention = self.observer.attention
+        if self._arranged is attention:
+            return
+        if self.threshold is not None and attention:
+            self._plan = ClipPlan(attention, self._alpha, self._shared_keys, self._qk_norm, self._lora)
+        clips = torch.zeros_like(self.observer.ledger.values, dtype=torch.int64)
+        for before, (name, (_, spec)) in enumerate(self._arranged.items()):
+            row = list(attention).index(name)
+            clips[row, : spec.num_heads] = self._clips[before, : spec.num_heads]
+        self._clips, self._arranged = clips, attention
+
+    @property
+    def clips(self) -> Tensor:
+        """Number of times that each head was clipped, int64, shape (layers, most heads)."""
+        self._arrange()
+        return self._clips
+
     @property
     def layers(self) -> list[str]:
-        """Names of the attention modules, in ``named_modules`` order: the rows of :attr:`max_logits`."""
+        """Names of the attention modules, in ``named_modules`` order: the rows of :attr:`max_logits`.
+
+        Before the first forward, those that are described by specs or by their class.
+        """
         return self.observer.layers
 
     @property
     def params(self) -> list[Tensor]:
         """The weights and biases that a clip scales; empty if it only monitors."""
+        self._arrange()
         return [] if self._plan is None else self._plan.params
 
     @property
@@ -179,33 +214,68 @@ class QKClip:
             ValueError: If ``max_logits`` does not have one row per layer and one number per head.
         """
         with torch.profiler.record_function("muonclip::qk_clip"):
+            self.settle()
             observed = self.observer.ledger.values if max_logits is None else self._as_table(max_logits)
             is_due = self.is_due
             if max_logits is None and self._steps == 0:
-                self._warn_of_unseen_layers()
+                self._check_that_layers_were_seen()
             self._count(self._steps + 1)
             if not is_due:
                 return ClipResult(observed.clone(), torch.ones_like(observed))
-            reduced = reduce_max(observed, self.process_group)
+            reduced = self._reduce(observed)
             self.observer.close_step()
             gamma = qk_clip_gamma(reduced, self.threshold)
             if self._plan is not None:
                 gamma = self._plan.apply(gamma)
-                self.clips = self.clips.to(gamma.device).add_(gamma < 1)
+                self._clips = self._clips.to(gamma.device).add_(gamma < 1)
             return ClipResult(reduced, gamma)
+
+    def settle(self) -> AttentionModules:
+        """Lets all ranks agree on the attention that is known, if they may not; :meth:`step` does so too.
+
+        Returns:
+            The attention modules that all ranks know.
+        """
+        again = self._is_alone is not None and bool(self._is_alone)
+        attention = self.observer.settle(self.process_group, again=again)
+        self._is_alone = None if again else self._is_alone
+        self._arrange()
+        return attention
+
+    def _reduce(self, observed: Tensor) -> Tensor:
+        """The maxima over all ranks, of the layers that all know; and whether one knows more, read a step later."""
+        if not has_others(self.process_group):
+            return reduce_max(observed)
+        agreed = self.observer.settle(self.process_group)
+        known = torch.tensor([name in agreed for name in self.layers], device=observed.device)
+        heads = max((spec.num_heads for _, spec in agreed.values()), default=1)
+        is_alone = (~known).any().to(observed).expand(1, heads)
+        reduced = reduce_max(torch.cat([observed[known, :heads], is_alone]), self.process_group)
+        self._is_alone = reduced[-1, 0]
+        maxima = torch.full_like(observed, float("-inf"))
+        maxima[known, :heads] = reduced[:-1]
+        return maxima
 
     @property
     def sides(self) -> dict[str, str]:
         """What a clip scales in every layer: ``"q and k"``, ``"q"``, ``"k"``, or ``"watched (reason)"``."""
+        self._arrange()
         sides = ["watched (threshold=None)"] * len(self.layers) if self._plan is None else self._plan.sides
         return dict(zip(self.layers, sides))
 
-    def _warn_of_unseen_layers(self) -> None:
+    def _check_that_layers_were_seen(self) -> None:
         unseen = [recorder.name or "(model)" for recorder in self.observer.recorders if recorder.source is None]
-        if unseen:
+        if not self.layers and self.observer.discovery.has_surveyed:
+            raise ValueError(
+                f"{type(self.model).__name__} computes no attention that QK-Clip can see: neither a call of an attention"
+                " function nor a softmax over a product of queries and keys. Describe it with specs={name:"
+                " AttentionSpec(...)}, or train without QK-Clip: MuonClipCallback(logits='off'), or in plain PyTorch"
+                " Muon(split_params(model))"
+            )
+        if unseen or not self.layers:
             warnings.warn(
-                f"no logits were recorded in {', '.join(unseen)}, so QK-Clip does not act there. The modules were not"
-                " called, or are in eval mode, as from_pretrained of Hugging Face returns them; call model.train()",
+                f"no logits were recorded in {', '.join(unseen) or 'the model'}, so QK-Clip does not act there. The modules"
+                " were not called, or are in eval mode, as from_pretrained of Hugging Face returns them; call model.train()",
                 stacklevel=3,
             )
 
@@ -243,6 +313,9 @@ class QKClip:
             layer    heads  verified           worst error
             (model)  2      q and k, per head  0.0e+00
         """
+        if not self.observer.discovery.has_surveyed:
+            self.observer.discovery.survey(unwrapped(self.model), (args, kwargs))
+            self._arrange()
         with Capture(self.observer) as capture:
             capture.run(self.model, *args, **kwargs)
         return self.verify_inputs(capture)
@@ -269,22 +342,26 @@ class QKClip:
         self._handles = []
 
     def state_dict(self) -> dict[str, Any]:
-        """The clip counts of every head and the number of steps, equal on every rank."""
-        return {"clips": self.clips.cpu(), "steps": self._steps}
+        """The clip counts of every head, the number of steps and the specs of the layers, equal on every rank."""
+        return {"clips": self.clips.cpu(), "steps": self._steps, **saved_attention(self.model, self.observer.attention)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restores the counts of :meth:`state_dict`.
+        """Restores the counts of :meth:`state_dict`; its specs save the search for attention in the first forward.
 
         Raises:
             ValueError: If the counts are of a model with other layers or heads.
         """
+        if not self.observer.discovery.has_surveyed:
+            attention = restored_attention(self.model, state_dict)
+            if attention is not None:
+                self.observer.discovery.settle(attention)
         clips = state_dict["clips"]
         if clips.shape != self.clips.shape:
             raise ValueError(
                 f"the saved clip counts have shape {tuple(clips.shape)} (layers, heads), but the model needs"
                 f" {tuple(self.clips.shape)}; load them into a model with the same attention layers"
             )
-        self.clips = clips.to(self.clips.device, copy=True)
+        self._clips = clips.to(self.clips.device, copy=True)
         self._count(state_dict.get("steps", 0))
 
     def __enter__(self) -> QKClip:
@@ -318,6 +395,7 @@ def check_clip_options(
     logits: str,
     lora: str,
     every_n_steps: int,
+    unknown: str,
     **_: Any,
 ) -> None:
     """Raises ValueError if an option is out of range, with its value and what is possible."""
@@ -327,6 +405,7 @@ def check_clip_options(
     _check_choice("qk_norm", qk_norm, QK_NORM_CHOICES)
     _check_choice("logits", logits, LOGITS_CHOICES)
     _check_choice("lora", lora, LORA_CHOICES)
+    _check_choice("unknown", unknown, UNKNOWN_CHOICES)
     if every_n_steps < 1:
         raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}")
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_muonclip.parallel.shards import local_box, to_local
+from lightning_muonclip.qk_clip.describe.declared import AttentionModules
 from lightning_muonclip.qk_clip.describe.layout import KEY_KINDS, KINDS, NO_HEAD, QUERY_KINDS, layout_kinds
-from lightning_muonclip.qk_clip.describe.registry import AttentionModules
 from lightning_muonclip.qk_clip.describe.spec import AttentionSpec
 from lightning_muonclip.qk_clip.describe.weights import UnscalableError, Weight, is_adapted, weights_of
 from lightning_muonclip.qk_clip.rule import key_factors
@@ -43,7 +43,7 @@ class ClipPlan:
 
     def __init__(self, attention: AttentionModules, alpha: float, shared_keys: str, qk_norm: str, lora: str) -> None:
         layers = len(attention)
-        heads = max(spec.num_heads for _, spec in attention.values())
+        heads = max((spec.num_heads for _, spec in attention.values()), default=0)
         #: What a clip scales in each layer: "q and k", "q", "k", or "watched (...)".
         self.sides: list[str] = []
         self._weights: list[tuple[nn.Module, Weight]] = []
@@ -73,7 +73,7 @@ class ClipPlan:
         self._index = torch.cat(indices) if indices else torch.empty(0, dtype=torch.int64)
         self._lengths = [len(index) for index in indices]
         self._rules = {rule: torch.tensor(rows) for rule, rows in rules.items()}
-        self._watched = torch.tensor([[side.startswith("watched")] for side in self.sides])
+        self._watched = torch.tensor([side.startswith("watched") for side in self.sides], dtype=torch.bool)[:, None]
         self._tied = ties.rows() if ties.joined else None
 
     @property
@@ -133,6 +133,8 @@ def clipped_weights(
         UnscalableError: If the layer has QK-norm and ``qk_norm`` does not cover it, or if a weight cannot be scaled.
         ValueError: If the spec does not match the weights.
     """
+    if spec.watched:
+        return [], spec.watched
     if spec.qk_norm and qk_norm == "error":
         raise UnscalableError(
             "QK-norm",

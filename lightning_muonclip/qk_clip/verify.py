@@ -12,9 +12,9 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_iter
 
+from lightning_muonclip.qk_clip.describe.declared import AttentionModules
 from lightning_muonclip.qk_clip.describe.isolate import DetachedCopies, apart, device_of
 from lightning_muonclip.qk_clip.describe.layout import KEY_KINDS, NO_HEAD, QUERY_KINDS
-from lightning_muonclip.qk_clip.describe.registry import AttentionModules
 from lightning_muonclip.qk_clip.describe.spec import AttentionSpec
 from lightning_muonclip.qk_clip.describe.weights import UnscalableError, Weight
 from lightning_muonclip.qk_clip.observe.capture import Inputs
@@ -155,7 +155,7 @@ class _Laboratory:
         """Every experiment."""
         for param in (self._param(weight) for weight in weights if weight.offset):
             param.copy_((16 * param).round() / 16)  # half of (w + offset) is exact in every dtype
-        self.observer = Observer({self.name: (self.module, self.spec)})
+        self.observer = Observer(self.module, {"": self.spec})
         try:
             return list(self._experiments(weights))
         finally:

@@ -19,10 +19,11 @@ from lightning_muonclip.optim.routing import route_params, routes_under, routing
 from lightning_muonclip.parallel.grad_norm import clip_grad_norm_, total_norm
 from lightning_muonclip.parallel.shards import to_local
 from lightning_muonclip.qk_clip.clip import ClipResult, QKClip, check_clip_options
-from lightning_muonclip.qk_clip.describe.registry import recognise
+from lightning_muonclip.qk_clip.describe.declared import AttentionModules
 from lightning_muonclip.qk_clip.describe.spec import AttentionSpec
 from lightning_muonclip.qk_clip.describe.split import check_split, matrix_parts
 from lightning_muonclip.qk_clip.observe.capture import Capture
+from lightning_muonclip.qk_clip.observe.observer import Observer
 from lightning_muonclip.signatures import share_out, takes_keywords_of
 from lightning_muonclip.trainer.checkpoints import (
     WITHOUT_CALLBACK,
@@ -65,7 +66,7 @@ class MuonClipCallback(Callback):
         include: Patterns of parameter names to give to Muon although they look like an embedding or an output head.
         log_heads_every_n_steps: Logs every head's maximum at this interval; ``None`` never does.
         **options: Any other keyword of :class:`~lightning_muonclip.QKClip` (``shared_keys``, ``qk_norm``, ``logits``,
-            ``lora``, ``every_n_steps``) and of :class:`~lightning_muonclip.Muon` (``momentum``, ``nesterov``,
+            ``lora``, ``every_n_steps``, ``unknown``) and of :class:`~lightning_muonclip.Muon` (``momentum``, ``nesterov``,
             ``ns_coefficients``, ``ns_steps``, ``eps``, ``dtype``, ``stack_numel``, ``shard_momentum``).
 
     Raises:
@@ -117,6 +118,9 @@ class MuonClipCallback(Callback):
         #: Maxima and clips of the last step; ``None`` before the first, and after one that was skipped or not due.
         self.last: ClipResult | None = None
         self._groups: FollowingGroups | None = None
+        self._observer: Observer | None = None
+        #: The attention whose fused weights Muon splits.
+        self._attention: AttentionModules = {}
         self._restored_clips: dict[str, Any] | None = None
         self._handles: list[Any] = []
         self._capture: Capture | None = None
@@ -169,8 +173,9 @@ class MuonClipCallback(Callback):
         optimizer = users_optimizer(trainer)
         routes = routes_under(optimizer, route_params(pl_module, self.exclude, self.include))
         self._groups = FollowingGroups(optimizer, routes)
-        attention, _ = recognise(pl_module, self.specs)
-        parts = matrix_parts(pl_module, attention, self.split)
+        self._observer = self._observe(pl_module)
+        self._attention = self._observer.attention
+        parts = matrix_parts(pl_module, self._attention, self.split)
         self.muon = Muon(self._groups.groups, parts=parts, **self._muon_options)
         self._groups.follow(optimizer, self.muon, self.lr, self.weight_decay)
         if scaler_of(trainer) is not None and not any(group["params"] for group in optimizer.param_groups):
@@ -182,27 +187,23 @@ class MuonClipCallback(Callback):
         if restores_optimizers(trainer.strategy):
             warn_of_emptied_groups(optimizer)
         if self._clip_options["logits"] != "off":
-            self._arm_qk_clip(optimizer, pl_module)
+            self.qk_clip = QKClip(pl_module, specs=self.specs, observer=self._observer, **self._clip_options)
+            self._restore_clips()
+            for own in (self.muon, optimizer):
+                self._handles.append(own.register_step_post_hook(self._apply_qk_clip))
         rank_zero_info(f"MuonClip routes the parameters as follows\n{routing_table(routes)}")
-        if self.qk_clip is not None:
-            sides = self.qk_clip.sides
-            rank_zero_info("QK-Clip scales " + ", ".join(f"{name}: {side}" for name, side in sides.items()))
 
-    def _arm_qk_clip(self, optimizer: Optimizer, pl_module: pl.LightningModule) -> None:
-        observer = None
-        if isinstance(pl_module, MaxLogitsMixin):
-            if self.specs is not None:
-                pl_module.stop_observing()
-                pl_module.attention_specs = self.specs
-            pl_module.attention_logits = self._clip_options["logits"]
-            observer = pl_module.observe()
-        self.qk_clip = QKClip(pl_module, specs=self.specs, observer=observer, **self._clip_options)
-        self._restore_clips()
-        # QK-Clip runs after the last update of a query or key weight; the user's optimizer steps after Muon.
-        users = set(_params(optimizer))
-        last = optimizer if any(p in users for p in self.qk_clip.params) else self.muon
-        assert last is not None
-        self._handles.append(last.register_step_post_hook(self._apply_qk_clip))
+    def _observe(self, pl_module: pl.LightningModule) -> Observer:
+        """The observer of the module, shared with the mixin."""
+        logits = self._clip_options["logits"]
+        is_only_watched = self._clip_options["threshold"] is None or logits == "off"
+        unknown = "monitor" if is_only_watched else self._clip_options["unknown"]
+        if not isinstance(pl_module, MaxLogitsMixin) or logits == "off":
+            return Observer(pl_module, self.specs, logits, unknown=unknown)
+        pl_module.stop_observing()
+        pl_module.attention_specs = pl_module.attention_specs if self.specs is None else self.specs
+        pl_module.attention_logits, pl_module.attention_unknown = logits, unknown
+        return pl_module.observe()
 
     def _restore_clips(self) -> None:
         """Takes effect once there is a QKClip and a checkpoint: FSDP2 restores after on_fit_start, others before."""
@@ -266,6 +267,7 @@ class MuonClipCallback(Callback):
         if all(p.grad is None for p in _params(self.muon)):
             return  # training_step returned None
         self._groups.follow(optimizer, self.muon, self.lr, self.weight_decay)
+        self._take_up_attention(pl_module)
         scaler = scaler_of(trainer)
         if scaler is not None:
             scaler.unscale_(self.muon)
@@ -274,6 +276,19 @@ class MuonClipCallback(Callback):
             scaler.step(self.muon)
         else:
             self.muon.step()
+
+    def _take_up_attention(self, pl_module: pl.LightningModule) -> None:
+        """Splits fused weights of attention that was found since the last step, and says what QK-Clip will scale."""
+        assert self.muon is not None
+        assert self._observer is not None
+        attention = self._observer.settle() if self.qk_clip is None else self.qk_clip.settle()
+        if attention is self._attention:
+            return
+        self._attention = attention
+        self.muon.set_parts(matrix_parts(pl_module, attention, self.split))
+        if self.qk_clip is not None:
+            sides = self.qk_clip.sides
+            rank_zero_info("QK-Clip scales " + ", ".join(f"{name}: {side}" for name, side in sides.items()))
 
     def _clip_gradients(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Clips all gradients together; Lightning's own clip of the user's optimizer then changes nothing."""
@@ -286,10 +301,15 @@ class MuonClipCallback(Callback):
         else:
             clip_grad_norm_(params, trainer.gradient_clip_val)
 
-    def _apply_qk_clip(self, *_: Any) -> None:
+    def _apply_qk_clip(self, optimizer: Optimizer, *_: Any) -> None:
+        """Clips after the last update of a query or key weight; the user's optimizer steps after Muon."""
         if not self._has_started:
             return  # FSDP2 steps the optimizers once to initialize their state before it restores it
         assert self.qk_clip is not None
+        assert self.muon is not None
+        of_muon = set(_params(self.muon))
+        if (optimizer is self.muon) != all(p in of_muon for p in self.qk_clip.params):
+            return
         is_due = self.qk_clip.is_due
         result = self.qk_clip.step()
         self.last = result if is_due else None
@@ -327,25 +347,23 @@ class MuonClipCallback(Callback):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Stops observing; the optimizers stay in the Trainer so that checkpoints can still be saved."""
-        self._disarm(pl_module)
+        self._disarm()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Stops observing; explains a checkpoint that could not be loaded."""
-        self._disarm(pl_module)
+        self._disarm()
         if not self._has_started:
             explain(trainer, exception)
 
-    def _disarm(self, pl_module: pl.LightningModule) -> None:
+    def _disarm(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles = []
         if self._capture is not None:
             self._capture.close()
             self._capture = None
-        if self.qk_clip is not None:
-            self.qk_clip.close()
-        if isinstance(pl_module, MaxLogitsMixin):
-            pl_module.stop_observing()
+        if self._observer is not None:
+            self._observer.close()
 
 
 def _params(optimizer: Optimizer) -> list[Tensor]:

@@ -8,7 +8,6 @@ import lightning.pytorch as pl
 from torch import Tensor
 
 from lightning_muonclip.optim.muon import Muon
-from lightning_muonclip.qk_clip.describe.registry import find_attention
 from lightning_muonclip.qk_clip.describe.spec import AttentionSpec
 from lightning_muonclip.qk_clip.observe.observer import Observer
 
@@ -20,7 +19,8 @@ class MaxLogitsMixin(pl.LightningModule):
     Outside of a Trainer, call :meth:`observe` once before the first forward.
 
     Attributes:
-        attention_specs: Layouts of attention modules by name; ``None`` for those that the library knows.
+        attention_specs: Layouts of attention modules by name, which go before inference.
+        attention_unknown: What to do with attention that cannot be read: ``"monitor"`` or ``"error"``.
         attention_logits: ``"exact"`` or ``"lse"`` (see :class:`~lightning_muonclip.QKClip`).
 
     Example::
@@ -33,6 +33,7 @@ class MaxLogitsMixin(pl.LightningModule):
     """
 
     attention_specs: Mapping[str, AttentionSpec | None] | None = None
+    attention_unknown: str = "monitor"
     attention_logits: str = "exact"
     _observer: Observer | None = None
 
@@ -41,7 +42,7 @@ class MaxLogitsMixin(pl.LightningModule):
         """Largest logits on this rank, shape (layers, most heads), on the device.
 
         They are of the current step, or of the previous one before the first forward. ``-inf`` where a layer has no such
-        head or nothing was recorded.
+        head or nothing was recorded. There are more rows once more attention has been found.
         """
         return (self._observer or self.observe()).ledger.latest
 
@@ -53,11 +54,10 @@ class MaxLogitsMixin(pl.LightningModule):
     def observe(self) -> Observer:
         """Starts to observe this module's attention, once, and returns the observer.
 
-        Raises:
-            ValueError: If there is no attention, or one that cannot be read.
+        Attention that no spec describes is found in the first forward.
         """
         if self._observer is None or self._observer.closed:
-            self._observer = Observer(find_attention(self, self.attention_specs), self.attention_logits)
+            self._observer = Observer(self, self.attention_specs, self.attention_logits, unknown=self.attention_unknown)
         return self._observer
 
     def stop_observing(self) -> None:
@@ -68,10 +68,10 @@ class MaxLogitsMixin(pl.LightningModule):
     def on_fit_start(self) -> None:
         """Starts to observe; every optimizer step starts new maxima. Call ``super()`` if you override it."""
         super().on_fit_start()
-        ledger = self.observe().ledger
+        observer = self.observe()
         for optimizer in self.trainer.optimizers:
             if not isinstance(optimizer, Muon):  # steps first, and QK-Clip may run after the user's optimizer
-                optimizer.register_step_post_hook(lambda *_: ledger.close_step())
+                optimizer.register_step_post_hook(lambda *_: observer.ledger.close_step())
 
     def teardown(self, stage: str) -> None:
         """Stops observing. Call ``super()`` if you override it."""

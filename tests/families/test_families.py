@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+from lightning_muonclip.qk_clip.describe.families import FAMILIES
 from oracles import enlarge, module_max_logits
 
 from families.brute_force import brute_force
@@ -13,7 +14,6 @@ from families.checks import check_brute_force, check_cache, check_replay, check_
 from families.table import expected_rows, read, short
 from families.zoo import BATCH, CASES, CLAMPED, LENGTH, WIDTH, Case, draw, parameters
 from lightning_muonclip import Attention, MultiheadLatentAttention, QKClip
-from lightning_muonclip.qk_clip.describe.families import FAMILIES
 
 every_family = parameters(CASES)
 

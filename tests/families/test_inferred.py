@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from lightning_muonclip.qk_clip.describe.registry import AttentionModules
 from torch import nn
 
 from families.zoo import CASES, CLAMPED, Case, parameters
 from lightning_muonclip import QKClip
 from lightning_muonclip.qk_clip.describe.layout import NO_HEAD
-from lightning_muonclip.qk_clip.describe.registry import AttentionModules
 from lightning_muonclip.qk_clip.describe.weights import weights_of
 
 #: Families whose gains are known by no name, but found: StableLM has a norm for every head.

@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from intercepted import TOKENS, bloom, llama
+from lightning_muonclip.qk_clip.observe.recompute import METHODS, PROJECTIONS, Recomputation, recomputed
 from oracles import SdpaAttention
 from torch import nn
 from transformers import GPTNeoConfig, GPTNeoModel
@@ -19,7 +20,6 @@ from transformers import GPTNeoConfig, GPTNeoModel
 from lightning_muonclip import AttentionSpec, MuonClip, Projection, QKClip, register_attention
 from lightning_muonclip.qk_clip.describe import registry
 from lightning_muonclip.qk_clip.describe.names import ChangedClassError, qualified_name
-from lightning_muonclip.qk_clip.observe.recompute import METHODS, PROJECTIONS, Recomputation, recomputed
 
 RELEASE = f"of transformers {transformers.__version__}"
 

@@ -26,6 +26,8 @@ class Found:
         calls: Numbers of the attention calls in the survey.
         layout: The heads and their channels.
         reason: Why there is no layout.
+        softmaxes: Where it has its logits, if it calls no attention function.
+        is_measurable: Whether its logits can be measured.
         elsewhere: Whether a module around it may tell.
     """
 
@@ -35,6 +37,7 @@ class Found:
     layout: Layout | None = None
     reason: str = ""
     softmaxes: tuple[Softmax, ...] = ()
+    is_measurable: bool = False
     elsewhere: bool = False
 
 
@@ -124,11 +127,13 @@ def _analyse(frame: Frame, count: int) -> list[Found]:
         for calls in heads.sites():
             own = Found(frame.name, frame.module)
             try:
+                sources = {run.calls[call].source for call in calls}
+                if "softmax" in sources:
+                    own.softmaxes = locate(isolated)
+                own.is_measurable = bool(own.softmaxes) or not sources & {"softmax", "exp", "exp2"}
                 if any(len(run.calls[call].pairs) > 1 for call in calls):
                     raise Unclear("its logits are a sum of several products, such as those of relative positions")
                 own.layout = proven(isolated, run, heads.layouts(calls))
-                if any("softmax" in run.calls[call].source for call in calls):
-                    own.softmaxes = locate(isolated)
                 heads.enter_values(own.layout)
             except Unclear as unclear:
                 own.reason, own.elsewhere = unclear.reason, unclear.elsewhere

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 from torch.utils._pytree import tree_leaves, tree_map
 
+from lightning_muonclip.parallel.shards import to_local
 from lightning_muonclip.qk_clip.describe.describe import Found
 from lightning_muonclip.qk_clip.describe.infer import Layout
-from lightning_muonclip.qk_clip.describe.isolate import DetachedCopies, apart
+from lightning_muonclip.qk_clip.describe.isolate import DetachedCopies, apart, undisturbed
 from lightning_muonclip.qk_clip.describe.prove import factors
 from lightning_muonclip.qk_clip.describe.survey import Frame, kept
 from lightning_muonclip.qk_clip.describe.trace import Product, Trace, tracing
@@ -35,7 +36,7 @@ def gate(root: Frame, found: Sequence[Found]) -> None:
         found: What was described.
     """
     _refuse_ties(root.module, found)
-    with _undisturbed(root.module), _rounded_gains(found):
+    with undisturbed(root.module), _rounded_gains(found):
         trials = _Trials(root)
         for own in trials.noticed([own for own in _described(found) if _takes_both(own.layout)]):
             own.layout.queries_alone(_ELSEWHERE)  # type: ignore[union-attr]
@@ -110,11 +111,16 @@ def _scaled(found: Sequence[Found]) -> Iterator[None]:
             scaled = (param + offset) * factor - offset
             if not torch.equal((scaled + offset) / factor - offset, param):  # subnormal numbers, rounded away
                 before[param] = param.clone()
-            param.copy_(scaled)
+            _write(param, scaled)
         yield
     finally:
         for param, (factor, offset) in by.items():
-            param.copy_(before[param] if param in before else (param + offset) / factor - offset)
+            _write(param, before[param] if param in before else (param + offset) / factor - offset)
+
+
+def _write(param: Tensor, value: Tensor) -> None:
+    """Changes a parameter by ``.data``, which leaves graphs valid that have saved it."""
+    to_local(param).data.copy_(to_local(value))
 
 
 def _like(factor: Tensor, param: Tensor) -> Tensor:
@@ -126,25 +132,6 @@ def _like(factor: Tensor, param: Tensor) -> Tensor:
 
 
 @contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluates the model, and puts back its modes and buffers."""
-    modes = {module: module.training for module in model.modules()}
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    fastpath = torch.backends.mha.get_fastpath_enabled()
-    try:
-        torch.backends.mha.set_fastpath_enabled(False)
-        for module in modes:
-            module.training = False  # not eval(), by which some modules merge their weights
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fastpath)
-        for module, mode in modes.items():
-            module.training = mode
-        for buffer, before in buffers:
-            buffer.copy_(before)
-
-
-@contextmanager
 def _rounded_gains(found: Sequence[Found]) -> Iterator[None]:
     """Gains that the module adds a number to lose their last digits, so that the factors are exact."""
     gains: set[Tensor] = set()
@@ -153,11 +140,11 @@ def _rounded_gains(found: Sequence[Found]) -> Iterator[None]:
     before: dict[Tensor, Tensor] = {param: param.clone() for param in gains}
     try:
         for param in gains:
-            param.copy_((param * 64).round() / 64)
+            _write(param, (param * 64).round() / 64)
         yield
     finally:
         for param, value in before.items():
-            param.copy_(value)
+            _write(param, value)
 
 
 def _refuse_ties(model: nn.Module, found: Sequence[Found]) -> None:

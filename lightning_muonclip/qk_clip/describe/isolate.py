@@ -142,3 +142,26 @@ def apart(module: nn.Module) -> Iterator[None]:
     indices = [device.index or 0 for device in devices]
     with torch.random.fork_rng(indices, device_type=kind), torch.compiler.set_stance("force_eager"):
         yield
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Evaluates the model, and puts back its modes and buffers.
+
+    In training, a layer may be dropped by chance; torch's fast path of evaluation hides attention.
+    """
+    modes = {module: module.training for module in model.modules()}
+    buffers = [(m, name, b, b.clone()) for m in model.modules() for name, b in m.named_buffers(recurse=False)]
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        for module in modes:
+            module.training = False  # not eval(), by which some modules merge their weights
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+        for module, name, buffer, before in buffers:
+            buffer.data.copy_(before)  # by .data, since a graph may have saved it
+            module._buffers[name] = buffer
+        for module, training in modes.items():
+            module.training = training

@@ -73,6 +73,7 @@ class AttentionSpec:
             ``G``, such as ``q(d)``, is one gain for all heads.
         softmaxes: Where a module that calls no attention function has its logits (see :mod:`.locate`).
         head_axes: The leading axes of the queries that count heads, outermost first; by default the innermost one.
+        watched: Why no factor on a weight could lower its logits; it is then watched and never scaled.
 
     Raises:
         ValueError: If the number of query heads is not a multiple of the number of key heads.
@@ -90,6 +91,7 @@ class AttentionSpec:
     gains: tuple[Projection, ...] = ()
     softmaxes: tuple[Softmax, ...] = ()
     head_axes: tuple[HeadAxis, ...] = ()
+    watched: str = ""
 
     def __post_init__(self) -> None:
         groups = self.num_key_value_heads or self.num_heads

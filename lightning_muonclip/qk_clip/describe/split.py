@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from lightning_muonclip.qk_clip.describe.declared import AttentionModules
 from lightning_muonclip.qk_clip.describe.layout import SPLITS, split_channels
 from lightning_muonclip.qk_clip.describe.names import TRANSPOSED_LINEARS, qualified_name
-from lightning_muonclip.qk_clip.describe.registry import AttentionModules
 from lightning_muonclip.qk_clip.describe.spec import Projection
 from lightning_muonclip.qk_clip.describe.weights import channel_map
 

@@ -43,10 +43,12 @@ class Survey:
 
     Attributes:
         calls: For every attention call in order, the stack of modules, the innermost last.
+        modules: Those that have run.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.calls: list[list[Frame]] = []
+        self.modules: set[nn.Module] = set()
         self._model = model
         self._stack: list[Frame] = []
         self._handles: list[Any] = []
@@ -71,6 +73,7 @@ class Survey:
 
     def _entering(self, name: str) -> Any:
         def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+            self.modules.add(module)
             if any(param.is_floating_point() for param in module.parameters()):
                 with DetachedCopies():
                     args, kwargs = tree_map(kept, (args, kwargs))

@@ -28,6 +28,20 @@ class Ledger:
         #: The values of the last completed step.
         self.last_step = self.values.clone()
 
+    def rearranged(self, heads: Sequence[int], rows: Sequence[int | None]) -> Ledger:
+        """A ledger of other layers.
+
+        Args:
+            heads: Number of heads of each layer.
+            rows: The row of each layer in this ledger; ``None`` for a new one.
+        """
+        new = Ledger(heads, self.values.device)
+        for row, before in enumerate(rows):
+            if before is not None:
+                new.values[row, : heads[row]] = self.values[before, : heads[row]]
+                new.last_step[row, : heads[row]] = self.last_step[before, : heads[row]]
+        return new
+
     def record(self, row: int, maxima: Tensor, first: int = 0) -> None:
         """Updates a row with the ``maxima`` of its heads, or of some of them, starting at ``first``."""
         if maxima.device != self.values.device:
@@ -52,6 +66,11 @@ def reduce_max(values: Tensor, group: dist.ProcessGroup | None = None) -> Tensor
     NaN becomes +inf first, since reductions do not define the order of NaN; QK-Clip treats both as non-finite.
     """
     values = torch.nan_to_num(values, nan=float("inf"), posinf=float("inf"), neginf=float("-inf"))
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1:
+    if has_others(group):
         dist.all_reduce(values, op=dist.ReduceOp.MAX, group=group)
     return values
+
+
+def has_others(group: dist.ProcessGroup | None = None) -> bool:
+    """Whether there are other ranks."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1

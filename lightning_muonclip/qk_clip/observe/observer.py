@@ -1,8 +1,8 @@
 """Observes per-head maximum logits in training forwards, without changing the model.
 
 The attention modules of this package report their maxima. The attention calls of other modules are intercepted (see
-:mod:`~lightning_muonclip.qk_clip.intercept`). If a module calls no function that can be intercepted, its logits are
-recomputed from the output of its projection (see :mod:`~lightning_muonclip.qk_clip.observe.recompute`).
+:mod:`~lightning_muonclip.qk_clip.intercept`); the logits of a module that attends by a matrix product and a softmax of its
+own are measured between the two (see :mod:`~lightning_muonclip.qk_clip.observe.by_hand`).
 """
 
 from __future__ import annotations
@@ -11,20 +11,22 @@ from typing import Any, Protocol, runtime_checkable
 from weakref import WeakSet
 
 import torch
-from torch import Tensor, nn
+import torch.distributed as dist
+from torch import nn
 
-from lightning_muonclip.qk_clip.describe.registry import AttentionModules
-from lightning_muonclip.qk_clip.intercept import Patches, attention_calls, running
-from lightning_muonclip.qk_clip.observe.by_hand import forward_of
-from lightning_muonclip.qk_clip.observe.ledger import Ledger
-from lightning_muonclip.qk_clip.observe.recompute import (
-    Recomputation,
-    find_recomputation,
-    methods_of,
-    missing,
-    needs_hooks,
-    recomputed,
+from lightning_muonclip.qk_clip.describe.declared import (
+    AttentionModules,
+    Specs,
+    declared_attention,
+    named_modules,
+    unwrapped,
 )
+from lightning_muonclip.qk_clip.describe.find import Example
+from lightning_muonclip.qk_clip.describe.isolate import device_of
+from lightning_muonclip.qk_clip.intercept import Patches, attention_calls, running
+from lightning_muonclip.qk_clip.observe.by_hand import Measure, forward_of
+from lightning_muonclip.qk_clip.observe.discovery import Discovery
+from lightning_muonclip.qk_clip.observe.ledger import Ledger, has_others
 from lightning_muonclip.qk_clip.observe.recorder import Recorder
 
 LOGITS_CHOICES = ("exact", "lse", "off")
@@ -40,33 +42,98 @@ class ReportsMaxLogits(Protocol):
 class Observer:
     """Records the maximum logits of attention modules in a ledger, from construction to ``close()``.
 
-    Only modules in training mode record. Recomputation under activation checkpointing changes nothing, since taking a
-    maximum twice has no effect. Concurrent forwards in several threads are not supported.
+    Attention that the user describes is observed from the beginning, all other from its first forward in training, before
+    which it is found and inferred. Only modules in training mode record. Recomputation under activation checkpointing
+    changes nothing, since taking a maximum twice has no effect. Concurrent forwards in several threads are not supported.
 
     Args:
-        attention: The modules to observe (see :func:`~lightning_muonclip.qk_clip.describe.registry.find_attention`).
+        model: The model.
+        specs: The user's specs by module name; ``None`` as a value leaves a module alone.
         logits: ``"exact"``, ``"lse"`` (an upper bound, where the kernel returns it for free), or ``"off"``, which records
             nothing.
+        unknown: What to do with attention that cannot be read (see :class:`~lightning_muonclip.QKClip`).
+        example: Arguments of the model, ``(args, kwargs)``, on which its attention is found at once.
 
     Raises:
-        ValueError: If another observer already observes a module.
+        ValueError: If another observer already observes a module, or attention cannot be read.
     """
 
-    def __init__(self, attention: AttentionModules, logits: str = "exact") -> None:
-        self.attention = attention
-        device = next((param.device for module, _ in attention.values() for param in module.parameters()), None)
-        self.ledger = Ledger([spec.num_heads for _, spec in attention.values()], device or torch.device("cpu"))
-        self.recorders = [
-            Recorder(self.ledger, row, name, module, spec, logits)
-            for row, (name, (module, spec)) in enumerate(attention.items())
-        ]
+    def __init__(
+        self,
+        model: nn.Module,
+        specs: Specs | None = None,
+        logits: str = "exact",
+        *,
+        unknown: str = "error",
+        example: Example | None = None,
+    ) -> None:
+        #: The attention modules, in ``named_modules`` order; another dictionary whenever one is found.
+        self.attention: AttentionModules = {}
+        self.ledger = Ledger([], device_of(model))
+        self.recorders: list[Recorder] = []
         #: Whether forwards are currently recorded; see ``every_n_steps`` of QKClip.
         self.active = True
+        self.closed = False
+        self._logits = logits
+        self._agreed: AttentionModules | None = None
+        self._order = {name: number for number, name in enumerate(named_modules(model))}
         self._handles: list[Any] = []
         self._patches = Patches()
-        self.closed = logits == "off"
-        if not self.closed:
-            self._open()
+        self.discovery = Discovery(model, specs, unknown, self.add)
+        try:
+            self.add(declared_attention(model, specs))
+            if example is not None:
+                self.discovery.survey(unwrapped(model), example)
+        except BaseException:
+            self.close()
+            raise
+
+    def add(self, found: AttentionModules, entered: nn.Module | None = None) -> None:
+        """Observes further modules; rows stay in ``named_modules`` order.
+
+        Args:
+            found: The modules and their specs.
+            entered: A module whose forward is about to run, too late for another hook.
+
+        Raises:
+            ValueError: If another observer already observes one.
+        """
+        new = {name: own for name, own in found.items() if name not in self.attention}
+        for name, (module, _) in new.items():
+            if self._logits != "off" and module in _observed:
+                raise ValueError(f"attention {name!r} is observed already; call close() on the other QKClip first")
+        before = dict(zip(self.attention, self.recorders))
+        attention = sorted({**self.attention, **found}.items(), key=lambda item: self._order[item[0]])
+        self.attention = dict(attention)
+        self.ledger = self.ledger.rearranged(
+            [spec.num_heads for _, (_, spec) in attention],
+            [before[name].row if name in before else None for name, _ in attention],
+        )
+        self.recorders = [
+            before.get(name) or Recorder(name, module, spec, self._logits) for name, (module, spec) in attention
+        ]
+        for row, (recorder, (_, (_, spec))) in enumerate(zip(self.recorders, attention)):
+            recorder.row, recorder.ledger, recorder.spec = row, self.ledger, spec
+        if self._logits != "off":
+            self._open([recorder for recorder in self.recorders if recorder.name in new], entered)
+
+    def settle(self, group: dist.ProcessGroup | None = None, *, again: bool = False) -> AttentionModules:
+        """The attention that all ranks know, the same on each. A collective call the first time.
+
+        Args:
+            group: The ranks.
+            again: Whether to exchange anew what each rank has found; of different answers, that of the lowest rank counts.
+        """
+        if not has_others(group):
+            return self.attention
+        if again or self._agreed is None:
+            modules = {name: module for module, name in self.discovery.names.items()}
+            found: list[Any] = [None] * dist.get_world_size(group)
+            dist.all_gather_object(found, {name: spec for name, (_, spec) in self.attention.items()}, group)
+            union = {name: spec for own in reversed(found) for name, spec in own.items()}
+            self.add({name: (modules[name], spec) for name, spec in union.items()})
+            self._agreed = self.attention
+        return self._agreed
 
     @property
     def layers(self) -> list[str]:
@@ -78,6 +145,7 @@ class Observer:
         if self.closed:
             return
         self.closed = True
+        self.discovery.close()
         for module, _ in self.attention.values():
             _observed.discard(module)
             if isinstance(module, ReportsMaxLogits):
@@ -100,42 +168,38 @@ class Observer:
     def pause(self, active: bool) -> None:
         """Turns recording on or off."""
         self.active = active
-        if self.closed:
+        if self.closed or self._logits == "off":
             return
-        for recorder, (module, _) in zip(self.recorders, self.attention.values()):
-            if isinstance(module, ReportsMaxLogits):
-                _report_to(module, recorder if active else None)
+        for recorder in self.recorders:
+            if isinstance(recorder.module, ReportsMaxLogits):
+                _report_to(recorder.module, recorder if active else None)
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return type(None), ()  # a copy observes nothing, as with Recorder
 
-    def _open(self) -> None:
-        for name, (module, _) in self.attention.items():
-            if module in _observed:
-                raise ValueError(f"attention {name!r} is observed already; call close() on the other QKClip first")
-        try:
-            for recorder, (module, _) in zip(self.recorders, self.attention.values()):
-                _observed.add(module)
-                if isinstance(module, ReportsMaxLogits):
-                    _report_to(module, recorder)
-                else:
-                    self._watch(module, recorder)
-        except BaseException:
-            self.close()
-            raise
-        if any(needs_hooks(module) for module, _ in self.attention.values()):
-            torch.compiler.reset()  # code compiled earlier would not call the new hooks
+    def _open(self, recorders: list[Recorder], entered: nn.Module | None) -> None:
+        for recorder in recorders:
+            module = recorder.module
+            _observed.add(module)
+            if isinstance(module, ReportsMaxLogits):
+                _report_to(module, recorder if self.active else None)
+            else:
+                enter = self._watch(module, recorder)
+                if module is entered:
+                    enter(module, ())
+                    if recorder.spec.softmaxes:  # too late to patch its forward, too
+                        recorder.mode = Measure(recorder)
+                        recorder.mode.__enter__()
+        if any(recorder.spec.softmaxes for recorder in recorders):
+            torch.compiler.reset()  # code compiled earlier would not call the patched forward
 
-    def _watch(self, module: nn.Module, recorder: Recorder) -> None:
-        recomputation = find_recomputation(module)
-        if recomputation is not None:
-            projection = module.get_submodule(recomputation.projection)
-            self._handles.append(projection.register_forward_hook(_Keep(recorder)))
-        self._handles.append(module.register_forward_pre_hook(_Enter(self, recorder)))
-        leave = _Leave(recomputation)
-        self._handles.append(module.register_forward_hook(leave, with_kwargs=True, always_call=True))
-        places = [*attention_calls(type(module)), *methods_of(type(module))]
+    def _watch(self, module: nn.Module, recorder: Recorder) -> _Enter:
+        enter = _Enter(self, recorder)
+        self._handles.append(module.register_forward_pre_hook(enter))
+        self._handles.append(module.register_forward_hook(_leave, always_call=True))
+        places = attention_calls(type(module))
         self._patches.add([*places, *forward_of(type(module))] if recorder.spec.softmaxes else places)
+        return enter
 
 
 #: Attention modules that are being observed. A copy of one is not observed.
@@ -160,35 +224,16 @@ class _Enter:
         running.append(recorder)
 
 
-class _Keep:
-    """Keeps the output of a fused projection for the recomputation at the end of the forward."""
-
-    def __init__(self, recorder: Recorder) -> None:
-        self.recorder: Recorder | None = recorder
-
-    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> None:
-        if self.recorder is not None and running and running[-1] is self.recorder:
-            self.recorder.projected = output.detach()
-
-
-class _Leave:
-    def __init__(self, recomputation: Recomputation | None) -> None:
-        self.recomputation = recomputation
-
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        recorder = running.pop() if running else None  # empty if another hook raised before _Enter ran
-        if not isinstance(recorder, Recorder):
-            return
-        projected, recorder.projected = recorder.projected, None
-        if output is None or recorder.reported:
-            return  # no output: an error, or a recomputation under checkpointing that stopped early
-        if self.recomputation is None or projected is None:
-            raise RuntimeError(
-                f"the logits of attention {recorder.name!r} ({type(module).__name__}) cannot be measured: it called neither"
-                " torch.nn.functional.scaled_dot_product_attention nor another function that can be intercepted."
-                f"{missing(module)} Let it call that function (Hugging Face: attn_implementation='sdpa'), or"
-                f" skip it with specs={{{recorder.name!r}: None}}"
-            )
-        with torch.no_grad():
-            logits = recomputed(self.recomputation, module, projected, *args, **kwargs)
-        recorder.measure("recomputed", logits)
+def _leave(module: nn.Module, args: Any, output: Any) -> None:
+    recorder = running.pop() if running else None  # empty if another hook raised before _Enter ran
+    if isinstance(recorder, Recorder) and recorder.mode is not None:
+        recorder.mode.__exit__(None, None, None)
+        recorder.mode = None
+    # No output: an error, or a recomputation under checkpointing that stopped early.
+    if isinstance(recorder, Recorder) and output is not None and not recorder.reported:
+        raise RuntimeError(
+            f"the logits of attention {recorder.name!r} ({type(module).__name__}) cannot be measured: it called neither"
+            " torch.nn.functional.scaled_dot_product_attention nor another function that can be intercepted."
+            " Let it call that function (Hugging Face: attn_implementation='sdpa'), or"
+            f" skip it with specs={{{recorder.name!r}: None}}"
+        )

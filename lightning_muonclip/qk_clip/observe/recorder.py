@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from lightning_muonclip.kernels.max_logits import max_logits
 from lightning_muonclip.parallel.heads import first_head
@@ -15,23 +16,23 @@ from lightning_muonclip.qk_clip.observe.ledger import Ledger
 class Recorder:
     """Writes the maxima of one attention module into its row of the ledger."""
 
-    def __init__(
-        self, ledger: Ledger, row: int, name: str, module: nn.Module, spec: AttentionSpec, logits: str
-    ) -> None:
+    #: The ledger and its row, which change when other modules are found.
+    ledger: Ledger
+    row: int
+
+    def __init__(self, name: str, module: nn.Module, spec: AttentionSpec, logits: str) -> None:
+        self.name = name
         self.module = module
         self.spec = spec
-        self.ledger = ledger
-        self.row = row
-        self.name = name
         self.logits = logits
         #: Where the maxima come from; ``None`` until some are recorded.
         self.source: str | None = None
         #: Whether anything was recorded in the current forward.
         self.reported = False
+        #: What measures the current forward, if its module is too late for a patch.
+        self.mode: TorchFunctionMode | None = None
         #: If set to a list, collects the measured queries and keys (see ``verify``).
         self.pairs: list[tuple[Tensor, Tensor]] | None = None
-        #: Output of the fused projection in the current forward, if the logits are recomputed from it.
-        self.projected: Tensor | None = None
 
     def measure(self, source: str, logits: Logits) -> None:
         """Measures the logits of one call."""

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning_muonclip.qk_clip.describe.registry import find_attention, recognise
 from oracles import Residual, SdpaAttention
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel, Qwen3Config, Qwen3Model
@@ -22,7 +23,6 @@ from lightning_muonclip import (
     register_attention,
 )
 from lightning_muonclip.qk_clip.describe import registry
-from lightning_muonclip.qk_clip.describe.registry import find_attention, recognise
 
 
 @pytest.fixture(autouse=True)

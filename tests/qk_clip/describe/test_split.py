@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from lightning_muonclip.qk_clip.describe.registry import recognise
 from oracles import SdpaAttention
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2Model
 from transformers.pytorch_utils import Conv1D
 
 from lightning_muonclip import AttentionSpec, MultiheadLatentAttention, Muon, MuonClip, MuonClipCallback, Projection
-from lightning_muonclip.qk_clip.describe.registry import recognise
 from lightning_muonclip.qk_clip.describe.split import matrix_parts
 
 HEADS, GROUPS, DIM, HIDDEN = 4, 2, 3, 10

@@ -1,8 +1,8 @@
-"""The attention of a model, inferred from a forward on example inputs."""
+"""Finds all attention that a model computes on some inputs, and infers which weights make its heads."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,17 +10,27 @@ from torch import nn
 
 from lightning_muonclip.qk_clip.describe.describe import Found, describe
 from lightning_muonclip.qk_clip.describe.gate import gate
-from lightning_muonclip.qk_clip.describe.isolate import apart
+from lightning_muonclip.qk_clip.describe.isolate import apart, undisturbed
 from lightning_muonclip.qk_clip.describe.layout import ChannelMap, layout_kinds
-from lightning_muonclip.qk_clip.describe.spec import AttentionSpec, Projection
+from lightning_muonclip.qk_clip.describe.spec import AttentionSpec, HeadAxis, Projection
 from lightning_muonclip.qk_clip.describe.survey import Frame, Survey
 
 #: Positional and keyword arguments of a model.
 Example = tuple[Sequence[Any], Mapping[str, Any]]
 
 
-def attention_on(model: nn.Module, example: Example) -> list[Found]:
+def find_attention(
+    model: nn.Module, example: Example, known: Collection[nn.Module] = ()
+) -> tuple[list[Found], set[nn.Module]]:
     """Every attention that the model computes on these inputs; modes, buffers and random numbers are as before.
+
+    Args:
+        model: The model.
+        example: Its arguments.
+        known: Modules whose attention is described already, or left alone.
+
+    Returns:
+        The attention, and the modules that have run.
 
     Raises:
         ValueError: If the example is not a pair of arguments.
@@ -30,24 +40,12 @@ def attention_on(model: nn.Module, example: Example) -> list[Found]:
             f"example must be a pair (args, kwargs) of the model's arguments; got {type(example).__name__}"
         )
     args, kwargs = example
-    modes = {module: module.training for module in model.modules()}
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    fastpath = torch.backends.mha.get_fastpath_enabled()
-    try:
-        # torch's fast path of evaluation hides attention; in training a layer may be dropped by chance.
-        torch.backends.mha.set_fastpath_enabled(False)
-        for module in modes:
-            module.training = False
-        with apart(model), torch.no_grad(), Survey(model) as survey:
-            model(*args, **kwargs)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fastpath)
-        for module, training in modes.items():
-            module.training = training
-        for buffer, before in buffers:
-            buffer.copy_(before)
-    found = describe(survey.calls)
-    gate(Frame("", model, args, kwargs), found)
+    with undisturbed(model), apart(model), torch.no_grad(), Survey(model) as survey:
+        model(*args, **kwargs)
+    calls = [stack for stack in survey.calls if not any(frame.module in known for frame in stack)]
+    found = describe(calls)
+    if found:
+        gate(Frame("", model, args, kwargs), found)
     for own in found:
         if own.layout is None:
             continue
@@ -56,7 +54,7 @@ def attention_on(model: nn.Module, example: Example) -> list[Found]:
             own.layout, own.reason = None, f"its heads lie on several dimensions of {', '.join(scaled)}"
         else:
             own.layout.tables = [entry for entry in own.layout.tables if entry not in spread]
-    return found
+    return found, survey.modules
 
 
 def spec_of(found: Found) -> AttentionSpec:
@@ -79,3 +77,8 @@ def spec_of(found: Found) -> AttentionSpec:
         softmaxes=found.softmaxes,
         head_axes=layout.head_axes,
     )
+
+
+def watched_spec(found: Found) -> AttentionSpec:
+    """The spec of an attention that is not understood: its largest logit, of all heads together, is watched."""
+    return AttentionSpec((), 1, softmaxes=found.softmaxes, head_axes=(HeadAxis(1, 1),), watched=found.reason)

@@ -1,0 +1,192 @@
+"""Finds attention when it first runs in training, before its forward goes on, so that its maxima are kept.
+
+Every module has a hook until a survey has seen it run. The first such module to be entered in training is surveyed on its
+inputs: the whole model at first, later perhaps a branch that was not taken before.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_muonclip.qk_clip.describe.declared import (
+    AttentionModules,
+    Specs,
+    by_display_name,
+    declared_attention,
+    is_inside,
+    named_modules,
+    unwrapped,
+)
+from lightning_muonclip.qk_clip.describe.describe import Found
+from lightning_muonclip.qk_clip.describe.find import Example, find_attention, spec_of, watched_spec
+
+UNKNOWN_CHOICES = ("error", "monitor")
+
+
+class Discovery:
+    """Watches over the modules of a model that no survey has seen yet, until :meth:`close`.
+
+    Args:
+        model: The model.
+        specs: The user's specs by module name; what they name is not inferred.
+        unknown: What to do with attention that cannot be read and has trainable parameters: ``"error"`` or ``"monitor"``.
+        add: Receives attention that was found, and the module whose forward is about to run.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        specs: Specs | None,
+        unknown: str,
+        add: Callable[[AttentionModules, nn.Module | None], None],
+    ) -> None:
+        #: Attention that is neither scaled nor measured, and why.
+        self.unmeasured: dict[str, str] = {}
+        self._model = unwrapped(model)
+        self._unknown = unknown
+        self._add = add
+        #: The display names of all modules.
+        self.names = {module: name for name, module in named_modules(model).items()}
+        described = [
+            *declared_attention(model, specs),
+            *(n for n, spec in by_display_name(specs).items() if spec is None),
+        ]
+        #: Modules whose attention is described, or left alone.
+        self.known = {m for m, name in self.names.items() if any(is_inside(name, other) for other in described)}
+        self.has_surveyed = False
+        self._is_surveying = False
+        self._forwards = {module: vars(module).get("forward") for module in self.names}
+        # Before the hooks of FSDP2, which then see a whole forward at a time.
+        self._handles: dict[nn.Module, RemovableHandle] = {
+            module: module.register_forward_pre_hook(_Entered(self), prepend=True, with_kwargs=True)
+            for module in self.names
+            if module not in self.known
+        }
+        if self._handles:
+            _eager.acquire(self)
+
+    def survey(self, root: nn.Module, example: Example, *, is_entered: bool = False) -> None:
+        """Finds and infers all attention that a module computes on these inputs.
+
+        Args:
+            root: The module.
+            example: Its arguments.
+            is_entered: Whether its forward is about to run.
+
+        Raises:
+            ValueError: If some cannot be read, unless it is to be monitored.
+        """
+        _eager.release(self)
+        self._is_surveying = True
+        try:
+            found, modules = find_attention(root, example, self.known)
+        finally:
+            self._is_surveying = False
+        self.has_surveyed = True
+        for module in modules:
+            if module in self._handles:
+                self._handles.pop(module).remove()
+        self._enter(found, root if is_entered else None)
+
+    def settle(self, attention: AttentionModules) -> None:
+        """Takes attention that is known from elsewhere, such as a checkpoint, and surveys nothing any more."""
+        self.close()
+        self.has_surveyed = True
+        self._add(attention, None)
+
+    def close(self) -> None:
+        """Removes all hooks. May be called twice."""
+        _eager.release(self)
+        for handle in self._handles.values():
+            handle.remove()
+        self._handles = {}
+
+    def entered(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Surveys a module that is entered for the first time in training."""
+        # A strategy such as DDP may have put another function in the place of the forward, to be called once.
+        is_own = vars(module).get("forward") is self._forwards[module]
+        if module.training and is_own and not self._is_surveying and not torch.compiler.is_compiling():
+            self.survey(module, (args, kwargs), is_entered=True)
+
+    def _enter(self, found: list[Found], entered: nn.Module | None) -> None:
+        new: AttentionModules = {}
+        refused: dict[str, Found] = {}
+        for own in found:
+            name = self.names.get(own.module, own.name)
+            is_trained = any(param.requires_grad for param in own.module.parameters())
+            if name in new or name in refused:
+                new.pop(name, None)
+                own.layout, own.reason = None, "it computes several attentions, with weights of their own"
+            if own.layout is not None:
+                new[name] = own.module, spec_of(own)
+            elif is_trained and self._unknown == "error":
+                refused[name] = own
+            elif own.is_measurable:
+                new[name] = own.module, watched_spec(own)
+            else:
+                self.unmeasured[name] = own.reason
+        if refused:
+            raise ValueError(_refusal(refused))
+        self.known |= {m for m, name in self.names.items() if any(is_inside(name, other) for other in new)}
+        if new:
+            self._add(new, entered)
+
+
+class _Entered:
+    """The hook of a module; that of a copy of the module does nothing."""
+
+    def __init__(self, discovery: Discovery | None = None) -> None:
+        self._discovery = discovery
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if self._discovery is not None:
+            self._discovery.entered(module, args, kwargs)
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return type(self), ()
+
+
+class _Eager:
+    """Disables torch.compile, whose graphs cannot hold a survey, as long as somebody needs it."""
+
+    def __init__(self) -> None:
+        self._users: set[int] = set()
+        self._stance: Any = None
+
+    def acquire(self, user: object) -> None:
+        if not self._users:
+            self._stance = torch.compiler.set_stance("force_eager")
+        self._users.add(id(user))
+        weakref.finalize(user, self._release, id(user))
+
+    def release(self, user: object) -> None:
+        self._release(id(user))
+
+    def _release(self, user: int) -> None:
+        self._users.discard(user)
+        if not self._users and self._stance is not None:
+            self._stance.__exit__(None, None, None)
+            self._stance = None
+
+
+_eager = _Eager()
+
+
+def _refusal(refused: dict[str, Found]) -> str:
+    name, own = next(iter(refused.items()))
+    matrices = ", ".join(f"{n} {tuple(p.shape)}" for n, p in own.module.named_parameters() if p.ndim > 1)
+    others = f"\nAnd {len(refused) - 1} more: {', '.join(list(refused)[1:])}." if len(refused) > 1 else ""
+    return (
+        f"QK-Clip cannot tell which weights scale the logits of attention {name!r} ({type(own.module).__name__}):"
+        f" {own.reason}. Its matrices: {matrices or 'none'}.\n"
+        f"Describe it with specs={{{name!r}: AttentionSpec((Projection('wq', 'q(H d)'), Projection('wk', 'k(G d)')),"
+        " num_heads, num_key_value_heads, {'d': head_dim})} (one fused weight: Projection('wqkv', '[q(H d) | k(G d) |"
+        f" *]')), leave it alone with specs={{{name!r}: None}}, or only watch what cannot be told with unknown='monitor'."
+        + others
+    )
