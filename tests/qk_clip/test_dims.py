@@ -297,6 +297,38 @@ def test_weights_and_biases_of_every_head_are_clipped_exactly(equation: str, is_
         qk_clip.verify(x)
 
 
+class Temperature(nn.Module):
+    """One head, whose normalized queries and keys are multiplied by scalars: parameters without any dimension."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Linear(WIDTH, 3 * DIM)
+        self.of_query, self.of_key = nn.Parameter(torch.tensor(5.0)), nn.Parameter(torch.tensor(4.0))
+
+    def parts(self, x: Tensor) -> list[Tensor]:
+        query, key, value = self.project(x)[:, None].chunk(3, -1)
+        return [F.normalize(query, dim=-1) * self.of_query, F.normalize(key, dim=-1) * self.of_key, value]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(*self.parts(x), is_causal=True)
+
+    @torch.no_grad()
+    def expected(self, x: Tensor) -> Tensor:
+        query, key, _ = self.parts(x)
+        return brute_max_logits(query, key, DIM**-0.5, causal(LENGTH))
+
+
+def test_a_scalar_is_a_channel_on_no_dimension() -> None:
+    model, x = Temperature(), inputs()
+    weight, before = model.project.weight.detach().clone(), model.expected(x)
+    with QKClip(model, 0.5, qk_norm="gain", example=((x,), {})) as qk_clip:
+        model(x)
+        close(qk_clip.max_logits[0], before)
+        qk_clip.step()
+    close(model.expected(x), torch.tensor([0.5]))
+    assert torch.equal(model.project.weight, weight)
+
+
 def test_a_weight_tied_in_another_order_is_the_same_weight() -> None:
     module = nn.Module()
     module.weight = nn.Parameter(torch.randn(3, 7, HEADS))
