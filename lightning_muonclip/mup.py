@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from lightning_muonclip.qk_clip.describe.declared import AttentionModules
 from lightning_muonclip.qk_clip.describe.find import Example
-from lightning_muonclip.qk_clip.describe.layout import QUERY_KINDS
+from lightning_muonclip.qk_clip.describe.layout import QUERY_KINDS, spread
 from lightning_muonclip.qk_clip.describe.names import TRANSPOSED_LINEARS, qualified_name
 from lightning_muonclip.qk_clip.describe.weights import weights_of
 from lightning_muonclip.qk_clip.observe.observer import Observer
@@ -204,8 +204,7 @@ class Parametrization:
             factor = scaling / plain
             for weight in weights_of(module, name, spec.gains or spec.projections, spec, shared=bool(spec.gains)):
                 param = state[f"{name}.{weight.path}".lstrip(".")]
-                shape = [-1 if dim == weight.dim else 1 for dim in range(param.ndim)]
-                queries = weight.channels.of_kind(QUERY_KINDS).view(shape).to(param.device)
+                queries = spread(weight.channels.of_kind(QUERY_KINDS), weight.dims, param).to(param.device)
                 param.copy_(torch.where(queries, (param + weight.offset) * factor - weight.offset, param))
         return state
 
@@ -297,9 +296,9 @@ def parametrize(model: nn.Module, base: nn.Module, residual: Sequence[str] = ())
         owner, _, leaf = name.rpartition(".")
         kind, growth = _classify(name, param.shape, counterpart.shape, owners[owner], leaf)
         scales[name] = Scale(kind, growth, depth if name.startswith(blocks) else 1.0)
-        spread = _rms(param)
-        if spread > 0 and kind is not FINITE:
-            param.mul_(_rms(counterpart) / spread * growth**kind.init)
+        rms = _rms(param)
+        if rms > 0 and kind is not FINITE:
+            param.mul_(_rms(counterpart) / rms * growth**kind.init)
     _in_mup.add(model)
     mup = Parametrization(model, scales)
     by_weight: dict[Tensor, Scale] = {param: scales[name] for name, param in model.named_parameters()}

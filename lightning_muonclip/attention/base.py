@@ -107,7 +107,7 @@ class AttentionModule(Tracked):
     def _for_own_heads(self, mask: AttentionMask, local: int) -> tuple[AttentionMask, ScoreMod | None, Tensor | None]:
         """Mask, score_mod and sinks for the heads of this rank, which are counted from 0."""
         heads = self.num_attention_heads
-        first = None if local == heads else first_head(self.head_weight, 0, heads, local)
+        first = None if local == heads else first_head(self.head_weight, (0,), heads, local)
         if first is None:
             return mask, self.score_mod, self.sinks
         score_mod, sinks = self.score_mod, self.sinks

@@ -21,23 +21,23 @@ def split_heads(x: Tensor, width: int) -> Tensor:
     return x.unflatten(-1, (-1, width)).transpose(1, 2)
 
 
-def first_head(weight: Tensor | None, dim: int, heads: int, local: int) -> int | None:
+def first_head(weight: Tensor | None, dims: tuple[int, ...], heads: int, local: int) -> int | None:
     """Index of this rank's first head, or ``None`` if no mesh dimension splits ``heads`` into ``local`` per rank.
 
     Args:
         weight: The weight that computes the queries of all heads.
-        dim: The dimension of the weight along which the heads lie.
+        dims: The dimensions of the weight along which the heads lie.
         heads: Number of heads on all ranks.
         local: Number of heads on this rank.
     """
-    found = _parallel_dim(weight, dim, heads, local)
+    found = _parallel_dim(weight, dims, heads, local)
     return None if found is None else found[0].get_local_rank(found[1]) * local
 
 
 def for_own_heads(x: Tensor, weight: Tensor, heads: int, local: int) -> Tensor:
     """``x``, used by all heads, for the heads of this rank: its gradient is summed over the tensor-parallel ranks."""
     # A DTensor sums its gradient itself.
-    found = None if local == heads or isinstance(x, DTensor) else _parallel_dim(weight, 0, heads, local)
+    found = None if local == heads or isinstance(x, DTensor) else _parallel_dim(weight, (0,), heads, local)
     if found is None:
         return x
     mesh, parallel = found
@@ -46,11 +46,14 @@ def for_own_heads(x: Tensor, weight: Tensor, heads: int, local: int) -> Tensor:
     return whole.to_local(grad_placements=placements)
 
 
-def _parallel_dim(weight: Tensor | None, dim: int, heads: int, local: int) -> tuple[DeviceMesh, int] | None:
+def _parallel_dim(
+    weight: Tensor | None, dims: tuple[int, ...], heads: int, local: int
+) -> tuple[DeviceMesh, int] | None:
     """The mesh dimension that splits ``heads`` into ``local`` per rank: the innermost, since FSDP2 comes before it."""
     if isinstance(weight, DTensor):
         mesh = weight.device_mesh
         for i in reversed(range(mesh.ndim)):
-            if weight.placements[i].is_shard(dim % weight.ndim) and mesh.size(i) * local == heads:
+            is_split = any(weight.placements[i].is_shard(dim % weight.ndim) for dim in dims)
+            if is_split and mesh.size(i) * local == heads:
                 return mesh, i
     return None

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_muonclip.parallel.shards import local_box, to_local
 from lightning_muonclip.qk_clip.describe.declared import AttentionModules
-from lightning_muonclip.qk_clip.describe.layout import KEY_KINDS, KINDS, NO_HEAD, QUERY_KINDS, layout_kinds
+from lightning_muonclip.qk_clip.describe.layout import KEY_KINDS, KINDS, NO_HEAD, QUERY_KINDS, layout_kinds, spread
 from lightning_muonclip.qk_clip.describe.spec import AttentionSpec
 from lightning_muonclip.qk_clip.describe.weights import UnscalableError, Weight, is_adapted, weights_of
 from lightning_muonclip.qk_clip.rule import key_factors
@@ -95,7 +95,7 @@ class ClipPlan:
         flat = torch.cat([gamma.new_ones(1), self._factors(gamma).flatten()])
         params = self.params
         factors = [
-            _aligned(factor, param, weight.dim)
+            _aligned(factor, param, weight.dims)
             for factor, param, (_, weight) in zip(flat[self._index].split(self._lengths), params, self._weights)
         ]
         local = [to_local(param) for param in params]
@@ -154,11 +154,12 @@ def clipped_weights(
     return weights_of(module, name, spec.projections, spec), ""
 
 
-def _aligned(factor: Tensor, param: Tensor, dim: int) -> Tensor:
+def _aligned(factor: Tensor, param: Tensor, dims: tuple[int, ...]) -> Tensor:
     """The factors of this rank's channels of a parameter, shaped to multiply its local shard."""
+    factor = spread(factor, dims, param)
     if isinstance(param, DTensor):
-        factor = factor[local_box(param)[dim]]
-    return factor.view([-1 if d == dim else 1 for d in range(param.ndim)])
+        factor = factor[tuple(side if dim in dims else slice(None) for dim, side in enumerate(local_box(param)))]
+    return factor
 
 
 def _trained_sides(weights: list[Weight]) -> list[str]:
@@ -196,7 +197,7 @@ def _own_params(module: nn.Module, name: str, weights: list[Weight]) -> tuple[di
 
 
 def _same_heads(a: Weight, b: Weight) -> bool:
-    return a.dim == b.dim and torch.equal(a.channels.heads, b.channels.heads)
+    return a.dims == b.dims and torch.equal(a.channels.heads, b.channels.heads)
 
 
 def _share(

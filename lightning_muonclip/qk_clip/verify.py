@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_iter
 
 from lightning_muonclip.qk_clip.describe.declared import AttentionModules
 from lightning_muonclip.qk_clip.describe.isolate import DetachedCopies, apart, device_of
-from lightning_muonclip.qk_clip.describe.layout import KEY_KINDS, NO_HEAD, QUERY_KINDS
+from lightning_muonclip.qk_clip.describe.layout import KEY_KINDS, NO_HEAD, QUERY_KINDS, spread
 from lightning_muonclip.qk_clip.describe.spec import AttentionSpec
 from lightning_muonclip.qk_clip.describe.weights import UnscalableError, Weight
 from lightning_muonclip.qk_clip.observe.capture import Inputs
@@ -251,8 +251,7 @@ class _Laboratory:
                 chosen = weight.channels.of_kind((kind,))
                 if head is not None:
                     chosen &= weight.channels.heads == head
-                shape = [-1 if d == weight.dim else 1 for d in range(param.ndim)]
-                scale = torch.where(chosen, factor, 1.0).to(param).view(shape)
+                scale = spread(torch.where(chosen, factor, 1.0).to(param), weight.dims, param)
                 param.copy_((param + weight.offset) * scale - weight.offset)
         seen = self._forward()
         for param, value in before.items():

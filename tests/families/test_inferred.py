@@ -18,8 +18,8 @@ from lightning_muonclip.qk_clip.describe.weights import weights_of
 NEW_GAINS = {"StableLM, QK-norm"}
 
 
-def channels(attention: AttentionModules) -> dict[str, list[tuple[int, list[int], list[int]]]]:
-    """For every parameter that computes queries or keys: its dimension, and the kind and head of each channel."""
+def channels(attention: AttentionModules) -> dict[str, list[tuple[tuple[int, ...], list[int], list[int]]]]:
+    """For every parameter that computes queries or keys: its dimensions, and the kind and head of each channel."""
     found: dict[str, list[Any]] = {}
     for name, (module, spec) in attention.items():
         for weight in weights_of(module, name, spec.gains or spec.projections, spec, shared=bool(spec.gains)):
@@ -27,7 +27,7 @@ def channels(attention: AttentionModules) -> dict[str, list[tuple[int, list[int]
             if not is_left.all():
                 heads = weight.channels.heads.masked_fill(is_left, NO_HEAD)
                 path = f"{name}.{weight.path}".lstrip(".")
-                found.setdefault(path, []).append((weight.dim, weight.channels.kinds.tolist(), heads.tolist()))
+                found.setdefault(path, []).append((weight.dims, weight.channels.kinds.tolist(), heads.tolist()))
     return found
 
 

@@ -162,20 +162,6 @@ def test_nothing_is_left_out_in_silence() -> None:
         assert qk_clip.layers == ["0"]
 
 
-def test_heads_on_two_dimensions_of_a_weight_are_refused() -> None:
-    class OneEinsum(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.randn(WIDTH, 3, HEADS * DIM) / 4)
-
-        def forward(self, x: Tensor) -> Tensor:
-            mixed = torch.einsum("bld,dse->sble", x, self.weight).unflatten(-1, (HEADS, DIM)).transpose(2, 3)
-            return by_kernel(*mixed).transpose(1, 2).flatten(2)
-
-    with pytest.raises(ValueError, match="its heads lie on several dimensions of weight"):
-        QKClip(OneEinsum(), example=on(inputs()))
-
-
 def test_the_users_word_comes_first() -> None:
     spec = AttentionSpec((Projection("alpha", "(H [q:d, k:d, *:d])"),), HEADS, sizes={"d": DIM})
     with QKClip(Unknown(by_kernel), specs={"": spec}, example=on(inputs())) as qk_clip:

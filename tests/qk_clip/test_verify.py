@@ -66,7 +66,7 @@ def meaning(module: nn.Module, spec: AttentionSpec) -> set[Any]:
         if len(set(channels)) == 1:
             said.add((weight.path, channels[0], weight.offset))
         else:
-            said |= {(weight.path, weight.dim, i, c, weight.offset) for i, c in enumerate(channels) if c[0] != "*"}
+            said |= {(weight.path, weight.dims, i, c, weight.offset) for i, c in enumerate(channels) if c[0] != "*"}
     return said
 
 

@@ -46,14 +46,6 @@ def find_attention(
     found = describe(calls)
     if found:
         gate(Frame("", model, args, kwargs), found)
-    for own in found:
-        if own.layout is None:
-            continue
-        spread = [(name, table) for name, table in own.layout.tables if len(table.dims) != 1]
-        if scaled := [name for name, table in spread if table.scaled.any()]:
-            own.layout, own.reason = None, f"its heads lie on several dimensions of {', '.join(scaled)}"
-        else:
-            own.layout.tables = [entry for entry in own.layout.tables if entry not in spread]
     return found, survey.modules
 
 
@@ -62,7 +54,12 @@ def spec_of(found: Found) -> AttentionSpec:
     layout = found.layout
     assert layout is not None
     projections = tuple(
-        Projection(name, ChannelMap(table.kinds, table.heads), table.dims[0], table.offset)
+        Projection(
+            name,
+            ChannelMap(table.kinds.flatten(), table.heads.flatten()),
+            table.dims[0] if len(table.dims) == 1 else table.dims,
+            table.offset,
+        )
         for name, table in layout.tables
     )
     heads, groups = layout.num_heads, layout.num_key_value_heads

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_muonclip.qk_clip.describe.isolate import Isolated, Run
-from lightning_muonclip.qk_clip.describe.layout import KEY_KINDS, KINDS, NO_HEAD, QUERY_KINDS
+from lightning_muonclip.qk_clip.describe.layout import KEY_KINDS, KINDS, NO_HEAD, QUERY_KINDS, spread
 from lightning_muonclip.qk_clip.describe.probe import MIXED, NOTHING, SIDES, Key, Output, Probe
 from lightning_muonclip.qk_clip.describe.spec import HeadAxis
 
@@ -560,8 +560,3 @@ def _group(query: _Side, key: _Side) -> list[int]:
     if any(len(own) != 1 for own in pairs):
         raise Unclear("a query head meets several key heads")
     return [own[0] for own in pairs]
-
-
-def spread(factor: Tensor, dims: tuple[int, ...], param: Tensor) -> Tensor:
-    """Factors of channels, shaped to multiply the parameter."""
-    return factor.reshape([size if dim in dims else 1 for dim, size in enumerate(param.shape)])

@@ -11,6 +11,9 @@ scaled).
 
 The head of a channel is its coordinate on the axis ``H`` (queries) or ``G`` (keys). If that axis is absent, it is the
 coordinate on the leading axes whose product is the number of heads: ``G`` and ``r`` for a query in the last line.
+
+The output channels of a weight may lie on several of its dimensions. A layout describes them flattened, the last dimension
+fastest: ``q(H d)`` on dimensions 0 and 2 of a weight of shape ``(H, width, d)``.
 """
 
 from __future__ import annotations
@@ -65,6 +68,16 @@ class ChannelMap:
     def of_kind(self, kinds: tuple[str, ...]) -> Tensor:
         """A boolean mask of the channels of these kinds."""
         return torch.isin(self.kinds, torch.tensor([KINDS.index(kind) for kind in kinds]))
+
+
+def spread(values: Tensor, dims: tuple[int, ...], param: Tensor) -> Tensor:
+    """Values of the channels on some dimensions of a parameter, which ascend, shaped to broadcast over it.
+
+    Example:
+        >>> spread(torch.arange(6), (0, 2), torch.empty(2, 5, 3)).shape
+        torch.Size([2, 1, 3])
+    """
+    return values.reshape([size if dim in dims else 1 for dim, size in enumerate(param.shape)])
 
 
 def parse_layout(text: str) -> tuple[Block, ...]:

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lightning_muonclip.qk_clip.describe.infer import Layout, Unclear, spread
+from lightning_muonclip.qk_clip.describe.infer import Layout, Unclear
 from lightning_muonclip.qk_clip.describe.isolate import Isolated, Run
-from lightning_muonclip.qk_clip.describe.layout import KINDS
+from lightning_muonclip.qk_clip.describe.layout import KINDS, spread
 
 #: Beyond the bounds that models clamp queries and keys to, such as 8 in DBRX and OLMo.
 _LARGE = 256.0

@@ -16,14 +16,24 @@ class Projection:
     Args:
         name: Path, inside the attention module, of a submodule with ``weight`` (and ``bias``), or of a parameter.
         layout: Its output channels, in the syntax of :mod:`lightning_muonclip.qk_clip.describe.layout`.
-        dim: The output dimension of the weight. A bias follows its weight.
+        dim: The output dimension of the weight, or several, whose channels are then flattened in this order. A bias
+            follows its weight: all its elements are channels.
         offset: The number that the module adds to the weight before it multiplies: 1 for the gain of Gemma's norm.
+
+    Example:
+        >>> Projection("qkvgb", "[q(H d) | k(H d) | *]", dim=(1, 2)).dims  # of shape (width, 5, heads * d)
+        (1, 2)
     """
 
     name: str
     layout: str | ChannelMap
-    dim: int = 0
+    dim: int | tuple[int, ...] = 0
     offset: float = 0.0
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        """The output dimensions of the weight."""
+        return (self.dim,) if isinstance(self.dim, int) else tuple(self.dim)
 
 
 @dataclass(frozen=True)

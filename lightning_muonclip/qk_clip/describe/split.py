@@ -44,11 +44,10 @@ def matrix_parts(model: nn.Module, attention: AttentionModules, split: str) -> M
             weight = _matrix(module, projection)
             if weight is None:
                 continue
-            dim = projection.dim % 2
-            channels = channel_map(name, projection.name, projection.layout, weight.shape[dim], spec)
+            dims, channels = channel_map(name, projection.name, projection.layout, projection.dims, weight, spec)
             own = split_channels(channels, split)
-            if dim or len(own) > 1:
-                parts[weight] = (dim, own)
+            if len(dims) == 1 and (dims != (0,) or len(own) > 1):
+                parts[weight] = (dims[0], own)
     return parts
 
 

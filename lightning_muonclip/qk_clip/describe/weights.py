@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
@@ -31,14 +33,14 @@ class Weight:
 
     Attributes:
         path: Its name inside the attention module.
-        dim: Its output dimension.
-        channels: The kind and head of each channel.
+        dims: Its output dimensions, which ascend.
+        channels: The kind and head of each channel, flattened in the order of ``dims``.
         offset: The number that the module adds to the parameter before it multiplies.
         trained: Whether the parameter, or for a LoRA base its adapters, is trained.
     """
 
     path: str
-    dim: int
+    dims: tuple[int, ...]
     channels: ChannelMap
     offset: float
     trained: bool
@@ -76,37 +78,70 @@ def weights_of(
     for projection in projections:
         if layout_kinds(projection.layout) == {"*"}:
             continue
-        for path, dim, offset in _paths(module, name, projection):
+        for path, dims, offset in _paths(module, name, projection):
             param = _scalable(module, name, path)
-            if not -param.ndim <= dim < param.ndim:
-                raise ValueError(f"attention {name!r}, {path}: dim={dim} is out of range for {param.ndim} dimensions")
-            dim %= param.ndim
-            channels = channel_map(name, path, projection.layout, param.shape[dim], spec, shared=shared)
+            dims, channels = channel_map(name, path, projection.layout, dims, param, spec, shared=shared)
             trained = param.requires_grad or is_adapted(module, projection)
-            weights.append(Weight(path, dim, channels, offset, trained))
+            weights.append(Weight(path, dims, channels, offset, trained))
     return weights
 
 
-def query_weight(module: nn.Module, spec: AttentionSpec) -> tuple[Tensor | None, int]:
-    """The first weight that computes queries, or ``None`` if it is not a parameter; and its output dimension."""
+def query_weight(module: nn.Module, spec: AttentionSpec) -> tuple[Tensor | None, tuple[int, ...]]:
+    """The first weight that computes queries, or ``None`` if it is not a parameter; and its output dimensions."""
     for projection in spec.projections:
         if layout_kinds(projection.layout) & set(QUERY_KINDS):
             child = _child(module, projection)
             weight = projection.name if child is None else f"{projection.name}.weight"
             if is_adapted(module, projection):
                 weight = f"{projection.name}.base_layer.weight"
-            return dict(module.named_parameters()).get(weight), projection.dim
-    return None, 0
+            return dict(module.named_parameters()).get(weight), projection.dims
+    return None, ()
 
 
 def channel_map(
-    name: str, path: str, layout: str | ChannelMap, channels: int, spec: AttentionSpec, *, shared: bool = False
-) -> ChannelMap:
-    """:func:`.layout.compile_layout` with errors that name the attention and the parameter."""
+    name: str,
+    path: str,
+    layout: str | ChannelMap,
+    dims: tuple[int, ...],
+    param: Tensor,
+    spec: AttentionSpec,
+    *,
+    shared: bool = False,
+) -> tuple[tuple[int, ...], ChannelMap]:
+    """The channels of a parameter, and the dimensions that they lie on, both in ascending order of the dimensions.
+
+    Args:
+        name: Name of the attention, for messages.
+        path: Name of the parameter, for messages.
+        layout: Its channels, flattened in the order of ``dims``.
+        dims: Its output dimensions.
+        param: The parameter.
+        spec: The spec, for the sizes.
+        shared: Whether a channel may belong to all heads (gains).
+
+    Raises:
+        ValueError: If there are no such dimensions, or if the layout does not match them.
+
+    Example:
+        >>> spec = AttentionSpec((), num_heads=2, sizes={"d": 3})
+        >>> dims, channels = channel_map("attn", "wq", "q(H d)", (2, 0), torch.empty(3, 8, 2), spec)
+        >>> dims, channels.heads.view(3, 2).tolist()
+        ((0, 2), [[0, 1], [0, 1], [0, 1]])
+    """
     try:
-        return compile_layout(layout, channels, spec.sizes, shared=shared)
+        for dim in dims:
+            if not -param.ndim <= dim < param.ndim:
+                raise ValueError(f"dim={dim} is out of range for {param.ndim} dimensions")
+        dims = tuple(dim % param.ndim for dim in dims)
+        if len(set(dims)) < len(dims):
+            raise ValueError(f"dim={dims} names a dimension twice")
+        sizes = [param.shape[dim] for dim in dims]
+        channels = compile_layout(layout, math.prod(sizes), spec.sizes, shared=shared)
     except ValueError as error:
         raise ValueError(f"attention {name!r}, {path}: {error}") from error
+    ascending = sorted(range(len(dims)), key=dims.__getitem__)
+    order = torch.arange(math.prod(sizes)).view(sizes).permute(ascending).flatten()
+    return tuple(sorted(dims)), ChannelMap(channels.kinds[order], channels.heads[order])
 
 
 def _child(module: nn.Module, projection: Projection) -> Any:
@@ -116,11 +151,11 @@ def _child(module: nn.Module, projection: Projection) -> Any:
         return None
 
 
-def _paths(module: nn.Module, name: str, projection: Projection) -> list[tuple[str, int, float]]:
-    """Path, output dimension and offset of every parameter of a projection; a bias follows its weight."""
+def _paths(module: nn.Module, name: str, projection: Projection) -> list[tuple[str, tuple[int, ...], float]]:
+    """Path, output dimensions and offset of every parameter of a projection; a bias follows its weight."""
     child = _child(module, projection)
     if child is None:
-        return [(projection.name, projection.dim, projection.offset)]
+        return [(projection.name, projection.dims, projection.offset)]
     base, adapters = projection.name, {}
     if is_adapted(module, projection):
         base, adapters = f"{projection.name}.base_layer", dict(getattr(child, "lora_B", {}))
@@ -133,13 +168,14 @@ def _paths(module: nn.Module, name: str, projection: Projection) -> list[tuple[s
                 f" lora='monitor', or skip it with specs={{{name!r}: None}}",
             )
         child = child.base_layer
-    paths = [(f"{base}.weight", projection.dim, projection.offset)]
-    if isinstance(getattr(child, "bias", None), Tensor):
-        paths.append((f"{base}.bias", 0, 0.0))
+    paths = [(f"{base}.weight", projection.dims, projection.offset)]
+    bias = getattr(child, "bias", None)
+    if isinstance(bias, Tensor):
+        paths.append((f"{base}.bias", tuple(range(bias.ndim)), 0.0))
     for adapter, linear in adapters.items():
-        paths.append((f"{projection.name}.lora_B.{adapter}.weight", 0, 0.0))
+        paths.append((f"{projection.name}.lora_B.{adapter}.weight", (0,), 0.0))
         if linear.bias is not None:
-            paths.append((f"{projection.name}.lora_B.{adapter}.bias", 0, 0.0))
+            paths.append((f"{projection.name}.lora_B.{adapter}.bias", (0,), 0.0))
     return paths
 
 

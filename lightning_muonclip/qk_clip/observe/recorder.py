@@ -73,8 +73,8 @@ class Recorder:
         heads, local = self.spec.num_heads, maxima.shape[0]
         first: int | None = 0
         if local != heads:
-            weight, dim = query_weight(self.module, self.spec)
-            first = first_head(weight, dim, heads, local)
+            weight, dims = query_weight(self.module, self.spec)
+            first = first_head(weight, dims, heads, local)
         if first is None:
             raise ValueError(
                 f"attention {self.name!r} computed {local} heads, but its spec says {heads}; correct num_heads in the spec"
