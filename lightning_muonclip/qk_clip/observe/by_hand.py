@@ -38,30 +38,32 @@ class Measure(TorchFunctionMode):
 
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()
-        self._recorder = recorder
-        self._products: dict[int, Tensor] = {}
-        self._number_of_products = 0
-        self._number_of_softmaxes = 0
+        self.recorder = recorder
+        self.products: dict[int, Tensor] = {}
+        self.number_of_products = 0
+        self.number_of_softmaxes = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in SOFTMAXES:
-            self._measure(args[0] if args else kwargs["input"])
-            self._number_of_softmaxes += 1
+            _measure(self, args[0] if args else kwargs["input"])
+            self.number_of_softmaxes += 1
         out = func(*args, **kwargs)
         if func in MATMULS:
-            for softmax in self._recorder.spec.softmaxes:
-                if softmax.product == self._number_of_products:
+            for softmax in self.recorder.spec.softmaxes:
+                if softmax.product == self.number_of_products:
                     product = without_addend(func, args, kwargs, out.detach())
-                    self._products[softmax.product] = product.clone() if softmax.is_overwritten else product
-            self._number_of_products += 1
+                    self.products[softmax.product] = product.clone() if softmax.is_overwritten else product
+            self.number_of_products += 1
         return out
 
-    @torch.no_grad()
-    def _measure(self, logits: Tensor) -> None:
-        for softmax in self._recorder.spec.softmaxes:
-            if softmax.number == self._number_of_softmaxes:
-                visible, logits = logits > HIDDEN, logits.detach()
-                if softmax.scale is not None:
-                    logits = softmax.scale * self._products[softmax.product].reshape(logits.shape)
-                self._recorder.record_all(logits.masked_fill(~visible, float("-inf")).amax((-2, -1)), "softmax")
+
+@torch.no_grad()
+def _measure(mode: Measure, logits: Tensor) -> None:
+    # Not a method of the mode: torch.compile cannot trace a bound one.
+    for softmax in mode.recorder.spec.softmaxes:
+        if softmax.number == mode.number_of_softmaxes:
+            visible, logits = logits > HIDDEN, logits.detach()
+            if softmax.scale is not None:
+                logits = softmax.scale * mode.products[softmax.product].reshape(logits.shape)
+            mode.recorder.record_all(logits.masked_fill(~visible, float("-inf")).amax((-2, -1)), "softmax")

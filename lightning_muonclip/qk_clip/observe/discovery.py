@@ -82,7 +82,6 @@ class Discovery:
         Raises:
             ValueError: If some cannot be read, unless it is to be monitored.
         """
-        _eager.release(self)
         self._is_surveying = True
         try:
             found, modules = find_attention(root, example, self.known)
@@ -99,6 +98,11 @@ class Discovery:
         self.close()
         self.has_surveyed = True
         self._add(attention, None)
+
+    def close_step(self) -> None:
+        """Lets torch.compile act again, after the first step: not in the middle of a forward that it could not compile."""
+        if self.has_surveyed:
+            _eager.release(self)
 
     def close(self) -> None:
         """Removes all hooks. May be called twice."""

@@ -124,6 +124,7 @@ class Observer:
             group: The ranks.
             again: Whether to exchange anew what each rank has found; of different answers, that of the lowest rank counts.
         """
+        self.discovery.close_step()
         if not has_others(group):
             return self.attention
         if again or self._agreed is None:
@@ -157,6 +158,7 @@ class Observer:
 
     def close_step(self) -> None:
         """Ends a step of the ledger and drops forwards that were interrupted."""
+        self.discovery.close_step()
         self.ledger.close_step()
         running.clear()
 

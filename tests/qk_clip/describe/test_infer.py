@@ -95,12 +95,13 @@ def check(module: Drawn, found: Found) -> None:
     is_tied = layout.is_tied
     before, output = logits(module, x)
     after, _ = logits(scaled(module, found, of_query, of_key), x)
+    of_queries, of_keys = (units[0].reshape(BATCH, -1)[0] for units in (layout.query_units, layout.key_units))
     for head, (a, b) in enumerate(zip(before, after)):
         factor = torch.ones((), dtype=torch.float64)
         if "q" in layout.sides:
-            factor = factor * of_query[head * heads // len(before)]
+            factor = factor * of_query[of_queries[head * len(of_queries) // len(before)]]
         if "k" in layout.sides:
-            factor = factor * of_key[head * groups // len(before)]
+            factor = factor * of_key[of_keys[head * len(of_keys) // len(before)]]
         factor = factor**2 if is_tied else factor
         torch.testing.assert_close(b, a * factor, rtol=1e-9, atol=1e-9)
     if layout.sides == "qk" and not is_tied:
