@@ -316,7 +316,7 @@ def test_hugging_face_llama() -> None:
     kinds = [scale.kind.name for scale in scaled.scales.values()]
     assert {kind: kinds.count(kind) for kind in kinds} == {"input": 1, "hidden": 14, "vector": 5, "output": 1}
     plain = make(64)
-    plain.load_state_dict(scaled.export())
+    plain.load_state_dict(scaled.export(example=((TOKENS,), {})))
     assert torch.allclose(plain(TOKENS).logits, model(TOKENS).logits, atol=1e-6)
 
 

@@ -20,7 +20,7 @@ from lightning_muonclip.qk_clip.describe.spec import AttentionSpec
 from lightning_muonclip.qk_clip.describe.weights import LORA_CHOICES
 from lightning_muonclip.qk_clip.observe.capture import Capture
 from lightning_muonclip.qk_clip.observe.discovery import UNKNOWN_CHOICES
-from lightning_muonclip.qk_clip.observe.ledger import has_others, reduce_max
+from lightning_muonclip.qk_clip.observe.ledger import LateFlag, has_others, reduce_max
 from lightning_muonclip.qk_clip.observe.observer import LOGITS_CHOICES, Observer
 from lightning_muonclip.qk_clip.plan import QK_NORM_CHOICES, ClipPlan
 from lightning_muonclip.qk_clip.rule import SHARED_KEYS, check_alpha, check_threshold, qk_clip_gamma
@@ -144,7 +144,7 @@ class QKClip:
         self._plan: ClipPlan | None = None
         self._arranged: AttentionModules = {}
         #: Whether a rank has found attention that others do not know, as of the last step.
-        self._is_alone: Tensor | None = None
+        self._is_alone = LateFlag()
         self._handles: list[Any] = []
         self._owns_observer = observer is None
         try:
@@ -236,9 +236,7 @@ class QKClip:
         Returns:
             The attention modules that all ranks know.
         """
-        again = self._is_alone is not None and bool(self._is_alone)
-        attention = self.observer.settle(self.process_group, again=again)
-        self._is_alone = None if again else self._is_alone
+        attention = self.observer.settle(self.process_group, again=self._is_alone.read())
         self._arrange()
         return attention
 
@@ -251,7 +249,7 @@ class QKClip:
         heads = max((spec.num_heads for _, spec in agreed.values()), default=1)
         is_alone = (~known).any().to(observed).expand(1, heads)
         reduced = reduce_max(torch.cat([observed[known, :heads], is_alone]), self.process_group)
-        self._is_alone = reduced[-1, 0]
+        self._is_alone.write(reduced[-1, 0])
         maxima = torch.full_like(observed, float("-inf"))
         maxima[known, :heads] = reduced[:-1]
         return maxima
@@ -323,7 +321,7 @@ class QKClip:
     def verify_inputs(self, capture: Capture) -> Verification:
         """:meth:`verify` on the inputs of the attention modules in a captured forward."""
         scales = self._plan is not None
-        return verify_attention(self.observer.attention, capture.inputs, self._qk_norm, self._lora, scales=scales)
+        return verify_attention(capture.attention, capture.inputs, self._qk_norm, self._lora, scales=scales)
 
     def summary(self) -> str:
         """A table of the layers: class, heads, layout, source of the logits, and what a clip scales."""

@@ -462,7 +462,7 @@ class TestRefusals:
                 self.qkv = nn.Linear(16, 48)
 
             def forward(self, x: Any) -> Any:
-                query, key, value = self.qkv(x).chunk(3, -1)
+                query, key, value = self.qkv(x).clamp(-1, 1).chunk(3, -1)
                 return nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
 
         class Odd(nn.Module):

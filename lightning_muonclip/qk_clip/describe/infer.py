@@ -72,7 +72,7 @@ class Layout:
         qk_norm: Whether a norm stands behind the projections, so that its gains are what scales.
         query_units: For every pair of queries and keys, the head of each leading index of the queries.
         key_units: The same of the keys.
-        head_axes: The leading axes of the queries that count heads.
+        head_axes: The leading axes of the queries that count heads, unless it is the innermost one alone.
         own_channels: Channels of the keys that are each head's own, where others are shared by all heads (latent attention).
         notes: Why one side is left alone.
     """
@@ -511,7 +511,9 @@ class Heads:
 
 
 def _new(calls: list[int], query: _Side, key: _Side) -> Layout:
-    return Layout(calls, query.count, key.count, query.units, key.units, head_axes=query.axes or key.axes)
+    axes = query.axes or key.axes or (HeadAxis(1, 1),)
+    is_usual = bool(query.outputs[0].lead) and axes == (HeadAxis(1, query.outputs[0].size(1)),)
+    return Layout(calls, query.count, key.count, query.units, key.units, head_axes=() if is_usual else axes)
 
 
 def _along(output: Output, index: Tensor, axis: int) -> Tensor:

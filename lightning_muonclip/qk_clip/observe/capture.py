@@ -35,10 +35,11 @@ class Capture:
     """
 
     def __init__(self, observer: Observer) -> None:
+        self.attention = observer.attention
         self.inputs: dict[str, Inputs] = {}
         self._handles = [
             module.register_forward_pre_hook(self._keep(name), with_kwargs=True)
-            for name, (module, _) in observer.attention.items()
+            for name, (module, _) in self.attention.items()
         ]
 
     def close(self) -> None:

@@ -38,7 +38,9 @@ class Recorder:
         """Measures the logits of one call."""
         query, key = logits.query, logits.key
         scale = query.shape[-1] ** -0.5 if logits.scale is None else logits.scale
-        if self.spec.head_axes and self.spec.head_axes != (HeadAxis(1, query.shape[-3]),):
+        if query.ndim == 2:
+            query, key = query[None], key[None]
+        if self.spec.head_axes or query.ndim != 4:
             lead = query.shape[:-2]
             mask = logits.mask
             if mask is not None:
@@ -55,7 +57,7 @@ class Recorder:
 
     def record_all(self, maxima: Tensor, source: str) -> None:
         """Records the maxima of every leading index, of which :attr:`AttentionSpec.head_axes` count the heads."""
-        axes = self.spec.head_axes or (HeadAxis(1, self.spec.num_heads),)
+        axes = self.spec.head_axes or (HeadAxis(1, maxima.shape[-1]),)  # of this rank
         heads = []
         for axis, count, is_inner in axes:
             dim = maxima.ndim - axis
