@@ -68,6 +68,8 @@ class Discovery:
             for module in self.names
             if module not in self.known
         }
+        #: Whether ranks may find different attention.
+        self.may_differ = bool(self._handles)
         if self._handles:
             _eager.acquire(self)
 
@@ -96,7 +98,7 @@ class Discovery:
     def settle(self, attention: AttentionModules) -> None:
         """Takes attention that is known from elsewhere, such as a checkpoint, and surveys nothing any more."""
         self.close()
-        self.has_surveyed = True
+        self.has_surveyed, self.may_differ = True, False
         self._add(attention, None)
 
     def close_step(self) -> None:

@@ -118,7 +118,7 @@ class Observer:
             self._open([recorder for recorder in self.recorders if recorder.name in new], entered)
 
     def settle(self, group: dist.ProcessGroup | None = None, *, again: bool = False) -> AttentionModules:
-        """The attention that all ranks know, the same on each. A collective call the first time.
+        """The attention that all ranks know, the same on each. A collective call the first time, if they may differ.
 
         Args:
             group: The ranks.
@@ -127,14 +127,14 @@ class Observer:
         self.discovery.close_step()
         if not has_others(group):
             return self.attention
-        if again or self._agreed is None:
+        if again or (self._agreed is None and self.discovery.may_differ):
             modules = {name: module for module, name in self.discovery.names.items()}
             found: list[Any] = [None] * dist.get_world_size(group)
             dist.all_gather_object(found, {name: spec for name, (_, spec) in self.attention.items()}, group)
             union = {name: spec for own in reversed(found) for name, spec in own.items()}
             self.add({name: (modules[name], spec) for name, spec in union.items()})
             self._agreed = self.attention
-        return self._agreed
+        return self.attention if self._agreed is None else self._agreed
 
     @property
     def layers(self) -> list[str]:
