@@ -71,7 +71,6 @@ class _Trials:
         with DetachedCopies():
             args, kwargs = tree_map(kept, (self._root.args, self._root.kwargs))
         with apart(self._root.module):
-            torch.clear_autocast_cache()
             torch.manual_seed(0)
             if attends:
                 return _numbers(self._root.module(*args, **kwargs))

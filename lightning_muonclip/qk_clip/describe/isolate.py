@@ -154,12 +154,14 @@ def apart(module: nn.Module) -> Iterator[None]:
     kind = next((device.type for device in devices), "cuda")
     indices = [device.index or 0 for device in devices]
     state = random.getstate()
+    torch.clear_autocast_cache()
     with (
         torch.random.fork_rng(indices, device_type=kind),
         torch.compiler.set_stance("force_eager"),
         torch.autograd.graph.saved_tensors_hooks(_same, _same),
     ):
         yield
+    torch.clear_autocast_cache()  # of casts without a gradient, or of other weights
     random.setstate(state)
 
 
