@@ -124,13 +124,12 @@ def _analyse(frame: Frame, count: int) -> list[Found]:
         for calls in heads.sites():
             own = Found(frame.name, frame.module)
             try:
-                if any(len(run.calls[call].pairs) > 1 for call in calls):
-                    raise Unclear("its logits are a sum of several products, such as those of relative positions")
                 own.layout = proven(isolated, run, heads.layouts(calls))
                 if any("softmax" in run.calls[call].source for call in calls):
-                    own.softmaxes = locate(isolated)
+                    own.softmaxes = locate(isolated, own.layout)
                 heads.enter_values(own.layout)
             except Unclear as unclear:
+                own.layout = None
                 own.reason, own.elsewhere = unclear.reason, unclear.elsewhere
             for number in calls:
                 found[number] = own

@@ -80,7 +80,8 @@ def prove(isolated: Isolated, run: Run, layout: Layout, size: float = 1.0) -> fl
     """
     trial = Trial(layout, size)
     offsets = {name: table.offset for name, table in layout.tables}
-    after = isolated.scaled(trial.factors(isolated.params), run.products, offsets)
+    with isolated.scaled(trial.factors(isolated.params), offsets):
+        after = isolated.run(run.products)
     if len(after.calls) != len(run.calls) or len(after.rest) != len(run.rest):
         return math.inf
     errors = [deviation(a, b) for a, b in zip(run.rest, after.rest)]

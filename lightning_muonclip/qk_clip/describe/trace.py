@@ -171,10 +171,6 @@ class Trace(TorchFunctionMode):
         call = Call("scaled_dot_product_attention", [(query, key)], value)
         if attn_mask is not None and attn_mask.is_floating_point():
             call.rest.append(attn_mask)
-            for product in _products_behind(attn_mask)[0]:  # of queries and relative positions
-                if product.lead == query.shape[:-2]:
-                    product.is_logits = True
-                    call.pairs.append((product.query, product.key))
         self.calls.append(call)
         return _constant_output(query, value)
 
@@ -309,7 +305,7 @@ def _marks_behind(nodes: list[Any], kind: type) -> tuple[list[Any], list[Any]]:
 
 
 def _name(node: Any) -> str:
-    return re.sub(r"Backwards?\d*$", "", node.name())
+    return re.sub(r"^torch::autograd::|Backwards?\d*$", "", node.name())
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:
