@@ -115,14 +115,13 @@ def _moved(own: Any, before: Tensor, after: Callable[[dict[str, Any]], Tensor]) 
     gains = {name for name, _ in entries(own.layout)}
     params = {name: param for name, param in own.module.named_parameters() if name not in gains}
     matrices = [name for name, p in params.items() if sum(n > 1 for n in p.shape) > 1 and p.is_floating_point()]
-    other = {name: lambda x: torch.randn(x.shape, generator=noise).to(x) * x.std() for name in matrices}
-    reaching = [name for name in matrices if not torch.equal(before, after({name: other[name]}))]
-    if not reaching:
+    other = after(dict.fromkeys(matrices, lambda x: torch.randn(x.shape, generator=noise).to(x) * x.std()))
+    if torch.equal(before, other):
         return "no matrix reaches its logits"
     # Beside large weights, biases and what is added against a division by zero are nothing.
-    large, larger = (after(dict.fromkeys(reaching, lambda x, f=f: f * x)) for f in (1e3, 1e5))
+    large, larger = (after(dict.fromkeys(matrices, lambda x, f=f: f * x)) for f in (1e3, 1e5))
     error = float((larger - large).abs().max() / large.abs().max())
-    return "" if error < 0.05 else f"{', '.join(reaching)} move its logits by {error:.1e}"
+    return "" if error < 0.05 else f"{', '.join(matrices)} move its logits by {error:.1e}"
 
 
 def _weights(model: nn.Module, own: Any) -> set[Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -56,6 +57,9 @@ def describe(calls: Sequence[Sequence[Frame]]) -> list[Found]:
         if own not in found:
             found.append(own)
         own.calls.append(number)
+    for own in found:
+        if sum(other.module is own.module for other in found) > 1:
+            own.layout, own.reason = None, own.reason or "it makes several attentions with weights of their own"
     return found
 
 
@@ -70,7 +74,7 @@ def _is_again(known: Found, own: Found) -> bool:
     )
     shared = [name for name in ours.keys() & theirs.keys() if ours[name].overlaps(theirs[name])]
     if not shared:
-        return False
+        return not ours and not theirs  # both can only be watched
     if known.layout.sides != own.layout.sides and "k" not in (known.layout.sides, own.layout.sides):
         for layout in (known.layout, own.layout):
             layout.queries_alone("its keys come from elsewhere in some of its calls")
@@ -104,21 +108,23 @@ def _of_call(
 
 
 def _run(frame: Frame) -> tuple[Isolated, Run]:
-    """In double precision, unless some code of the module wants single precision."""
-    try:
+    """In double precision, unless some code of the module wants single precision: it fails, or numbers overflow."""
+    with suppress(RuntimeError):
         isolated = Isolated(frame.module, frame.args, frame.kwargs)
-        return isolated, isolated.run()
-    except RuntimeError:
-        isolated = Isolated(frame.module, frame.args, frame.kwargs, torch.float32)
-        return isolated, isolated.run()
+        run = isolated.run()
+        if not any(tensor.isnan().any() for tensor in run.rest):
+            return isolated, run
+    isolated = Isolated(frame.module, frame.args, frame.kwargs, torch.float32)
+    return isolated, isolated.run()
 
 
 def _analyse(frame: Frame, count: int) -> list[Found]:
     """One for each of the calls of a module."""
     try:
         isolated, run = _run(frame)
-        if run.calls and len(run.calls) != count:
-            raise Unclear(f"it makes {count} attention calls, of which {len(run.calls)} can be followed")
+        if len(run.calls) != count:
+            reason = f"of its {count} attention calls, {len(run.calls)} can be followed when it runs alone"
+            raise Unclear(reason, elsewhere=not run.calls)
         heads = Heads(isolated, run)
         found: list[Found] = [Found(frame.name, frame.module)] * count
         for calls in heads.sites():

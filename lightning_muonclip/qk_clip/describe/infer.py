@@ -218,7 +218,7 @@ class Heads:
         if not query_sets and not key_sets:
             yield from self._tied(calls, query, key)
             yield from self._shared_gains(calls, query, key)
-            if self._is_normalized(query) or self._is_normalized(key):
+            if self._is_normalized(query) and self._is_normalized(key):
                 watched = _new(calls, query, key)
                 watched.qk_norm = True
                 yield [watched]
@@ -502,8 +502,17 @@ class Heads:
                 yield [layout]
 
     def _is_normalized(self, side: _Side) -> bool:
-        """Whether a factor on the weights does not reach a side at all."""
-        return bool(side.shares) and float(torch.stack(list(side.shares.values())).sum(0).abs().max()) < 1e-2
+        """Whether a factor on the matrices of a side, and on some biases, does not reach it; gains do not count."""
+        whole = float(sum((o.tensor.detach() * o.cotangent).sum() for o in side.outputs))
+        shares = {name: float(own.sum()) / whole for (name, _), own in self.probe.shares_of(side.outputs).items()}
+        most = side.outputs[0].tensor.shape[-1] * side.count
+        vectors = [name for name in shares if self.probe.params[name].numel() <= most]
+        matrices = [share for name, share in shares.items() if name not in vectors and share]
+        return bool(matrices) and any(
+            abs(sum(matrices) + sum(shares[name] for name in biases)) < 1e-2
+            for count in range(min(len(vectors), 4) + 1)
+            for biases in itertools.combinations(vectors, count)
+        )
 
     def _why_not(self, side: _Side) -> str:
         what = "queries" if side.outputs[0].side == _Q else "keys"

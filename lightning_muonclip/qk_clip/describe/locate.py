@@ -52,7 +52,7 @@ def locate(isolated: Isolated, layout: Layout) -> tuple[Softmax, ...]:
         if len(own) > 1 or own[0].scale is None:
             more = {softmax.product: base.products[softmax.product] + base.pure[softmax.product] for softmax in own}
             doubled = _run(isolated, more)
-            if not _is_double(base.inputs[number], doubled.inputs[number]):
+            if layout.sides and not _is_double(base.inputs[number], doubled.inputs[number]):
                 raise Unclear("what enters its softmax is more than the products of its queries and keys")
             found[number] = [Softmax(number, own[0].product, None, False)]
     return tuple(own[0] for _, own in sorted(found.items()))
@@ -83,13 +83,27 @@ def _is_double(once: Tensor, twice: Tensor) -> bool:
 
 
 def _scale(change: Tensor, noise: Tensor) -> float | None:
-    """The factor between the changes of a product and of the input of a softmax, if it is one number."""
+    """The factor between the changes of a product and of the input of a softmax, if it is one number.
+
+    What is subtracted from whole rows, such as their maximum, changes no probability, and does not count.
+    """
+    change = without_sinks(change, noise)
     if change.numel() != noise.numel():
         return None
-    is_visible = change != 0
-    change, noise = change[is_visible].double(), noise.reshape(change.shape)[is_visible].double()
-    scale = float(change @ noise / (noise @ noise))  # least squares
-    return scale if bool(((change - scale * noise).abs() < 1e-3 * abs(scale) * noise.abs().mean()).all()) else None
+    visible = (change != 0).double()
+
+    def centered(x: Tensor) -> Tensor:
+        x = x.double() * visible
+        return x - visible * x.sum(-1, keepdim=True) / visible.sum(-1, keepdim=True).clamp_min(1)
+
+    change, noise = centered(change), centered(noise.reshape(change.shape))
+    scale = float((change * noise).sum() / (noise * noise).sum())  # least squares
+    return scale if bool(((change - scale * noise).abs() < 1e-3 * abs(scale) * noise.abs().max()).all()) else None
+
+
+def without_sinks(logits: Tensor, product: Tensor) -> Tensor:
+    """The input of a softmax without columns that stand behind the keys, as sinks do."""
+    return logits if logits.numel() == product.numel() else logits[..., : product.shape[-1]]
 
 
 def without_addend(func: Any, args: Any, kwargs: Any, out: Tensor) -> Tensor:

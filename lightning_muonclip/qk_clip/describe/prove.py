@@ -108,7 +108,7 @@ def deviation(expected: Tensor, found: Tensor) -> float:
     differs = expected != found  # masks are infinite
     if not differs.any():
         return 0.0
-    size = expected[expected.isfinite()].abs().max().clamp_min(1e-30)
+    size = expected.abs().masked_fill(~expected.isfinite(), 0).max().clamp_min(1e-30)
     return float(((expected - found)[differs] / size).abs().nan_to_num(nan=math.inf).max())
 
 

@@ -277,7 +277,8 @@ def _products_behind(x: Tensor) -> tuple[list[Product], str]:
     products, beyond = _marks_behind([x.grad_fn], Product)
     if products:
         return products, ""
-    for node in beyond:  # one unknown function away; what is further away is hardly logits any more
+    # One unknown function away; what is further away is hardly logits any more, nor is a gate.
+    for node in (node for node in beyond if _name(node) != "Sigmoid"):
         products, _ = _marks_behind([child for child, _ in node.next_functions], Product)
         if products:
             return products, f"{_name(node)} stands between the product of queries and keys and the softmax"
