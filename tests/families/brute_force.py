@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -36,6 +37,8 @@ class Logits(TorchDispatchMode):
         of_heads: Whether a factor may differ from head to head; then the products of a sum are a list.
     """
 
+    supports_higher_order_operators = True
+
     def __init__(self, attended: Callable[[Any, Tensor], None], of_heads: bool = False) -> None:
         super().__init__()
         self.attended, self.of_heads = attended, of_heads
@@ -47,9 +50,8 @@ class Logits(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if not isinstance(func, torch._ops.OpOverload):
-            return func(*args, **kwargs)
-        name = func._schema.name.removeprefix("aten::").rstrip("_")
+        is_operation = isinstance(func, torch._ops.OpOverload)
+        name = func._schema.name.removeprefix("aten::").rstrip("_") if is_operation else str(func)
         if name in ("_softmax", "_safe_softmax", "exp"):
             every = self.of(args[0])
             own = [product for number, product in every.items() if number not in self.taken] or list(every.values())
@@ -60,11 +62,13 @@ class Logits(TorchDispatchMode):
                     args[0].double().softmax(args[1] if name != "exp" else -1) > 0,
                 )
             return func(*args, **kwargs)
-        if name.startswith("_scaled_dot_product"):  # a fused kernel, where a model insists on one
+        if name.startswith(("_scaled_dot_product", "flex_attention")):  # a fused kernel, where a model insists on one
             query, key = args[0].double(), args[1].double()
             key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
             product = query @ key.mT
             self.attended([product] if self.of_heads else product, torch.ones_like(product, dtype=torch.bool))
+            return func(*args, **kwargs)
+        if not is_operation:
             return func(*args, **kwargs)
         products = self.after(name, func, args, kwargs)
         output = func(*args, **kwargs)
@@ -84,21 +88,20 @@ class Logits(TorchDispatchMode):
             a, b = args[-2:]
             own = {self.made: kwargs.get("alpha", 1) * torch.bmm(a.double(), b.double())}
             return {**(self.of(args[0]) if name == "baddbmm" else {}), **own}
-        before = [leaf for leaf in tree_leaves((args, kwargs)) if self.of(leaf)]
+        read = args[1:] if name == "copy" else args
+        before = [leaf for leaf in tree_leaves((read, kwargs)) if self.of(leaf)]
         if len(before) == 2 and name in SUMS:
             a, b = map(self.of, before)
             sign = 1 if name == "add" else -1
             return {number: a.get(number, 0) + sign * b.get(number, 0) for number in a | b}
         if len(before) != 1:
             return {}
-        try:
-            found = {
-                number: self.follow(name, func, product, before[0], args, kwargs)
-                for number, product in self.of(before[0]).items()
-            }
-        except (RuntimeError, IndexError):  # it has another shape than the logits
-            return {}
-        return {number: product for number, product in found.items() if product is not None}
+        found: dict[int, Tensor] = {}
+        for number, product in self.of(before[0]).items():
+            with suppress(RuntimeError, IndexError):  # it has another shape than the logits
+                if (followed := self.follow(name, func, product, before[0], args, kwargs)) is not None:
+                    found[number] = followed
+        return found
 
     def follow(self, name: str, func: Any, product: Tensor, before: Tensor, args: Any, kwargs: Any) -> Tensor | None:
         if name in RESHAPES:
@@ -157,6 +160,7 @@ def brute_force(
 def products(model: nn.Module, inputs: Any) -> list[list[Tensor]]:
     """The products of queries and keys of every attention in a forward of a float64 model, before masks and biases."""
     found: list[list[Tensor]] = []
-    with sdpa_kernel(SDPBackend.MATH), Logits(lambda own, _: found.append([x.clone() for x in own]), of_heads=True):
+    eager = torch.compiler.set_stance("force_eager")
+    with eager, sdpa_kernel(SDPBackend.MATH), Logits(lambda own, _: found.append([x.clone() for x in own]), of_heads=True):
         model(**inputs)
     return found

@@ -3,13 +3,15 @@
 The weights of every head are multiplied by a random factor of its own, as the tables say. Then the products of queries and
 keys, read from the model's elementary operations in float64, must be those of before times the factors of their heads, and
 those of earlier attention must be the same. Queries multiplied by a power of two and keys divided by it must leave all
-outputs of the model as they are, to the bit.
+outputs of the model as they are, to the bit. Of attention that is said to be normalized, all matrices that reach the logits
+are multiplied at once by a large number; a larger one must give the same logits.
 """
 
 from __future__ import annotations
 
 import copy
 import random
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -65,19 +67,29 @@ def judge(model: nn.Module, inputs: dict[str, Any], found: list[Any], calls: int
         return 0, wrong, f"the oracle has {len(before)} of {calls} calls"
     step = max(1, -(-len(described) // MOST))
     judged = 0
-    for own in described[::step]:
-        factors, expected = _trial(own)
-        params = {name: param for name, param in true.get_submodule(own.name).named_parameters(remove_duplicate=False)}
-        saved = {name: params[name].detach().clone() for name in factors}
+
+    def run(own: Any, change: dict[str, Any]) -> list[list[Tensor]]:
+        """The products while parameters are changed."""
+        params = dict(true.get_submodule(own.name).named_parameters(remove_duplicate=False))
+        saved = {name: params[name].detach().clone() for name in change}
         with torch.no_grad():
-            for name, (factor, offset) in factors.items():
-                params[name].copy_((saved[name] + offset) * factor - offset)
+            for name, changed in change.items():
+                params[name].copy_(changed(saved[name]))
         after = seeded(lambda: products(true, inputs))
         with torch.no_grad():
             for name, value in saved.items():
                 params[name].copy_(value)
+        return after
+
+    for own in described[::step]:
         first = own.calls[0]
-        if len(after) != calls or not all(map(_equal, before[:first], after[:first])):
+        if own.layout.qk_norm and (problem := _moved(own, before[first][0], lambda change: run(own, change)[first][0])):
+            wrong.append(f"{own.name}: {problem}")
+        factors, expected = _trial(own)
+        after = run(own, {n: lambda x, f=f, c=c: (x + c) * f - c for n, (f, c) in factors.items()})
+        mine = _weights(model, own)
+        since = min(call for other in described if other is own or _weights(model, other) & mine for call in other.calls)
+        if len(after) != calls or not all(map(_equal, before[:since], after[:since])):
             wrong.append(f"{own.name}: earlier attention changes")
             continue
         # Products that stay, as those of positions may, are biases.
@@ -89,6 +101,33 @@ def judge(model: nn.Module, inputs: dict[str, Any], found: list[Any], calls: int
             wrong.append(f"{own.name}: {problem}")
         judged += 1
     return judged, wrong, ""
+
+
+def _moved(own: Any, before: Tensor, after: Callable[[dict[str, Any]], Tensor]) -> str:
+    """What is wrong with attention that is said to be normalized, so that no matrix scales its logits.
+
+    Args:
+        own: What was described.
+        before: The products of its queries and keys.
+        after: The same after changes of parameters.
+    """
+    noise = torch.Generator().manual_seed(7)
+    gains = {name for name, _ in entries(own.layout)}
+    params = {name: param for name, param in own.module.named_parameters() if name not in gains}
+    matrices = [name for name, p in params.items() if sum(n > 1 for n in p.shape) > 1 and p.is_floating_point()]
+    other = after(dict.fromkeys(matrices, lambda x: torch.randn(x.shape, generator=noise).to(x) * x.std()))
+    if torch.equal(before, other):
+        return "no matrix reaches its logits"
+    # Beside large weights, biases and what is added against a division by zero are nothing.
+    large, larger = (after(dict.fromkeys(matrices, lambda x, f=f: f * x)) for f in (1e3, 1e5))
+    error = float((larger - large).abs().max() / large.abs().max())
+    return "" if error < 0.05 else f"{', '.join(matrices)} move its logits by {error:.1e}"
+
+
+def _weights(model: nn.Module, own: Any) -> set[Tensor]:
+    """The parameters that are scaled."""
+    module = model.get_submodule(own.name)
+    return {module.get_parameter(name) for name, _ in entries(own.layout)}
 
 
 def _equal(a: list[Tensor], b: list[Tensor]) -> bool:

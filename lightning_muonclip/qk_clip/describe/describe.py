@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -59,6 +60,9 @@ def describe(calls: Sequence[Sequence[Frame]]) -> list[Found]:
         if own not in found:
             found.append(own)
         own.calls.append(number)
+    for own in found:
+        if sum(other.module is own.module for other in found) > 1:
+            own.layout, own.reason = None, own.reason or "it makes several attentions with weights of their own"
     return found
 
 
@@ -73,7 +77,7 @@ def _is_again(known: Found, own: Found) -> bool:
     )
     shared = [name for name in ours.keys() & theirs.keys() if ours[name].overlaps(theirs[name])]
     if not shared:
-        return False
+        return not ours and not theirs  # both can only be watched
     if known.layout.sides != own.layout.sides and "k" not in (known.layout.sides, own.layout.sides):
         for layout in (known.layout, own.layout):
             layout.queries_alone("its keys come from elsewhere in some of its calls")
@@ -107,36 +111,37 @@ def _of_call(
 
 
 def _run(frame: Frame) -> tuple[Isolated, Run]:
-    """In double precision, unless some code of the module wants single precision."""
-    try:
+    """In double precision, unless some code of the module wants single precision: it fails, or numbers overflow."""
+    with suppress(RuntimeError):
         isolated = Isolated(frame.module, frame.args, frame.kwargs)
-        return isolated, isolated.run()
-    except RuntimeError:
-        isolated = Isolated(frame.module, frame.args, frame.kwargs, torch.float32)
-        return isolated, isolated.run()
+        run = isolated.run()
+        if not any(tensor.isnan().any() for tensor in run.rest):
+            return isolated, run
+    isolated = Isolated(frame.module, frame.args, frame.kwargs, torch.float32)
+    return isolated, isolated.run()
 
 
 def _analyse(frame: Frame, count: int) -> list[Found]:
     """One for each of the calls of a module."""
     try:
         isolated, run = _run(frame)
-        if run.calls and len(run.calls) != count:
-            raise Unclear(f"it makes {count} attention calls, of which {len(run.calls)} can be followed")
+        if len(run.calls) != count:
+            reason = f"of its {count} attention calls, {len(run.calls)} can be followed when it runs alone"
+            raise Unclear(reason, elsewhere=not run.calls)
         heads = Heads(isolated, run)
         found: list[Found] = [Found(frame.name, frame.module)] * count
         for calls in heads.sites():
             own = Found(frame.name, frame.module)
             try:
-                sources = {run.calls[call].source for call in calls}
-                if "softmax" in sources:
-                    own.softmaxes = locate(isolated)
-                own.is_measurable = bool(own.softmaxes) or not sources & {"softmax", "exp", "exp2"}
-                if any(len(run.calls[call].pairs) > 1 for call in calls):
-                    raise Unclear("its logits are a sum of several products, such as those of relative positions")
                 own.layout = proven(isolated, run, heads.layouts(calls))
+                own.softmaxes = _softmaxes(isolated, run, own.layout)
                 heads.enter_values(own.layout)
             except Unclear as unclear:
+                own.layout = None
                 own.reason, own.elsewhere = unclear.reason, unclear.elsewhere
+                with suppress(Unclear):
+                    own.softmaxes = _softmaxes(isolated, run, Layout(calls, 1, 1, [], []))
+            own.is_measurable = bool(own.softmaxes) or not any(run.calls[call].is_by_hand for call in calls)
             for number in calls:
                 found[number] = own
         return found
@@ -145,3 +150,9 @@ def _analyse(frame: Frame, count: int) -> list[Found]:
     except (RuntimeError, TypeError, ValueError, AttributeError, LookupError, NotImplementedError) as error:
         reason, elsewhere = f"it cannot be run alone: {type(error).__name__}: {str(error)[:160]}", True
     return [Found(frame.name, frame.module, reason=reason, elsewhere=elsewhere)] * count
+
+
+def _softmaxes(isolated: Isolated, run: Run, layout: Layout) -> tuple[Softmax, ...]:
+    """Where attention by hand has its logits."""
+    is_by_hand = any(run.calls[call].is_by_hand for call in layout.calls)
+    return locate(isolated, layout) if is_by_hand else ()

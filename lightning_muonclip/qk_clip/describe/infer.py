@@ -144,7 +144,11 @@ class Heads:
         self.isolated, self.run = isolated, run
         self.probe = probe = Probe(isolated, run)
         self.side = probe.coordinates(lambda output: output.side, len(SIDES))
-        self.call = probe.coordinates(lambda output: output.call, len(run.calls)) if len(run.calls) > 1 else None
+        # Calls with one product, such as attention that is used twice, are one group.
+        products = [id(call.pairs[0][0]) for call in run.calls]
+        self._group = [products.index(product) for product in products]
+        is_one = len(set(products)) == 1
+        self.call = None if is_one else probe.coordinates(lambda output: self._group[output.call], len(run.calls))
         self._axes: dict[int, dict[Key, Tensor]] = {}
 
     @cached_property
@@ -155,19 +159,18 @@ class Heads:
 
     def sites(self) -> list[list[int]]:
         """The calls, those together that share the weights of their heads."""
-        numbers = list(range(len(self.run.calls)))
+        groups: dict[int, list[int]] = {}
+        for number, group in enumerate(self._group):
+            groups.setdefault(group, []).append(number)
         if self.call is None:
-            return [numbers]
+            return list(groups.values())
         private = [own[(self.side[key] == _Q) & (self.axis(1)[key] >= 0)] for key, own in self.call.items()]
         known = torch.cat([own[own != NOTHING] for own in private])
         alone = set(known[known >= 0].tolist())
-        if not len(known):  # only one product tells then that calls belong together
-            groups: dict[int, list[int]] = {}
-            for number in numbers:
-                groups.setdefault(id(self.run.calls[number].pairs[0][0]), []).append(number)
+        if not len(known):  # only a product tells then that calls belong together
             return list(groups.values())
-        shared = [number for number in numbers if number not in alone]
-        return [*([shared] if shared else []), *([number] for number in sorted(alone))]
+        shared = [number for number, group in enumerate(self._group) if group not in alone]
+        return [*([shared] if shared else []), *(groups[group] for group in sorted(alone))]
 
     def axis(self, axis: int) -> dict[Key, Tensor]:
         """What every channel feeds along one leading axis, counted from the innermost."""
@@ -215,7 +218,7 @@ class Heads:
         if not query_sets and not key_sets:
             yield from self._tied(calls, query, key)
             yield from self._shared_gains(calls, query, key)
-            if self._is_normalized(query) or self._is_normalized(key):
+            if self._is_normalized(query) and self._is_normalized(key):
                 watched = _new(calls, query, key)
                 watched.qk_norm = True
                 yield [watched]
@@ -328,8 +331,10 @@ class Heads:
         """Channels that feed no other calls."""
         if self.call is None:
             return torch.ones_like(self.side[key], dtype=torch.bool)
-        own = self.call[key]
-        return own == calls[0] if len(calls) == 1 else (own == MIXED) | torch.isin(own, torch.tensor(calls))
+        own, groups = self.call[key], {self._group[call] for call in calls}
+        return (own == MIXED if len(groups) > 1 else torch.zeros_like(own, dtype=torch.bool)) | torch.isin(
+            own, torch.tensor(sorted(groups))
+        )
 
     def _private(self, side: _Side, key: Key) -> Tensor:
         """Channels that feed one head of one side, and nothing else."""
@@ -359,7 +364,10 @@ class Heads:
         return bool(((share - 1).abs() < 10 * self.probe.tolerance).all())
 
     def _is_norm(self, layout: Layout, query: _Side) -> bool:
-        """Whether no more than one number a channel scales a head: then a norm stands behind the projection."""
+        """Whether no more than one number a channel scales a head, though more makes it: a norm stands in between."""
+        behind = self.probe.behind(query.outputs) - {name for name, _ in layout.tables}
+        if not behind:
+            return False  # learned queries
         channels = query.outputs[0].tensor.shape[-1]
         for name, table in layout.tables:
             param = self.probe.params[name]
@@ -425,7 +433,8 @@ class Heads:
             )
             for name in names
         }
-        after = self.isolated.scaled(factors, self.run.products)
+        with self.isolated.scaled(factors):
+            after = self.isolated.run(self.run.products)
         found = [k for output in {o.call: o for o in key.outputs}.values() for _, k in after.calls[output.call].pairs]
         doubled, same = (
             torch.stack(
@@ -493,8 +502,17 @@ class Heads:
                 yield [layout]
 
     def _is_normalized(self, side: _Side) -> bool:
-        """Whether a factor on the weights does not reach a side at all."""
-        return bool(side.shares) and float(torch.stack(list(side.shares.values())).sum(0).abs().max()) < 1e-2
+        """Whether a factor on the matrices of a side, and on some biases, does not reach it; gains do not count."""
+        whole = float(sum((o.tensor.detach() * o.cotangent).sum() for o in side.outputs))
+        shares = {name: float(own.sum()) / whole for (name, _), own in self.probe.shares_of(side.outputs).items()}
+        most = side.outputs[0].tensor.shape[-1] * side.count
+        vectors = [name for name in shares if self.probe.params[name].numel() <= most]
+        matrices = [share for name, share in shares.items() if name not in vectors and share]
+        return bool(matrices) and any(
+            abs(sum(matrices) + sum(shares[name] for name in biases)) < 1e-2
+            for count in range(min(len(vectors), 4) + 1)
+            for biases in itertools.combinations(vectors, count)
+        )
 
     def _why_not(self, side: _Side) -> str:
         what = "queries" if side.outputs[0].side == _Q else "keys"

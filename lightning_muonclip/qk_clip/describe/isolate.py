@@ -76,17 +76,16 @@ class Isolated:
         rest += [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
         return Run(trace.calls, trace.products, rest)
 
-    def scaled(
-        self, factors: Mapping[str, Tensor], products: Sequence[Product], offsets: Mapping[str, float] = {}
-    ) -> Run:
-        """:meth:`run` while parameters, plus their offsets, are multiplied by factors that broadcast."""
+    @contextmanager
+    def scaled(self, factors: Mapping[str, Tensor], offsets: Mapping[str, float] = {}) -> Iterator[None]:
+        """Multiplies parameters, plus their offsets, by factors that broadcast, for a while."""
         before = {name: self.params[name].data for name in factors}
         try:
             for name, factor in factors.items():
                 offset = offsets.get(name, 0.0)
                 # Other memory, for queries may be views of a parameter; by .data, which leaves an earlier graph valid.
                 self.params[name].data = (before[name] + offset) * factor.to(self.dtype) - offset
-            return self.run(products)
+            yield
         finally:
             for name, value in before.items():
                 self.params[name].data = value

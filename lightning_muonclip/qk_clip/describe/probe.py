@@ -98,6 +98,11 @@ class Probe:
         """The outputs of one side in these calls."""
         return [output for output in self.outputs if output.side == side and output.call in calls]
 
+    def behind(self, outputs: Sequence[Output]) -> set[str]:
+        """The parameters that some outputs depend on."""
+        reached = _variables([output.tensor.grad_fn for output in outputs])
+        return {name for name, param in self.params.items() if param in reached}
+
     def coordinates(self, index: Callable[[Output], Tensor | int], count: int) -> dict[Key, Tensor]:
         """For every channel, the one coordinate that it feeds, :data:`MIXED` or :data:`NOTHING`.
 

@@ -80,7 +80,8 @@ def prove(isolated: Isolated, run: Run, layout: Layout, size: float = 1.0) -> fl
     """
     trial = Trial(layout, size)
     offsets = {name: table.offset for name, table in layout.tables}
-    after = isolated.scaled(trial.factors(isolated.params), run.products, offsets)
+    with isolated.scaled(trial.factors(isolated.params), offsets):
+        after = isolated.run(run.products)
     if len(after.calls) != len(run.calls) or len(after.rest) != len(run.rest):
         return math.inf
     errors = [deviation(a, b) for a, b in zip(run.rest, after.rest)]
@@ -107,7 +108,7 @@ def deviation(expected: Tensor, found: Tensor) -> float:
     differs = expected != found  # masks are infinite
     if not differs.any():
         return 0.0
-    size = expected[expected.isfinite()].abs().max().clamp_min(1e-30)
+    size = expected.abs().masked_fill(~expected.isfinite(), 0).max().clamp_min(1e-30)
     return float(((expected - found)[differs] / size).abs().nan_to_num(nan=math.inf).max())
 
 

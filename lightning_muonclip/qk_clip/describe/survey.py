@@ -25,6 +25,7 @@ _ENDS = (
     "native_batch_norm",
     "native_group_norm",
     "_fused_rms_norm",
+    "sigmoid",
 )
 
 

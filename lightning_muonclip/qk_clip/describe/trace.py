@@ -111,6 +111,11 @@ class Call:
     rest: list[Tensor] = field(default_factory=list)
     problem: str = ""
 
+    @property
+    def is_by_hand(self) -> bool:
+        """Whether it is a product and a softmax instead of a call of a function."""
+        return self.source not in ("scaled_dot_product_attention", "flex_attention")
+
 
 class Trace(TorchFunctionMode):
     """Records attention calls in :attr:`calls`, and answers them.
@@ -171,10 +176,6 @@ class Trace(TorchFunctionMode):
         call = Call("scaled_dot_product_attention", [(query, key)], value)
         if attn_mask is not None and attn_mask.is_floating_point():
             call.rest.append(attn_mask)
-            for product in _products_behind(attn_mask)[0]:  # of queries and relative positions
-                if product.lead == query.shape[:-2]:
-                    product.is_logits = True
-                    call.pairs.append((product.query, product.key))
         self.calls.append(call)
         return _constant_output(query, value)
 
@@ -281,7 +282,8 @@ def _products_behind(x: Tensor) -> tuple[list[Product], str]:
     products, beyond = _marks_behind([x.grad_fn], Product)
     if products:
         return products, ""
-    for node in beyond:  # one unknown function away; what is further away is hardly logits any more
+    # One unknown function away; what is further away is hardly logits any more, nor is a gate.
+    for node in (node for node in beyond if _name(node) != "Sigmoid"):
         products, _ = _marks_behind([child for child, _ in node.next_functions], Product)
         if products:
             return products, f"{_name(node)} stands between the product of queries and keys and the softmax"
@@ -309,7 +311,7 @@ def _marks_behind(nodes: list[Any], kind: type) -> tuple[list[Any], list[Any]]:
 
 
 def _name(node: Any) -> str:
-    return re.sub(r"Backwards?\d*$", "", node.name())
+    return re.sub(r"^torch::autograd::|Backwards?\d*$", "", node.name())
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:

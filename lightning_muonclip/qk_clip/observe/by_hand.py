@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_muonclip.kernels.hidden import HIDDEN
-from lightning_muonclip.qk_clip.describe.locate import MATMULS, SOFTMAXES, without_addend
+from lightning_muonclip.qk_clip.describe.locate import MATMULS, SOFTMAXES, without_addend, without_sinks
 from lightning_muonclip.qk_clip.intercept import Place, running, unrecorded
 from lightning_muonclip.qk_clip.observe.recorder import Recorder
 
@@ -65,5 +65,7 @@ def _measure(mode: Measure, logits: Tensor) -> None:
         if softmax.number == mode.number_of_softmaxes:
             visible, logits = logits > HIDDEN, logits.detach()
             if softmax.scale is not None:
-                logits = softmax.scale * mode.products[softmax.product].reshape(logits.shape)
+                product = mode.products[softmax.product]
+                visible = without_sinks(visible, product)
+                logits = softmax.scale * product.reshape(visible.shape)
             mode.recorder.record_all(logits.masked_fill(~visible, float("-inf")).amax((-2, -1)), "softmax")

@@ -65,12 +65,14 @@ def test_heads_that_mix_before_the_softmax_are_a_problem() -> None:
     assert "stands between the product of queries and keys and the softmax" in call.problem
 
 
-def test_queries_and_positions_are_a_further_product_of_the_same_logits() -> None:
-    positions = torch.randn(5, 4, requires_grad=True)
-    (call,) = calls(lambda q, k, v: (q @ k.mT + q @ positions.mT).softmax(-1) @ v)
-    assert len(call.pairs) == 1 or len(call.pairs) == 2
+def test_queries_and_relative_positions_are_a_further_product_of_the_same_logits() -> None:
+    (call,) = calls(lambda q, k, v: (q @ k.mT + q @ k.roll(1, -2).mT).softmax(-1) @ v)
+    assert len(call.pairs) == 2
+
+
+def test_products_in_the_mask_of_a_kernel_are_a_bias() -> None:
     (masked,) = calls(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=q @ k.roll(1, -2).mT))
-    assert len(masked.pairs) == 2
+    assert len(masked.pairs) == len(masked.rest) == 1
 
 
 @pytest.mark.parametrize("needs_weights", [True, False])
