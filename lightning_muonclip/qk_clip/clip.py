@@ -245,7 +245,7 @@ class QKClip:
     def _reduce(self, observed: Tensor) -> Tensor:
         """The maxima over all ranks, of the layers that all know; and whether one knows more, read a step later."""
         if not has_others(self.process_group):
-            return reduce_max(observed)
+            return reduce_max(observed, self.process_group)
         agreed = self.observer.settle(self.process_group)
         known = torch.tensor([name in agreed for name in self.layers], device=observed.device)
         heads = max((spec.num_heads for _, spec in agreed.values()), default=1)

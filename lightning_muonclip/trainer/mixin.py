@@ -49,7 +49,7 @@ class MaxLogitsMixin(pl.LightningModule):
     @property
     def max_logits_layers(self) -> list[str]:
         """Names of the attention modules: the rows of :attr:`max_logits`."""
-        return self.observe().layers
+        return (self._observer or self.observe()).layers
 
     def observe(self) -> Observer:
         """Starts to observe this module's attention, once, and returns the observer.

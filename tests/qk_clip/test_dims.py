@@ -16,7 +16,7 @@ from oracles import between, brute_max_logits, causal, enlarge, policy_factors
 from torch import Tensor, nn
 
 from lightning_muonclip import AttentionSpec, MuonClip, Projection, QKClip, mup, register_attention
-from lightning_muonclip.qk_clip.describe import registry
+from lightning_muonclip.qk_clip.describe import declared
 from lightning_muonclip.qk_clip.describe.split import matrix_parts
 
 HEADS, GROUPS, DIM, WIDTH, LENGTH = 4, 2, 4, 16, 5
@@ -378,7 +378,7 @@ def test_muon_leaves_alone_what_is_no_matrix() -> None:
 
 
 def test_mup_exports_weights_of_every_head(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_REGISTERED", {})
+    monkeypatch.setattr(declared, "_REGISTERED", {})
     register_attention(ByHead, lambda module: by_head_spec(dim=module.head_dim))
     model, base, plain = ByHead(64, 16), ByHead(WIDTH, 4), ByHead(64, 16)
     scaled = mup.parametrize(model, base)

@@ -152,14 +152,15 @@ def test_the_example_leaves_no_trace() -> None:
 
 def test_nothing_is_left_out_in_silence() -> None:
     model = nn.Sequential(Attention(WIDTH, HEADS), Unknown(by_kernel, normalize="clamp"))
-    with pytest.raises(ValueError, match=r"cannot read the attention '1' \(Unknown\): its queries do not scale"):
+    with pytest.raises(ValueError, match=r"of attention '1' \(Unknown\): its queries do not scale"):
         QKClip(model, example=on(inputs()))
     with QKClip(model, specs={"1": None}, example=on(inputs())) as qk_clip:
         assert qk_clip.layers == ["0"]
     for param in model[1].parameters():
         param.requires_grad = False
     with QKClip(model, example=on(inputs())) as qk_clip:
-        assert qk_clip.layers == ["0"]
+        assert qk_clip.layers == ["0", "1"]
+        assert qk_clip.sides["1"].startswith("watched (its queries do not scale")
 
 
 def test_the_users_word_comes_first() -> None:

@@ -156,19 +156,20 @@ def test_attention_that_is_to_be_left_alone_is_told_by_an_attribute() -> None:
     class Unknown(Lit):
         attention_specs = {"strange": None}  # noqa: RUF012
 
-    class StrangeAttention(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.randn(48, 16))
-
+    x = torch.randn(2, 9, 16)
     module = Unknown()
-    module.strange = StrangeAttention()
+    module.strange = SdpaAttention(16, 4)
+    module.observe()
+    module.strange(module.attention(x))
     assert module.max_logits_layers == ["attention"]
     module.stop_observing()
     plain = Lit()
-    plain.strange = StrangeAttention()
-    with pytest.raises(ValueError, match="cannot read the attention 'strange'"):
-        plain.observe()
+    plain.strange = SdpaAttention(16, 4)
+    plain.observe()
+    plain.strange(plain.attention(x))
+    assert plain.max_logits_layers == ["attention", "strange"]
+    assert plain.max_logits.isfinite().all()
+    plain.stop_observing()
 
 
 def test_maxima_are_in_no_checkpoint_and_a_copy_stands_alone() -> None:

@@ -40,12 +40,13 @@ def find_attention(
             f"example must be a pair (args, kwargs) of the model's arguments; got {type(example).__name__}"
         )
     args, kwargs = example
-    with undisturbed(model), apart(model), torch.no_grad(), Survey(model) as survey:
-        model(*args, **kwargs)
-    calls = [stack for stack in survey.calls if not any(frame.module in known for frame in stack)]
-    found = describe(calls)
-    if found:
-        gate(Frame("", model, args, kwargs), found)
+    with apart(model):
+        with undisturbed(model), torch.no_grad(), Survey(model) as survey:
+            model(*args, **kwargs)
+        calls = [stack for stack in survey.calls if not any(frame.module in known for frame in stack)]
+        found = describe(calls)
+        if found:
+            gate(Frame("", model, args, kwargs), found)
     return found, survey.modules
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,7 +70,7 @@ class Isolated:
         with DetachedCopies():
             args, kwargs = tree_map(self._copied, self._inputs)
         trace = Trace((args, kwargs), products)
-        with apart(self.module), torch.enable_grad(), tracing(trace):
+        with apart(self.module), _full_precision(), torch.enable_grad(), tracing(trace):
             output = self.module(*args, **kwargs)
         rest = [tensor for call in trace.calls for tensor in call.rest]
         rest += [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
@@ -95,7 +96,7 @@ class Isolated:
         """One forward under another mode."""
         with DetachedCopies():
             args, kwargs = tree_map(self._copied, self._inputs)
-        with apart(self.module), mode:
+        with apart(self.module), _full_precision(), mode:
             self.module(*args, **kwargs)
 
     def _copied(self, leaf: Any) -> Any:
@@ -135,13 +136,35 @@ def device_of(module: nn.Module) -> torch.device:
 
 
 @contextmanager
+def _full_precision() -> Iterator[None]:
+    """Disables autocast."""
+    with ExitStack() as stack:
+        for device in ("cpu", "cuda"):
+            stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
+@contextmanager
 def apart(module: nn.Module) -> Iterator[None]:
-    """Disables torch.compile and preserves the state of the random number generators."""
+    """Runs code in the middle of a forward that is none of its business.
+
+    torch.compile and the hooks of activation checkpointing are disabled, and random number generators keep their state.
+    """
     devices = {param.device for param in module.parameters() if param.device.type not in ("cpu", "meta")}
     kind = next((device.type for device in devices), "cuda")
     indices = [device.index or 0 for device in devices]
-    with torch.random.fork_rng(indices, device_type=kind), torch.compiler.set_stance("force_eager"):
+    state = random.getstate()
+    with (
+        torch.random.fork_rng(indices, device_type=kind),
+        torch.compiler.set_stance("force_eager"),
+        torch.autograd.graph.saved_tensors_hooks(_same, _same),
+    ):
         yield
+    random.setstate(state)
+
+
+def _same(x: Any) -> Any:
+    return x
 
 
 @contextmanager

@@ -164,6 +164,7 @@ class Observer:
 
     def discard(self) -> None:
         """Discards what was recorded since the last step."""
+        self.discovery.close_step()
         self.ledger.values.fill_(float("-inf"))
         running.clear()
 

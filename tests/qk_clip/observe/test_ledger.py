@@ -148,14 +148,23 @@ def test_ranks_clip_alike_by_the_maximum_over_all_data(tmp_path: Path) -> None:
 
 
 def test_a_step_is_one_collective_of_the_group_that_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, group, calls = two_models()[0], object(), []
+    model, group, calls, exchanges = two_models()[0], object(), [], []
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_world_size", lambda group: 2)
     monkeypatch.setattr(dist, "all_reduce", lambda values, op, group: calls.append((values.shape, op, group)))
+
+    def exchange(found: list[Any], own: Any, group: Any) -> None:
+        found[:] = [own, own]
+        exchanges.append(group)
+
+    monkeypatch.setattr(dist, "all_gather_object", exchange)
     with QKClip(model, process_group=group) as qk_clip:
-        model(torch.randn(2, 9, 16))
-        qk_clip.step()
-    assert calls == [((2, 4), dist.ReduceOp.MAX, group)]
+        for _ in range(2):
+            model(torch.randn(2, 9, 16))
+            qk_clip.step()
+    assert exchanges == [group]  # what the ranks have found, once
+    # Another row says whether a rank has found more since.
+    assert calls == 2 * [((3, 4), dist.ReduceOp.MAX, group)]
 
 
 @pytest.mark.parametrize("model", two_models(), ids=["ours", "third party"])

@@ -212,13 +212,14 @@ def test_every_form_of_the_call_is_understood() -> None:
 
 
 def test_attention_that_cannot_be_intercepted_is_refused() -> None:
-    class ByHand(SdpaAttention):
+    class ByExp(SdpaAttention):
         def forward(self, x: Tensor) -> Tensor:
-            return (self.q_proj(x) @ self.k_proj(x).mT).softmax(-1) @ self.v_proj(x)
+            weights = (self.q_proj(x) @ self.k_proj(x).mT).exp()
+            return weights / weights.sum(-1, keepdim=True) @ self.v_proj(x)
 
-    model = Residual(SdpaAttention(16, 4), ByHand(16, 4))
+    model = Residual(SdpaAttention(16, 4), ByExp(16, 4))
     x = torch.randn(2, 9, 16)
-    with QKClip(model), pytest.raises(RuntimeError, match=r"'layers.1' \(ByHand\) cannot be measured") as error:
+    with QKClip(model), pytest.raises(RuntimeError, match=r"'layers.1' \(ByExp\) cannot be measured") as error:
         model(x)
     assert "attn_implementation='sdpa'" in str(error.value)
     assert "specs={'layers.1': None}" in str(error.value)
@@ -307,7 +308,7 @@ def test_closing_leaves_nothing_behind(make: Callable[[], Any]) -> None:
     model = Residual(make(), make())
     before = {name: dict(module.__dict__) for name, module in model.named_modules()}
     hooks = {name: (len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in model.named_modules()}
-    qk_clip = QKClip(model)
+    qk_clip = QKClip(model, example=((torch.randn(2, 9, 16),), {}))
     assert (F.scaled_dot_product_attention is TORCHS_OWN) == (make is ours)
     qk_clip.close()
     assert F.scaled_dot_product_attention is TORCHS_OWN
@@ -329,11 +330,12 @@ def test_a_later_patch_by_another_library_is_kept(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(F, "scaled_dot_product_attention", faster)
     module, x = third_party(), torch.randn(2, 9, 16)
     for _ in range(2):
-        with QKClip(module) as qk_clip, QKClip(third_party()):
+        with QKClip(module, example=((x,), {})) as qk_clip, QKClip(third_party(), example=((x,), {})):
+            calls.clear()
             module(x)
             close(qk_clip.max_logits, true_maxima(module, x))
         assert F.scaled_dot_product_attention is faster
-    assert len(calls) == 2
+        assert len(calls) == 1
 
 
 @either
@@ -365,12 +367,14 @@ def test_two_models_are_observed_side_by_side(make: Callable[[], Any]) -> None:
 @either
 def test_a_model_is_observed_once_at_a_time(make: Callable[[], Any]) -> None:
     model = Residual(third_party(), make())
+    x = torch.randn(2, 9, 16)
     with QKClip(model) as qk_clip:
+        model(x)
+        qk_clip.discard()
         with pytest.raises(ValueError, match=r"attention 'layers.\d' is observed already; call close\(\) on the other"):
-            QKClip(model)
+            QKClip(model, example=((x,), {}))
         with pytest.raises(ValueError, match="attention '' is observed already"):
-            QKClip(model.layers[1])
-        x = torch.randn(2, 9, 16)
+            QKClip(model.layers[1], example=((x,), {}))
         model(x)
         close(qk_clip.max_logits[0], true_maxima(model.layers[0], x))
     QKClip(model).close()
@@ -425,8 +429,9 @@ def test_logits_off_measures_nothing() -> None:
 
 def test_names_are_those_of_the_model_below_wrappers() -> None:
     model = Residual(ours(), third_party())
-    with QKClip(torch.compile(model, backend="eager")) as qk_clip:
+    example = (torch.randn(2, 9, 16),), {}
+    with QKClip(torch.compile(model, backend="eager"), example=example) as qk_clip:
         assert qk_clip.layers == ["layers.0", "layers.1"]
     model.layers[1] = torch.compile(model.layers[1], backend="eager")
-    with QKClip(model) as qk_clip:
+    with QKClip(model, example=example) as qk_clip:
         assert qk_clip.layers == ["layers.0", "layers.1"]
