@@ -45,6 +45,8 @@ def check_family(case: Case, implementation: str) -> None:
     with QKClip(model, 100.0, qk_norm=case.qk_norm) as qk_clip:
         check_brute_force(case, implementation, qk_clip)
         check_known(case, qk_clip)
+        if case.cached:
+            check_cache(case, implementation, qk_clip)
         check_verify(case, implementation, qk_clip)
         check_replay(case, implementation, qk_clip)
         assert all(name.startswith("lightning_muonclip.") for name in case.classes) or state.is_patched()
@@ -107,18 +109,17 @@ def channels(attention: AttentionModules) -> dict[str, list[tuple[tuple[int, ...
     return found
 
 
-def check_cache(case: Case, implementation: str) -> None:
-    """Keys of a cache count, as those of a learned prefix, and finding the attention adds nothing to it."""
-    model, truth = case.model(implementation), case.model(case.truth or implementation).double()
-    names = case.attention(model)
+def check_cache(case: Case, implementation: str, qk_clip: QKClip) -> None:
+    """Keys of a cache count, as those of a learned prefix."""
+    model, truth = qk_clip.model, case.model(case.truth or implementation).double()
     prefix, rest = case.inputs()[1]["input_ids"].split([4, LENGTH - 4], 1)
     with torch.no_grad():
         cache, true_cache = (either(input_ids=prefix, use_cache=True).past_key_values for either in (model, truth))
     name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-    expected = brute_force(truth, names, case.heads, ((), {"input_ids": rest, name: true_cache}))
-    with QKClip(model, None) as qk_clip:
-        model(input_ids=rest, **{name: cache})
-        deviation(qk_clip.max_logits, torch.stack(expected))
+    expected = brute_force(truth, qk_clip.layers, case.heads, ((), {"input_ids": rest, name: true_cache}))
+    qk_clip.discard()
+    model(input_ids=rest, **{name: cache})
+    deviation(qk_clip.max_logits, torch.stack(expected))
 
 
 def deviation(found: Tensor, expected: Tensor) -> float:

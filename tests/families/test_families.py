@@ -9,7 +9,7 @@ import torch
 from oracles import enlarge, module_max_logits
 
 from families.brute_force import brute_force
-from families.checks import check_cache, check_family, true_maxima
+from families.checks import check_family, true_maxima
 from families.known import FAMILIES
 from families.table import expected_rows, read, short
 from families.zoo import BATCH, CASES, CLAMPED, LENGTH, WIDTH, Case, draw, parameters
@@ -19,11 +19,6 @@ from lightning_muonclip import Attention, MultiheadLatentAttention, QKClip
 @parameters(CASES)
 def test_a_family_is_read_observed_verified_clipped_and_restored(case: Case, implementation: str) -> None:
     check_family(case, implementation)
-
-
-@parameters([case for case in CASES if case.cached])
-def test_keys_of_a_cache_count(case: Case, implementation: str) -> None:
-    check_cache(case, implementation)
 
 
 @parameters(CLAMPED)

@@ -5,23 +5,27 @@ from __future__ import annotations
 import pytest
 import torch
 
-from families.checks import check_known
-from families.zoo import CASES, CLAMPED, Case, parameters
+from families.checks import check_known, deviation, true_maxima
+from families.zoo import CASES, CLAMPED, Case
 from lightning_muonclip import QKClip
 
 
-@parameters(CASES)
-def test_the_attention_of_an_example_is_what_is_known_by_name(case: Case, implementation: str) -> None:
-    model, inputs = case.model(implementation), case.inputs()
+# One implementation of each: test_families infers from all.
+@pytest.mark.parametrize("case", CASES, ids=[f"{case.family} {case.variant}".strip() for case in CASES])
+def test_the_attention_of_an_example_is_what_is_known_by_name(case: Case) -> None:
+    implementation, (args, kwargs) = case.implementations[0], case.inputs()
+    model = case.model(implementation)
     state, generator = {name: value.clone() for name, value in model.state_dict().items()}, torch.get_rng_state()
-    with QKClip(model, None, example=inputs) as qk_clip:
-        check_known(case, qk_clip)
+    with QKClip(model, None, example=(args, kwargs)) as qk_clip:
+        assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+        assert torch.equal(torch.get_rng_state(), generator)
         assert (qk_clip.max_logits == -torch.inf).all()
-    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
-    assert torch.equal(torch.get_rng_state(), generator)
+        check_known(case, qk_clip)
+        model(*args, **kwargs)
+        deviation(qk_clip.max_logits, true_maxima(case, case.truth or implementation)[0])
 
 
-@parameters(CLAMPED)
-def test_clamped_projections_do_not_scale(case: Case, implementation: str) -> None:
+@pytest.mark.parametrize("case", CLAMPED, ids=[case.family for case in CLAMPED])
+def test_clamped_projections_do_not_scale(case: Case) -> None:
     with pytest.raises(ValueError, match="its queries do not scale with their weights"):
-        QKClip(case.model(implementation), example=case.inputs())
+        QKClip(case.model(case.implementations[0]), example=case.inputs())
