@@ -175,7 +175,8 @@ def _texts(channels: ChannelMap, sizes: Mapping[str, int]) -> Iterator[str]:
     for kind, own in segments:
         _, head, size = own[0]
         letters = "H" if kind in QUERY_KINDS else "G" if kind in KEY_KINDS else "GH"
-        axes = [f"{letter} {size}" for letter in letters if head != NO_HEAD and len(own) == sizes[letter]]
+        by_head = [letter for letter in letters if head != NO_HEAD and len(own) == sizes[letter]]
+        axes = [letter if size == 1 else f"{letter} {size}" for letter in by_head]
         blocks.append(f"{kind}({axes[0]})" if axes else "*" if kind == "*" else f"{kind}({size})")
     yield blocks[0] if len(blocks) == 1 else f"[{' | '.join(blocks)}]"
     for times in (sizes["H"], sizes["G"], *range(2, len(segments))):
