@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import functools
 import inspect
 import sys
 from collections import defaultdict
@@ -13,9 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from families.brute_force import brute_force
+from families.known import known_attention
 from families.zoo import LENGTH, Case
-from lightning_muonclip import QKClip
+from lightning_muonclip import AttentionSpec, QKClip
 from lightning_muonclip.qk_clip import intercept
+from lightning_muonclip.qk_clip.describe.declared import AttentionModules
+from lightning_muonclip.qk_clip.describe.layout import NO_HEAD, layout_kinds, layout_text
+from lightning_muonclip.qk_clip.describe.split import matrix_parts
+from lightning_muonclip.qk_clip.describe.weights import weights_of
 
 TOLERANCE = 1e-4
 CHECKS = ("brute force", "verify", "replay")
@@ -28,47 +33,93 @@ rows: dict[tuple[str, str], Row] = defaultdict(dict)
 OUTPUTS = ("o_proj", "out_proj", "c_proj", "dense", "out_lin", "proj", "o")
 
 
-def note(case: Case, implementation: str, check: str, error: float | str) -> None:
+def note(case: Case, implementation: str, check: str, error: float) -> None:
     row = rows[case.family, implementation]
-    row[check] = error if isinstance(error, str) else max(row.get(check, 0.0), error)
+    row[check] = max(row.get(check, 0.0), error)
 
 
-def clip(case: Case, model: nn.Module, threshold: float | None = None) -> QKClip:
-    return QKClip(model, threshold, qk_norm=case.qk_norm)
+def check_family(case: Case, implementation: str) -> None:
+    """Everything that QK-Clip does with a model, through the attention that it finds in the first forward in training."""
+    model = case.model(implementation)
+    state = State(model)
+    with QKClip(model, 100.0, qk_norm=case.qk_norm) as qk_clip:
+        check_brute_force(case, implementation, qk_clip)
+        check_known(case, qk_clip)
+        if case.cached:
+            check_cache(case, implementation, qk_clip)
+        check_verify(case, implementation, qk_clip)
+        check_replay(case, implementation, qk_clip)
+        assert all(name.startswith("lightning_muonclip.") for name in case.classes) or state.is_patched()
+    state.check()
 
 
-def check_brute_force(case: Case, implementation: str) -> None:
-    """The observed maxima are those of the oracle."""
-    model, truth = case.model(implementation), case.model(case.truth or implementation)
-    names = case.attention(model)
+def check_brute_force(case: Case, implementation: str, qk_clip: QKClip) -> None:
+    """The observed maxima are those of the oracle, and those of the first forward are among them."""
+    for (args, kwargs), expected in zip(case.batches(), true_maxima(case, case.truth or implementation)):
+        qk_clip.discard()
+        qk_clip.model(*args, **kwargs)
+        note(case, implementation, "brute force", deviation(qk_clip.max_logits, expected))
     row = rows[case.family, implementation]
-    with clip(case, model, 100.0) as qk_clip:
-        assert qk_clip.layers == names
-        for args, kwargs in case.batches():
-            qk_clip.discard()
-            model(*args, **kwargs)
-            expected = torch.stack(brute_force(truth, names, case.heads, (args, kwargs), case.queries))
-            note(case, implementation, "brute force", deviation(qk_clip.max_logits, expected))
-        sources = [recorder.source for recorder in qk_clip.observer.recorders]
-        specs = [spec for _, spec in qk_clip.observer.attention.values()]
-    layouts = [p.layout for spec in specs for p in (spec.gains if case.qk_norm == "gain" else spec.projections)]
+    specs = [spec for _, spec in qk_clip.observer.attention.values()]
     row.setdefault("classes", {}).update(dict.fromkeys(case.classes))
-    row.setdefault("layouts", {}).update(dict.fromkeys(layout for layout in layouts if not layout.startswith("*")))
-    row.setdefault("logits from", {}).update(dict.fromkeys(sources))
+    row.setdefault("layouts", {}).update(dict.fromkeys(layout for spec in specs for layout in layouts(spec)))
+    row.setdefault("logits from", {}).update(dict.fromkeys(own.source for own in qk_clip.observer.recorders))
 
 
-def check_cache(case: Case, implementation: str) -> None:
-    """Keys of a cache count, as those of a learned prefix."""
-    model, truth = case.model(implementation), case.model(case.truth or implementation).double()
+@functools.cache
+def true_maxima(case: Case, implementation: str) -> list[Tensor]:
+    """The largest logits of the oracle for every batch, each of shape (layers, heads)."""
+    model = case.model(implementation)
     names = case.attention(model)
+    return [torch.stack(brute_force(model, names, case.heads, own, case.queries)) for own in case.batches()]
+
+
+def layouts(spec: AttentionSpec) -> list[str]:
+    """The layouts of the weights that a clip scales, in words."""
+    scaled = [own for own in spec.gains or spec.projections if layout_kinds(own.layout) != {"*"}]
+    return [own.layout if isinstance(own.layout, str) else layout_text(own.layout, spec.sizes) for own in scaled]
+
+
+def check_known(case: Case, qk_clip: QKClip) -> None:
+    """The layers, and the channels and heads of their weights, are those that are known by name."""
+    known, found = known_attention(qk_clip.model), qk_clip.observer.attention
+    assert qk_clip.layers == list(known) == case.attention(qk_clip.model)
+    assert channels(found) == channels(known)
+    for name, (_, spec) in known.items():
+        own = found[name][1]
+        assert (own.num_heads, own.num_key_value_heads) == (spec.num_heads, spec.num_key_value_heads)
+        assert own.qk_norm == spec.qk_norm
+    if not any(spec.qk_norm for _, spec in known.values()):  # so are those of the values, which Muon splits
+        ours, theirs = (matrix_parts(qk_clip.model, own, "heads") for own in (found, known))
+        assert {id(w): (dim, sorted(map(Tensor.tolist, own))) for w, (dim, own) in ours.items()} == {
+            id(w): (dim, sorted(map(Tensor.tolist, own))) for w, (dim, own) in theirs.items()
+        }
+
+
+def channels(attention: AttentionModules) -> dict[str, list[tuple[tuple[int, ...], list[int], list[int]]]]:
+    """For every parameter that computes queries or keys: its dimensions, and the kind and head of each channel."""
+    found: dict[str, list[Any]] = {}
+    for name, (module, spec) in attention.items():
+        for weight in weights_of(module, name, spec.gains or spec.projections, spec, shared=bool(spec.gains)):
+            is_left = weight.channels.of_kind(("*",))
+            if not is_left.all():
+                heads = weight.channels.heads.masked_fill(is_left, NO_HEAD)
+                path = f"{name}.{weight.path}".lstrip(".")
+                found.setdefault(path, []).append((weight.dims, weight.channels.kinds.tolist(), heads.tolist()))
+    return found
+
+
+def check_cache(case: Case, implementation: str, qk_clip: QKClip) -> None:
+    """Keys of a cache count, as those of a learned prefix."""
+    model, truth = qk_clip.model, case.model(case.truth or implementation).double()
     prefix, rest = case.inputs()[1]["input_ids"].split([4, LENGTH - 4], 1)
     with torch.no_grad():
         cache, true_cache = (either(input_ids=prefix, use_cache=True).past_key_values for either in (model, truth))
     name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-    expected = brute_force(truth, names, case.heads, ((), {"input_ids": rest, name: true_cache}))
-    with clip(case, model) as qk_clip:
-        model(input_ids=rest, **{name: cache})
-        deviation(qk_clip.max_logits, torch.stack(expected))
+    expected = brute_force(truth, qk_clip.layers, case.heads, ((), {"input_ids": rest, name: true_cache}))
+    qk_clip.discard()
+    model(input_ids=rest, **{name: cache})
+    deviation(qk_clip.max_logits, torch.stack(expected))
 
 
 def deviation(found: Tensor, expected: Tensor) -> float:
@@ -79,35 +130,26 @@ def deviation(found: Tensor, expected: Tensor) -> float:
     return float(error.max())
 
 
-def check_verify(case: Case, implementation: str) -> None:
-    """The spec names the right channels."""
-    model = case.model(implementation)
+def check_verify(case: Case, implementation: str, qk_clip: QKClip) -> None:
+    """The experiments find every layer as it was inferred."""
     args, kwargs = case.inputs()
-    with clip(case, model, 100.0) as qk_clip:
-        verification = qk_clip.verify(*args, **kwargs)
-    if case.qk_norm == "monitor":
-        assert set(verification.watched) == set(case.attention(model)) and not verification.checks
-        return note(case, implementation, "verify", "watched")
-    assert {check.layer for check in verification.checks} == set(case.attention(model)) and not verification.watched
-    return note(case, implementation, "verify", max(float(check.errors.max()) for check in verification.checks))
+    verification = qk_clip.verify(*args, **kwargs)
+    assert {check.layer for check in verification.checks} == set(qk_clip.layers) and not verification.watched
+    note(case, implementation, "verify", max(float(check.errors.max()) for check in verification.checks))
 
 
-def check_replay(case: Case, implementation: str) -> None:
+def check_replay(case: Case, implementation: str, qk_clip: QKClip) -> None:
     """After a clip, the same batch has the threshold as its maximum where it was exceeded, and is unchanged elsewhere."""
-    model = case.model(implementation)
+    model = qk_clip.model
     cut_off_outputs(model)
     args, kwargs = case.inputs()
-    before, state = maxima(case, model, args, kwargs), copy.deepcopy(model.state_dict())
-    threshold = between(before)
-    with clip(case, model, threshold) as qk_clip:
-        model(*args, **kwargs)
-        gamma = qk_clip.step().gamma
-        model(*args, **kwargs)
-        after = qk_clip.max_logits
-    if case.qk_norm == "monitor":
-        assert torch.equal(after, before)
-        assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
-        return note(case, implementation, "replay", "watched")
+    qk_clip.discard()
+    model(*args, **kwargs)
+    before = qk_clip.max_logits
+    qk_clip.threshold = threshold = between(before)
+    gamma = qk_clip.step().gamma
+    model(*args, **kwargs)
+    after = qk_clip.max_logits
     if case.shared_gain:
         expected = before * (threshold / before.amax(1, keepdim=True)).clamp(max=1.0)
     else:
@@ -119,32 +161,28 @@ def check_replay(case: Case, implementation: str) -> None:
     assert error.max() < TOLERANCE, f"{after}\n{expected}"
     assert torch.equal(after[untouched], before[untouched])
     assert (after <= threshold * (1 + TOLERANCE)).all()
-    return note(case, implementation, "replay", float(error.max()))
+    note(case, implementation, "replay", float(error.max()))
 
 
-def check_undone(case: Case, implementation: str) -> None:
-    """After close, nothing in torch or in the library's modules and classes is patched, and no hook is left."""
-    model = case.model(implementation)
-    args, kwargs = case.inputs()
-    places = _places(model)
-    before = [dict(place) for place in places]
-    hooks = _hooks(model)
-    with clip(case, model):
-        during = [dict(place) for place in places]
-        model(*args, **kwargs)
-    ours = all(name.startswith("lightning_muonclip.") for name in case.classes)
-    assert ours or any(_differences(a, b) for a, b in zip(before, during))
-    for place, original in zip(places, before):
-        assert not _differences(dict(place), original)
-    assert _hooks(model) == hooks
-    assert not intercept.running
-    assert not hasattr(F.scaled_dot_product_attention, "__wrapped__")
+class State:
+    """Where patches and hooks may be, in torch and in a model's modules and classes."""
 
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.places = _places(model)
+        self.before = [dict(place) for place in self.places]
+        self.hooks = _hooks(model)
 
-def maxima(case: Case, model: nn.Module, args: Any, kwargs: Any) -> Tensor:
-    with clip(case, model) as qk_clip:
-        model(*args, **kwargs)
-        return qk_clip.max_logits
+    def is_patched(self) -> bool:
+        return any(_differences(dict(place), original) for place, original in zip(self.places, self.before))
+
+    def check(self) -> None:
+        """Nothing is patched, and no hook is left."""
+        for place, original in zip(self.places, self.before):
+            assert not _differences(dict(place), original)
+        assert _hooks(self.model) == self.hooks
+        assert not intercept.running
+        assert not hasattr(F.scaled_dot_product_attention, "__wrapped__")
 
 
 def between(maxima: Tensor) -> float:

@@ -1,20 +1,21 @@
-"""The attention classes of other libraries, one row per family.
+"""What is known of the attention of many libraries: an oracle for what QK-Clip infers without a name.
 
-Classes are matched by qualified name, so that no library has to be imported.
+One row a class, by qualified name, so that no library has to be imported.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any
 
+import torch
 from torch import nn
 
+from lightning_muonclip.qk_clip.describe.declared import AttentionModules, SpecFn, is_inside
+from lightning_muonclip.qk_clip.describe.layout import KINDS, ChannelMap
+from lightning_muonclip.qk_clip.describe.names import qualified_name
 from lightning_muonclip.qk_clip.describe.spec import AttentionSpec, Projection
-
-SpecFn = Callable[[Any], AttentionSpec]
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,11 @@ def per_dim(query: str, key: str, offset: float = 0.0) -> tuple[Projection, ...]
     return Projection(query, "q(d)", offset=offset), Projection(key, "k(d)", offset=offset)
 
 
+def all_of(kind: str, head: int, channels: int) -> ChannelMap:
+    """Channels that are all of one head."""
+    return ChannelMap(torch.full((channels,), KINDS.index(kind)), torch.full((channels,), head))
+
+
 def _fused(name: str, layout: str, dim: int = 0) -> tuple[Projection, ...]:
     return (Projection(name, layout, dim),)
 
@@ -91,7 +97,6 @@ _QWEN3 = Family(_QKV, **_GROUPED, gains=per_dim("q_norm", "k_norm"))
 _GEMMA3 = Family(_QKV, **_GROUPED, gains=per_dim("q_norm", "k_norm", offset=1.0))
 _OLMO2 = Family(_QKV, **_GROUPED, gains=(Projection("q_norm", "q(H d)"), Projection("k_norm", "k(G d)")))
 _COHERE = Family(_QKV, **_GROUPED, gains=(Projection("q_norm", "q(H)"), Projection("k_norm", "k(G)")))
-_STABLELM = Family(_QKV, **_GROUPED, gains=per_dim("q_layernorm", "k_layernorm"))  # a norm a head: it has no one gain
 _OPT = Family(_QKV, **_OWN_HEADS)
 _BERT = Family(separate("query", "key", "value"), "num_attention_heads", sizes={"d": "attention_head_size"})
 _DISTILBERT = Family(separate("q_lin", "k_lin", "v_lin"), "n_heads", sizes={"d": "attention_head_size"})
@@ -125,6 +130,17 @@ def _multihead(module: Any) -> AttentionSpec:
     if module.bias_k is not None:
         projections.append(Projection("bias_k", "k(G d)", dim=2))
     return AttentionSpec(tuple(projections), module.num_heads, sizes={"d": module.head_dim})
+
+
+def _stablelm(module: Any) -> AttentionSpec:
+    """A norm for every head."""
+    counts = {"q": module.config.num_attention_heads, "k": module.config.num_key_value_heads}
+    gains = tuple(
+        Projection(f"{kind}_layernorm.norms.{head}", all_of(kind, head, module.head_dim))
+        for kind, count in counts.items()
+        for head in range(count if module.qk_layernorm else 0)
+    )
+    return AttentionSpec(_QKV, counts["q"], counts["k"], {"d": module.head_dim}, gains=gains)
 
 
 def _gpt2(module: Any) -> AttentionSpec:
@@ -208,7 +224,7 @@ FAMILIES: dict[str, SpecFn] = {
         falcon__FalconAttention=_falcon,
         mpt__MptAttention=_MPT,
         starcoder2__Starcoder2Attention=_LLAMA,
-        stablelm__StableLmAttention=_STABLELM,
+        stablelm__StableLmAttention=_stablelm,
         cohere__CohereAttention=_COHERE,
         cohere2__Cohere2Attention=_LLAMA,
         olmo__OlmoAttention=_LLAMA,
@@ -229,3 +245,13 @@ FAMILIES: dict[str, SpecFn] = {
         t5__T5Attention=_T5,
     ),
 }
+
+
+def known_attention(model: nn.Module) -> AttentionModules:
+    """The attention modules of the classes that are known, in ``named_modules`` order, each with its spec."""
+    known = {name: module for name, module in model.named_modules() if qualified_name(type(module)) in FAMILIES}
+    return {
+        name: (module, FAMILIES[qualified_name(type(module))](module))
+        for name, module in known.items()
+        if not any(other != name and is_inside(other, name) for other in known)  # ViTAttention of transformers < 5.9
+    }

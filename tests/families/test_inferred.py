@@ -1,60 +1,51 @@
-"""What is inferred from behavior alone equals what is known of every family by name."""
+"""What is inferred from example inputs, before any forward in training, equals what is known of every family by name."""
 
 from __future__ import annotations
 
-from typing import Any
+import copy
 
 import pytest
 import torch
-from lightning_muonclip.qk_clip.describe.registry import AttentionModules
-from torch import nn
 
-from families.zoo import CASES, CLAMPED, Case, parameters
+from families.checks import check_known, deviation, true_maxima
+from families.zoo import CASES, CLAMPED, LENGTH, Case
 from lightning_muonclip import QKClip
-from lightning_muonclip.qk_clip.describe.layout import NO_HEAD
-from lightning_muonclip.qk_clip.describe.weights import weights_of
-
-#: Families whose gains are known by no name, but found: StableLM has a norm for every head.
-NEW_GAINS = {"StableLM, QK-norm"}
 
 
-def channels(attention: AttentionModules) -> dict[str, list[tuple[tuple[int, ...], list[int], list[int]]]]:
-    """For every parameter that computes queries or keys: its dimensions, and the kind and head of each channel."""
-    found: dict[str, list[Any]] = {}
-    for name, (module, spec) in attention.items():
-        for weight in weights_of(module, name, spec.gains or spec.projections, spec, shared=bool(spec.gains)):
-            is_left = weight.channels.of_kind(("*",))
-            if not is_left.all():
-                heads = weight.channels.heads.masked_fill(is_left, NO_HEAD)
-                path = f"{name}.{weight.path}".lstrip(".")
-                found.setdefault(path, []).append((weight.dims, weight.channels.kinds.tolist(), heads.tolist()))
-    return found
+# One implementation of each: test_families infers from all.
+@pytest.mark.parametrize("case", CASES, ids=[f"{case.family} {case.variant}".strip() for case in CASES])
+def test_the_attention_of_an_example_is_what_is_known_by_name(case: Case) -> None:
+    implementation, (args, kwargs) = case.implementations[0], case.inputs()
+    model = case.model(implementation)
+    state, generator = {name: value.clone() for name, value in model.state_dict().items()}, torch.get_rng_state()
+    with QKClip(model, None, example=(args, kwargs)) as qk_clip:
+        assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+        assert torch.equal(torch.get_rng_state(), generator)
+        assert (qk_clip.max_logits == -torch.inf).all()
+        check_known(case, qk_clip)
+        model(*args, **kwargs)
+        deviation(qk_clip.max_logits, true_maxima(case, case.truth or implementation)[0])
 
 
-def observed(model: nn.Module, inputs: Any, example: Any) -> tuple[AttentionModules, torch.Tensor]:
-    with QKClip(model, None, example=example) as qk_clip:
-        model(*inputs[0], **inputs[1])
-        return qk_clip.observer.attention, qk_clip.max_logits
+@pytest.mark.parametrize("case", CLAMPED, ids=[case.family for case in CLAMPED])
+def test_clamped_projections_do_not_scale(case: Case) -> None:
+    with pytest.raises(ValueError, match="its queries do not scale with their weights"):
+        QKClip(case.model(case.implementations[0]), example=case.inputs())
 
 
-@parameters(CASES)
-def test_the_inferred_channels_are_those_known_by_name(case: Case, implementation: str) -> None:
-    model, inputs = case.model(implementation), case.inputs()
-    known, expected = observed(model, inputs, None)
-    inferred, found = observed(model, inputs, inputs)
-    assert list(inferred) == list(known) == case.attention(model)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    if case.family in NEW_GAINS:
-        assert all(spec.gains for _, spec in inferred.values())
-        return
-    assert channels(inferred) == channels(known)
-    for name, (_, spec) in known.items():
-        own = inferred[name][1]
-        assert (own.num_heads, own.num_key_value_heads) == (spec.num_heads, spec.num_key_value_heads)
-        assert own.qk_norm == spec.qk_norm
-
-
-@parameters(CLAMPED)
-def test_clamped_projections_do_not_scale(case: Case, implementation: str) -> None:
-    with pytest.raises(ValueError, match=r"its queries do not scale with their weights"):
-        QKClip(case.model(implementation), example=case.inputs())
+def test_finding_attention_adds_nothing_to_a_cache_of_keys() -> None:
+    case = next(case for case in CASES if case.family == "Llama")
+    model = case.model("sdpa")
+    prefix, rest = case.inputs()[1]["input_ids"].split([4, LENGTH - 4], 1)
+    with torch.no_grad():
+        cache = model(input_ids=prefix, use_cache=True).past_key_values
+    first, second = copy.deepcopy(cache), copy.deepcopy(cache)
+    with QKClip(model, None, example=((), {"input_ids": rest, "past_key_values": cache})):
+        assert cache.get_seq_length() == 4
+    with QKClip(model, None) as qk_clip:
+        model(input_ids=rest, past_key_values=first)  # in which its attention is found
+        assert first.get_seq_length() == LENGTH
+        found = qk_clip.max_logits
+        qk_clip.discard()
+        model(input_ids=rest, past_key_values=second)
+        assert torch.equal(qk_clip.max_logits, found)

@@ -14,7 +14,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from families.known import known_attention
 from lightning_muonclip import Attention, AttentionMask, MultiheadLatentAttention
+from lightning_muonclip.qk_clip.describe.names import qualified_name
 
 BATCH, LENGTH, WIDTH, HEADS, VOCAB = 2, 10, 32, 4, 32
 IMPLEMENTATIONS = ("sdpa", "eager")
@@ -67,9 +69,8 @@ class Case:
 
     def attention(self, model: nn.Module) -> list[str]:
         """Names of the attention modules."""
-        found = {name: qualified(type(module)) for name, module in model.named_modules()}
-        found = {name: cls for name, cls in found.items() if cls in self.classes}
-        assert set(found.values()) == set(self.classes)
+        found = known_attention(model)
+        assert {qualified_name(type(module)) for module, _ in found.values()} == set(self.classes)
         return list(found)
 
 
@@ -82,10 +83,6 @@ def _make(case: Case, implementation: str) -> nn.Module:
         pytest.skip(f"{package} {metadata.version(package)} builds {case.family} in another way")
     randomize(model)
     return model
-
-
-def qualified(cls: type) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def parameters(cases: Sequence[Case]) -> Any:
@@ -452,7 +449,7 @@ HUGGING_FACE = [
         "StableLm",
         "stablelm.StableLmAttention",
         {**_GROUPED, "qk_layernorm": True},
-        qk_norm="monitor",
+        **_GAIN,
     ),
     hf("Cohere", "Cohere", "cohere.CohereAttention", {**_GROUPED, "attention_bias": True}),
     hf("Cohere, QK-norm", "Cohere", "cohere.CohereAttention", {**_GROUPED, "use_qk_norm": True}, **_GAIN),
@@ -627,7 +624,7 @@ def ours(
     padding = real().bool()
     return Case(
         f"lightning_muonclip {cls.__name__}{norm}",
-        (qualified(cls),),
+        (qualified_name(cls),),
         lambda _: Layers(functools.partial(cls, WIDTH, HEADS, **options)),
         lambda: ((draw(BATCH, LENGTH, WIDTH),), {"mask": AttentionMask(padding=padding)}),
         variant=variant,
@@ -708,5 +705,5 @@ TIMM = [
 
 CASES = [*OURS, *TORCH, *HUGGING_FACE, *LITGPT, *TIMM]
 
-#: Classes of the registry that the newest releases do not have.
+#: Known classes that the newest releases do not have.
 OF_OLDER_RELEASES = {"transformers.models.vit.modeling_vit.ViTSelfAttention": "transformers < 5.9"}

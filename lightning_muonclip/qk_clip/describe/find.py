@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from lightning_muonclip.qk_clip.describe.describe import Found, describe
 from lightning_muonclip.qk_clip.describe.gate import gate
-from lightning_muonclip.qk_clip.describe.isolate import apart, undisturbed
+from lightning_muonclip.qk_clip.describe.isolate import DetachedCopies, apart, undisturbed
 from lightning_muonclip.qk_clip.describe.layout import ChannelMap, layout_kinds
 from lightning_muonclip.qk_clip.describe.spec import AttentionSpec, HeadAxis, Projection
-from lightning_muonclip.qk_clip.describe.survey import Frame, Survey
+from lightning_muonclip.qk_clip.describe.survey import Frame, Survey, kept
 
 #: Positional and keyword arguments of a model.
 Example = tuple[Sequence[Any], Mapping[str, Any]]
@@ -39,14 +40,15 @@ def find_attention(
         raise ValueError(
             f"example must be a pair (args, kwargs) of the model's arguments; got {type(example).__name__}"
         )
-    args, kwargs = example
+    with DetachedCopies():  # a survey must not write to a cache of keys
+        args, kwargs = tree_map(kept, example)
     with apart(model):
         with undisturbed(model), torch.no_grad(), Survey(model) as survey:
             model(*args, **kwargs)
         calls = [stack for stack in survey.calls if not any(frame.module in known for frame in stack)]
         found = describe(calls)
         if found:
-            gate(Frame("", model, args, kwargs), found)
+            gate(Frame("", model, *example), found)
     return found, survey.modules
 
 

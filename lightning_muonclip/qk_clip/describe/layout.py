@@ -22,7 +22,7 @@ import contextlib
 import itertools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -142,34 +142,51 @@ def layout_text(channels: ChannelMap, sizes: Mapping[str, int]) -> str:
         sizes: The numbers of query heads ``H`` and key heads ``G``.
 
     Example:
-        >>> layout_text(compile_layout("[q(H 2) | k(G 2) | *]", 14, {"H": 4, "G": 2}), {"H": 4, "G": 2})
+        >>> sizes = {"H": 4, "G": 2}
+        >>> layout_text(compile_layout("[q(H 2) | k(G 2) | *]", 14, sizes), sizes)
         '[q(H 2) | k(G 2) | *]'
     """
     is_left = channels.of_kind(("*",))
-    pairs = zip(channels.kinds.tolist(), channels.heads.masked_fill(is_left, NO_HEAD).tolist())
-    runs = [(KINDS[kind], len(list(run))) for (kind, _), run in itertools.groupby(pairs)]
-    segments = [(kind, list(own)) for kind, own in itertools.groupby(runs, key=lambda run: run[0])]
+    is_shared = bool((channels.heads[~is_left] == NO_HEAD).all())
+    # Better without the heads of what is not scaled than with no text.
+    for own in (channels, ChannelMap(channels.kinds, channels.heads.masked_fill(is_left, NO_HEAD))):
+        has_head = ~is_left | (own.heads != NO_HEAD)
+        for text in _texts(own, sizes):
+            with contextlib.suppress(ValueError):
+                compiled = compile_layout(text, len(own.kinds), sizes, shared=is_shared)
+                is_same = (compiled.kinds == own.kinds) & ((compiled.heads == own.heads) | ~has_head)
+                if bool(is_same.all()):
+                    return text
+    runs = _runs(channels)
+    kind, head, size = runs[0]
+    return f"{kind}({size}) of head {head}" if len(runs) == 1 else f"{len(runs)} runs of channels"
+
+
+def _runs(channels: ChannelMap) -> list[tuple[str, int, int]]:
+    """The kind, the head and the number of channels that follow one another."""
+    pairs = itertools.groupby(zip(channels.kinds.tolist(), channels.heads.tolist()))
+    return [(KINDS[kind], head, len(list(run))) for (kind, head), run in pairs]
+
+
+def _texts(channels: ChannelMap, sizes: Mapping[str, int]) -> Iterator[str]:
+    """Layouts that may compile to these channels."""
+    segments = [(kind, list(own)) for kind, own in itertools.groupby(_runs(channels), key=lambda run: run[0])]
     blocks = []
     for kind, own in segments:
-        letter = "G" if kind in KEY_KINDS else "H"
-        is_by_head = kind != "*" and len(own) == sizes[letter]
-        blocks.append(f"{kind}({letter} {own[0][1]})" if is_by_head else f"{kind}({own[0][1]})" if kind != "*" else "*")
-    texts = [blocks[0] if len(blocks) == 1 else f"[{' | '.join(blocks)}]"]
-    for letter in ("H", "G"):
-        if len(runs) % sizes[letter] == 0:
-            period = itertools.groupby(runs[: len(runs) // sizes[letter]], key=lambda run: run[0])
-            share = sizes["H"] // sizes["G"] if letter == "G" else 1  # queries of one key head
-            lengths = [(kind, sum(size for _, size in own)) for kind, own in period]
-            pieces = [f"{k}:r·{n // share}" if share > 1 and k in QUERY_KINDS else f"{k}:{n}" for k, n in lengths]
-            texts.append(f"({letter} [{', '.join(pieces)}])")
-    shared = bool((channels.heads[~is_left] == NO_HEAD).all())
-    for text in texts:
-        with contextlib.suppress(ValueError):
-            compiled = compile_layout(text, len(channels.kinds), sizes, shared=shared)
-            is_same = (compiled.kinds == channels.kinds) & (is_left | (compiled.heads == channels.heads))
-            if bool(is_same.all()):
-                return text
-    return f"{len(runs)} runs of channels"
+        _, head, size = own[0]
+        letters = "H" if kind in QUERY_KINDS else "G" if kind in KEY_KINDS else "GH"
+        by_head = [letter for letter in letters if head != NO_HEAD and len(own) == sizes[letter]]
+        axes = [letter if size == 1 else f"{letter} {size}" for letter in by_head]
+        blocks.append(f"{kind}({axes[0]})" if axes else "*" if kind == "*" else f"{kind}({size})")
+    yield blocks[0] if len(blocks) == 1 else f"[{' | '.join(blocks)}]"
+    for times in (sizes["H"], sizes["G"], *range(2, len(segments))):
+        if len(segments) % times == 0:
+            axis = next((letter for letter in ("H", "G") if sizes[letter] == times), str(times))
+            pieces = []
+            for kind, own in segments[: len(segments) // times]:
+                share = "r" if axis == "G" and len(own) * times == sizes["H"] else str(len(own))
+                pieces.append(f"{kind}:{own[0][2]}" if len(own) == 1 else f"{kind}:{share}·{own[0][2]}")
+            yield f"({axis} [{', '.join(pieces)}])"
 
 
 def split_channels(channels: ChannelMap, split: str) -> list[Tensor]:

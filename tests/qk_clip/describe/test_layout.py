@@ -14,9 +14,11 @@ from lightning_muonclip.qk_clip.describe.layout import (
     NO_HEAD,
     SPLITS,
     Block,
+    ChannelMap,
     Piece,
     compile_layout,
     layout_kinds,
+    layout_text,
     parse_layout,
     split_channels,
 )
@@ -323,3 +325,32 @@ def test_a_fused_weight_is_scaled_as_its_parts_are(order: tuple[Any, ...]) -> No
     parts["q"][D : 2 * D] *= 0.5
     parts["k"][3 * D :] *= 0.25
     assert torch.equal(fused, torch.cat([parts[name] for name in order]))
+
+
+@pytest.mark.parametrize(
+    ("text", "channels"),
+    [
+        ("q(H 3)", 24),
+        ("q(H)", 8),
+        ("*(G 3)", 12),
+        ("*", 7),
+        ("[q(H 2) | k(G 2) | *]", 29),
+        ("[q(H 2) | k(G 2) | *(G 2)]", 32),
+        ("[* | q(H 2) | *(H 2)]", 37),
+        ("(H [qn:8, qr:4])", 96),
+        ("(H [q:2, *:3])", 40),
+        ("(G [q:r·3, k:3, *:3])", 48),
+        ("(2 [q:4·3, *:4·3, k:2·3])", 60),
+    ],
+)
+def test_channels_are_put_into_the_words_that_made_them(text: str, channels: int) -> None:
+    sizes = {"H": 8, "G": 4, "r": 2}
+    assert layout_text(compile_layout(text, channels, sizes), sizes) == text
+
+
+def test_channels_without_a_layout_are_told_by_their_runs() -> None:
+    sizes = {"H": 4, "G": 4}
+    assert layout_text(compile_layout("q(d)", 3, {**sizes, "d": 3}, shared=True), sizes) == "q(3)"
+    assert layout_text(ChannelMap(torch.zeros(5, dtype=torch.int64), torch.full((5,), 2)), sizes) == "q(5) of head 2"
+    odd = torch.tensor([0, 0, 1, 3, 2])
+    assert layout_text(ChannelMap(torch.zeros(5, dtype=torch.int64), odd), sizes) == "4 runs of channels"

@@ -7,14 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from lightning_muonclip.qk_clip.describe.registry import recognise
 from oracles import SdpaAttention
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2Model
 from transformers.pytorch_utils import Conv1D
 
 from lightning_muonclip import AttentionSpec, MultiheadLatentAttention, Muon, MuonClip, MuonClipCallback, Projection
+from lightning_muonclip.qk_clip.describe.declared import AttentionModules, declared_attention
 from lightning_muonclip.qk_clip.describe.split import matrix_parts
+from lightning_muonclip.qk_clip.observe.observer import Observer
 
 HEADS, GROUPS, DIM, HIDDEN = 4, 2, 3, 10
 QUERIES, KEYS = HEADS * DIM, GROUPS * DIM
@@ -48,6 +49,13 @@ class Fused(nn.Module):
         self.qkv = nn.Parameter(weight.clone())
 
 
+def found(model: nn.Module, *args: Any) -> AttentionModules:
+    """The attention that a model computes on these inputs."""
+    observer = Observer(model, example=(args, {}))
+    observer.close()
+    return observer.attention
+
+
 def step(params: list[nn.Parameter], grads: list[Tensor], **options: Any) -> None:
     optimizer = Muon(params, lr=0.1, dtype=torch.float32, **options)
     for _ in range(2):
@@ -77,13 +85,13 @@ def test_a_fused_weight_is_stepped_as_its_unfused_twin(
     parts = matrix_parts(model, {"": (model, spec)}, split)
     grad = slopes[order].T.contiguous() if transposed else slopes[order]
     step([model.qkv], [grad], adjust_lr_fn=adjust_lr_fn, parts=parts)
-    found = model.qkv.detach().T if transposed else model.qkv.detach()
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    stepped = model.qkv.detach().T if transposed else model.qkv.detach()
+    torch.testing.assert_close(stepped, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_separate_projections_are_left_whole_unless_every_head_is_asked_for() -> None:
     module = SdpaAttention(HEADS * DIM, HEADS, GROUPS)
-    attention, _ = recognise(module)
+    attention = found(module, torch.randn(2, 5, HEADS * DIM))
     assert matrix_parts(module, attention, "qkv") == {}
     parts = matrix_parts(module, attention, "heads")
     counts = {name: len(parts[p][1]) for name, p in module.named_parameters() if p in parts}
@@ -92,7 +100,7 @@ def test_separate_projections_are_left_whole_unless_every_head_is_asked_for() ->
 
 def test_latent_attention_is_split_into_keys_and_values_but_not_by_rotation() -> None:
     module = MultiheadLatentAttention(16, 2, kv_lora_rank=4, qk_nope_head_dim=4, qk_rope_head_dim=2, v_head_dim=6)
-    attention, _ = recognise(module)
+    attention = declared_attention(module)
     sizes = {
         split: {name: [len(part) for part in parts[p][1]] for name, p in module.named_parameters() if p in parts}
         for split in ("none", "qkv", "heads")
@@ -107,7 +115,7 @@ def test_latent_attention_is_split_into_keys_and_values_but_not_by_rotation() ->
 
 def test_a_transposed_weight_is_scaled_by_its_own_fan_out() -> None:
     model = GPT2Model(GPT2Config(vocab_size=8, n_embd=8, n_layer=2, n_head=2, n_positions=8))
-    attention, _ = recognise(model)
+    attention = found(model, torch.arange(8)[None])
     parts = matrix_parts(model, attention, "qkv")
     for module in model.modules():
         if isinstance(module, Conv1D):
@@ -126,7 +134,7 @@ def test_a_transposed_weight_is_scaled_by_its_own_fan_out() -> None:
 
 def test_weights_with_the_same_parts_are_stacked_and_a_copy_of_the_optimizer_goes_on() -> None:
     model = GPT2Model(GPT2Config(vocab_size=8, n_embd=8, n_layer=3, n_head=2, n_positions=8))
-    attention, _ = recognise(model)
+    attention = found(model, torch.arange(8)[None])
     weights = [block.attn.c_attn.weight for block in model.h]
     optimizer = Muon(weights, lr=0.1, parts=matrix_parts(model, attention, "qkv"))
     assert len({id(optimizer._matrix_step.parts[w]) for w in weights}) == 1
