@@ -18,6 +18,7 @@ from lightning_muonclip.qk_clip.rule import SHARED_KEYS
 ALPHAS = [0.0, 0.25, 1.0]
 LATENT = {"kv_lora_rank": 8, "qk_nope_head_dim": 4, "qk_rope_head_dim": 2, "v_head_dim": 6}
 EXAMPLE: Any = ((torch.randn(2, 5, 16),), {})
+SEPARATE = Projection("q_proj", "q(H d)"), Projection("k_proj", "k(G d)")
 every_policy = pytest.mark.parametrize("shared_keys", SHARED_KEYS)
 every_alpha = pytest.mark.parametrize("alpha", ALPHAS)
 
@@ -226,12 +227,13 @@ def test_a_tied_weight_keeps_the_biases_that_are_not_tied_in_step() -> None:
     module, x = make("mha"), torch.randn(3, 9, 16)
     module.k_proj.weight = module.q_proj.weight
     old = true_maxima(module, x)
-    with QKClip(module, between(old), alpha=0.2) as qk_clip:
+    specs = {"": AttentionSpec(SEPARATE, 4, sizes={"d": 4})}
+    with QKClip(module, between(old), alpha=0.2, specs=specs) as qk_clip:
         module(x)
         assert qk_clip.step().clipped_heads == 2
     close(true_maxima(module, x), old.clamp(max=qk_clip.threshold))
     module.k_proj.bias.requires_grad_(False)
-    with QKClip(module, 1.0, example=EXAMPLE) as qk_clip:
+    with QKClip(module, 1.0, specs=specs) as qk_clip:
         assert qk_clip.summary().endswith("watched (not trained)")
 
 
@@ -276,15 +278,29 @@ def _tied_in_itself(model: Residual) -> None:
     model.layers[1].k_proj = model.layers[0].q_proj
 
 
+class Beside(Residual):
+    """Every layer attends to the same."""
+
+    def forward(self, x: Tensor) -> Any:
+        return [layer(x) for layer in self.layers]
+
+
+def described(layer: Any) -> AttentionSpec:
+    return AttentionSpec(SEPARATE, layer.num_heads, layer.num_kv_heads, {"d": layer.dim})
+
+
 @pytest.mark.parametrize("tie", [_other_heads, _other_queries, _queries_as_keys, _frozen_here, _tied_in_itself])
 def test_a_tie_that_no_factor_fits_is_refused(tie: Callable[[Residual], None]) -> None:
-    model = Residual(make("mha"), make("mha"))
+    model = Beside(make("mha"), make("mha"))
     tie(model)
+    specs = {f"layers.{i}": described(layer) for i, layer in enumerate(model.layers)}
     with pytest.raises(
         ValueError, match=r"attention 'layers.1' and 'layers.0' share [qk]_proj.weight.*'layers.1': None"
     ):
+        QKClip(model, alpha=0.25, specs=specs)
+    with pytest.raises(ValueError, match=r"attention 'layers.1'[\s\S]*layers.0[\s\S]*specs={'layers.1': None}"):
         QKClip(model, alpha=0.25, example=EXAMPLE)
-    with QKClip(model, specs={"layers.1": None}, example=EXAMPLE) as qk_clip:
+    with QKClip(model, specs={"layers.1": None, "layers.0": specs["layers.0"]}) as qk_clip:
         assert qk_clip.layers == ["layers.0"]
     QKClip(model, threshold=None, example=EXAMPLE).close()
 
@@ -292,11 +308,12 @@ def test_a_tie_that_no_factor_fits_is_refused(tie: Callable[[Residual], None]) -
 def test_a_weight_whose_heads_two_layers_lay_out_differently_is_refused() -> None:
     model = Residual(make("mha"), make("mha"))
     model.layers[1].k_proj = model.layers[0].k_proj
-    projections = Projection("q_proj", "q(H d)"), Projection("k_proj", "k(d G)")
+    other = SEPARATE[0], Projection("k_proj", "k(d G)")
+    specs = {"layers.0": described(model.layers[0]), "layers.1": AttentionSpec(other, 4, sizes={"d": 4})}
     with pytest.raises(
         ValueError, match=r"'layers.1' and 'layers.0' share k_proj.weight, but use it as different heads"
     ):
-        QKClip(model, specs={"layers.1": AttentionSpec(projections, 4, sizes={"d": 4})}, example=EXAMPLE)
+        QKClip(model, specs=specs)
 
 
 def test_one_weight_as_different_heads_of_one_layer_is_refused() -> None:
