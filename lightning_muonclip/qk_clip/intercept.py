@@ -290,21 +290,6 @@ def _patch_flex(original: Callable[..., Any]) -> Callable[..., Any]:
     return flex_attention
 
 
-def patch_method(read: Callable[..., Logits | None], original: Callable[..., Any]) -> Callable[..., Any]:
-    """Patches a method that attends; ``read`` takes its arguments and returns the logits, or ``None`` to skip the call."""
-
-    @functools.wraps(original)
-    def method(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        listener = _listener()
-        logits = None if listener is None else read(module, *args, **kwargs)
-        if listener is None or logits is None:
-            return original(module, *args, **kwargs)
-        listener.measure(f"{type(module).__name__}.{original.__name__}", logits)
-        return unrecorded(original, module, *args, **kwargs)
-
-    return method
-
-
 def _patch_eager(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def eager_attention_forward(

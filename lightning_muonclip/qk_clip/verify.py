@@ -156,6 +156,7 @@ class _Laboratory:
         for param in (self._param(weight) for weight in weights if weight.offset):
             param.copy_((16 * param).round() / 16)  # half of (w + offset) is exact in every dtype
         self.observer = Observer(self.module, {"": self.spec})
+        self.observer.recorders[0].name = self.name  # for messages
         try:
             return list(self._experiments(weights))
         finally:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from oracles import INF, brute_max_logits, causal, enlarge
+from oracles import brute_max_logits, causal, enlarge
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import flex_attention
 from transformers import BloomConfig, BloomModel, GPTJConfig, GPTJModel, LlamaConfig, LlamaModel
@@ -72,7 +72,7 @@ def plain_attention(
         attention_mask = causal(query.shape[2])[None, None]
     if isinstance(attention_mask, Tensor) and attention_mask.ndim == 4:
         if attention_mask.dtype is torch.bool:
-            attention_mask = additive(attention_mask, -INF)
+            attention_mask = additive(attention_mask, torch.finfo(logits.dtype).min)
         logits = logits + attention_mask
     return (logits.softmax(-1) @ value).transpose(1, 2).contiguous(), None
 

@@ -17,6 +17,8 @@ from lightning_muonclip.qk_clip.rule import SHARED_KEYS
 
 ALPHAS = [0.0, 0.25, 1.0]
 LATENT = {"kv_lora_rank": 8, "qk_nope_head_dim": 4, "qk_rope_head_dim": 2, "v_head_dim": 6}
+EXAMPLE: Any = ((torch.randn(2, 5, 16),), {})
+SEPARATE = Projection("q_proj", "q(H d)"), Projection("k_proj", "k(G d)")
 every_policy = pytest.mark.parametrize("shared_keys", SHARED_KEYS)
 every_alpha = pytest.mark.parametrize("alpha", ALPHAS)
 
@@ -81,8 +83,8 @@ def test_what_is_trained_takes_all_of_gamma(kind: str, frozen: str, alpha: float
     before, old = snapshot(module), true_maxima(module, x)
     threshold = between(old)
     with QKClip(module, threshold, alpha, shared_keys=shared_keys) as qk_clip:
-        assert qk_clip.summary().splitlines()[1].endswith(side)
         module(x)
+        assert qk_clip.summary().splitlines()[1].endswith(side)
         result = qk_clip.step()
     gamma = [threshold / s if s > threshold else 1.0 for s in old.tolist()]
     groups = module.k_proj.out_features // 4
@@ -168,7 +170,7 @@ def test_a_key_weight_of_two_layers_is_scaled_once_for_the_largest_logit_of_both
     model.layers[2].k_proj = model.layers[0].k_proj
     before = [snapshot(layer) for layer in model.layers]
     maxima = [[4.0, 1.0, 9.0, 1.0], [16.0, 1.0, 1.0, 1.0], [1.0, 25.0, 4.0, 1.0]]
-    with QKClip(model, threshold=1.0, alpha=alpha) as qk_clip:
+    with QKClip(model, threshold=1.0, alpha=alpha, example=((x,), {})) as qk_clip:
         result = qk_clip.step(maxima)
         assert len(qk_clip.params) == 2 + 4 + 4
         assert (qk_clip.clips == (result.gamma < 1)).all()
@@ -180,7 +182,7 @@ def test_a_key_weight_of_two_layers_is_scaled_once_for_the_largest_logit_of_both
     x = torch.randn(3, 9, 16)
     old = [true_maxima(layer, x) for layer in model.layers]
     threshold = between(torch.cat([old[0], old[2]]))
-    with QKClip(model, threshold, alpha) as qk_clip:
+    with QKClip(model, threshold, alpha, example=((x,), {})) as qk_clip:
         for layer in model.layers:
             layer(x)
         qk_clip.step()
@@ -194,12 +196,12 @@ def test_a_chain_of_ties_is_one() -> None:
     model = Residual(*(make("mha") for _ in range(4)))
     model.layers[1].k_proj = model.layers[0].k_proj
     model.layers[3].q_proj = model.layers[1].q_proj
-    with QKClip(model, threshold=1.0) as qk_clip:
+    with QKClip(model, threshold=1.0, example=EXAMPLE) as qk_clip:
         result = qk_clip.step([[1.0] * 4, [1.0] * 4, [1.0] * 4, [4.0] * 4])
     assert result.gamma.tolist() == [[0.25] * 4, [0.25] * 4, [1.0] * 4, [0.25] * 4]
     model = Residual(*(make("mha") for _ in range(4)))
     model.layers[3].k_proj, model.layers[3].q_proj = model.layers[0].k_proj, model.layers[2].q_proj
-    with QKClip(model, threshold=1.0) as qk_clip:
+    with QKClip(model, threshold=1.0, example=EXAMPLE) as qk_clip:
         result = qk_clip.step([[4.0] * 4, [1.0] * 4, [1.0] * 4, [1.0] * 4])
     assert result.gamma.tolist() == [[0.25] * 4, [1.0] * 4, [0.25] * 4, [0.25] * 4]
 
@@ -213,8 +215,8 @@ def test_a_weight_that_makes_queries_and_keys_takes_half_of_gamma(kind: str, alp
     before, old = snapshot(module), true_maxima(module, x)
     threshold = between(old)
     with QKClip(module, threshold, alpha) as qk_clip:
-        assert qk_clip.summary().endswith("q and k")
         module(x)
+        assert qk_clip.summary().endswith("q and k")
         assert qk_clip.step().clipped_heads == 2
     close(true_maxima(module, x), old.clamp(max=threshold))
     gamma = old.clamp(min=threshold).reciprocal() * threshold
@@ -225,12 +227,13 @@ def test_a_tied_weight_keeps_the_biases_that_are_not_tied_in_step() -> None:
     module, x = make("mha"), torch.randn(3, 9, 16)
     module.k_proj.weight = module.q_proj.weight
     old = true_maxima(module, x)
-    with QKClip(module, between(old), alpha=0.2) as qk_clip:
+    specs = {"": AttentionSpec(SEPARATE, 4, sizes={"d": 4})}
+    with QKClip(module, between(old), alpha=0.2, specs=specs) as qk_clip:
         module(x)
         assert qk_clip.step().clipped_heads == 2
     close(true_maxima(module, x), old.clamp(max=qk_clip.threshold))
     module.k_proj.bias.requires_grad_(False)
-    with QKClip(module, 1.0) as qk_clip:
+    with QKClip(module, 1.0, specs=specs) as qk_clip:
         assert qk_clip.summary().endswith("watched (not trained)")
 
 
@@ -275,27 +278,42 @@ def _tied_in_itself(model: Residual) -> None:
     model.layers[1].k_proj = model.layers[0].q_proj
 
 
+class Beside(Residual):
+    """Every layer attends to the same."""
+
+    def forward(self, x: Tensor) -> Any:
+        return [layer(x) for layer in self.layers]
+
+
+def described(layer: Any) -> AttentionSpec:
+    return AttentionSpec(SEPARATE, layer.num_heads, layer.num_kv_heads, {"d": layer.dim})
+
+
 @pytest.mark.parametrize("tie", [_other_heads, _other_queries, _queries_as_keys, _frozen_here, _tied_in_itself])
 def test_a_tie_that_no_factor_fits_is_refused(tie: Callable[[Residual], None]) -> None:
-    model = Residual(make("mha"), make("mha"))
+    model = Beside(make("mha"), make("mha"))
     tie(model)
+    specs = {f"layers.{i}": described(layer) for i, layer in enumerate(model.layers)}
     with pytest.raises(
         ValueError, match=r"attention 'layers.1' and 'layers.0' share [qk]_proj.weight.*'layers.1': None"
     ):
-        QKClip(model, alpha=0.25)
-    with QKClip(model, specs={"layers.1": None}) as qk_clip:
+        QKClip(model, alpha=0.25, specs=specs)
+    with pytest.raises(ValueError, match=r"attention 'layers.1'[\s\S]*layers.0[\s\S]*specs={'layers.1': None}"):
+        QKClip(model, alpha=0.25, example=EXAMPLE)
+    with QKClip(model, specs={"layers.1": None, "layers.0": specs["layers.0"]}) as qk_clip:
         assert qk_clip.layers == ["layers.0"]
-    QKClip(model, threshold=None).close()
+    QKClip(model, threshold=None, example=EXAMPLE).close()
 
 
 def test_a_weight_whose_heads_two_layers_lay_out_differently_is_refused() -> None:
     model = Residual(make("mha"), make("mha"))
     model.layers[1].k_proj = model.layers[0].k_proj
-    projections = Projection("q_proj", "q(H d)"), Projection("k_proj", "k(d G)")
+    other = SEPARATE[0], Projection("k_proj", "k(d G)")
+    specs = {"layers.0": described(model.layers[0]), "layers.1": AttentionSpec(other, 4, sizes={"d": 4})}
     with pytest.raises(
         ValueError, match=r"'layers.1' and 'layers.0' share k_proj.weight, but use it as different heads"
     ):
-        QKClip(model, specs={"layers.1": AttentionSpec(projections, 4, sizes={"d": 4})})
+        QKClip(model, specs=specs)
 
 
 def test_one_weight_as_different_heads_of_one_layer_is_refused() -> None:

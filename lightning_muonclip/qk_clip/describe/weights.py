@@ -51,8 +51,13 @@ class Weight:
 
 
 def is_adapted(module: nn.Module, projection: Projection) -> bool:
-    """Whether a projection is wrapped in an adapter, such as peft's LoRA."""
-    return hasattr(_child(module, projection), "base_layer")
+    """Whether a projection is wrapped in an adapter, such as peft's LoRA, or part of one."""
+    child: Any = module
+    for name in projection.name.split("."):
+        child = getattr(child, name, None)
+        if _is_adapter(child):
+            return True
+    return False
 
 
 def weights_of(
@@ -92,7 +97,7 @@ def query_weight(module: nn.Module, spec: AttentionSpec) -> tuple[Tensor | None,
         if layout_kinds(projection.layout) & set(QUERY_KINDS):
             child = _child(module, projection)
             weight = projection.name if child is None else f"{projection.name}.weight"
-            if is_adapted(module, projection):
+            if _is_adapter(child):
                 weight = f"{projection.name}.base_layer.weight"
             return dict(module.named_parameters()).get(weight), projection.dims
     return None, ()
@@ -151,13 +156,17 @@ def _child(module: nn.Module, projection: Projection) -> Any:
         return None
 
 
+def _is_adapter(child: Any) -> bool:
+    return hasattr(child, "base_layer")
+
+
 def _paths(module: nn.Module, name: str, projection: Projection) -> list[tuple[str, tuple[int, ...], float]]:
     """Path, output dimensions and offset of every parameter of a projection; a bias follows its weight."""
     child = _child(module, projection)
     if child is None:
         return [(projection.name, projection.dims, projection.offset)]
     base, adapters = projection.name, {}
-    if is_adapted(module, projection):
+    if _is_adapter(child):
         base, adapters = f"{projection.name}.base_layer", dict(getattr(child, "lora_B", {}))
         is_plain = adapters and all(isinstance(adapter, nn.Linear) for adapter in adapters.values())
         if not is_plain or len(getattr(child, "lora_magnitude_vector", ())):

@@ -41,6 +41,15 @@ def gpt2() -> GPT2LMHeadModel:
     return model
 
 
+SEPARATE = Projection("q_proj", "q(H d)"), Projection("k_proj", "k(G d)")
+LLAMA_SPECS = {
+    f"base_model.model.model.layers.{i}.self_attn": AttentionSpec(SEPARATE, 4, 2, {"d": 4}) for i in range(2)
+}
+
+
+SPEC = AttentionSpec(SEPARATE, 4, sizes={"d": 4})
+
+
 def adapted(model: nn.Module, targets: list[str], names: tuple[str, ...] = ("default",), **options: Any) -> Any:
     """A model with adapters that are not zero, all of them active."""
     found = None
@@ -92,7 +101,7 @@ def test_adapted_layers_are_only_watched_by_default() -> None:
     for param in model.base_model.model.model.layers[0].parameters():
         param.requires_grad_(True)
     before = snapshot(model)
-    with QKClip(model, threshold=1e-3) as qk_clip:
+    with QKClip(model, threshold=1e-3, example=((tokens(),), {})) as qk_clip:
         lines = qk_clip.summary().splitlines()
         assert lines[1].endswith("q and k") and lines[2].endswith("watched (adapted by LoRA)")
         found = qk_clip.verify(tokens())
@@ -111,12 +120,13 @@ def test_adapted_values_do_not_matter() -> None:
     for name, param in model.named_parameters():
         if "q_proj" in name or "k_proj" in name:
             param.requires_grad_(True)
-    with QKClip(model) as qk_clip:
-        assert all(line.endswith("q and k") for line in qk_clip.summary().splitlines()[1:])
+    with QKClip(model, example=((tokens(),), {})) as qk_clip:
+        assert all(side == "q and k" for side in qk_clip.sides.values())
         assert len(qk_clip.params) == 4
 
 
 @needs_peft
+@pytest.mark.parametrize("described", [False, True])
 @pytest.mark.parametrize("shared_keys", ["query", "compensate"])
 @pytest.mark.parametrize(
     ("names", "options"),
@@ -130,7 +140,7 @@ def test_adapted_values_do_not_matter() -> None:
 )
 @pytest.mark.parametrize("attention_bias", [False, True])
 def test_scaled_with_its_adapters_a_replay_has_the_threshold(
-    attention_bias: bool, names: tuple[str, ...], options: dict[str, Any], shared_keys: str
+    attention_bias: bool, names: tuple[str, ...], options: dict[str, Any], shared_keys: str, described: bool
 ) -> None:
     base = llama(attention_bias or "lora_bias" in options)
     model, x = adapted(base, ["q_proj", "k_proj"], names, **options), tokens()
@@ -141,9 +151,10 @@ def test_scaled_with_its_adapters_a_replay_has_the_threshold(
         model(x)
         maxima = watcher.max_logits
     threshold = between(maxima[0])
-    with QKClip(model, threshold, alpha=0.25, shared_keys=shared_keys, lora="scale") as qk_clip:
-        assert all(line.endswith("q and k") for line in qk_clip.summary().splitlines()[1:])
+    options = {"shared_keys": shared_keys, "lora": "scale", "specs": LLAMA_SPECS if described else None}
+    with QKClip(model, threshold, alpha=0.25, **options) as qk_clip:
         qk_clip.verify(x)
+        assert qk_clip.layers and all(side == "q and k" for side in qk_clip.sides.values())
         model(x)
         gamma = qk_clip.step().gamma[0].double()
         assert (gamma < 1).sum() == 2
@@ -189,8 +200,8 @@ def test_transposed_weights_of_gpt2_are_scaled_with_their_adapters() -> None:
 @needs_peft
 def test_where_only_queries_are_adapted_and_keys_are_frozen_queries_take_all() -> None:
     model, x = adapted(llama(), ["q_proj"]), tokens()
-    with QKClip(model, 1e-2, alpha=0.25, lora="scale") as qk_clip:
-        assert all(line.endswith(" q") for line in qk_clip.summary().splitlines()[1:])
+    with QKClip(model, 1e-2, alpha=0.25, lora="scale", example=((x,), {})) as qk_clip:
+        assert set(qk_clip.sides.values()) == {"q"}
         assert len(qk_clip.params) == 2 * 2
         model(x)
         maxima = qk_clip.step().max_logits
@@ -198,26 +209,57 @@ def test_where_only_queries_are_adapted_and_keys_are_frozen_queries_take_all() -
         close(qk_clip.max_logits[0], maxima[0].clamp(max=1e-2), rtol=1e-3)
 
 
+ADAPTERS: dict[str, tuple[str, Callable[[], Any]]] = {
+    "dora": ("DoRA", lambda: peft.LoraConfig(target_modules=["q_proj"], use_dora=True)),
+    "loha": ("peft.tuners.loha.layer.Linear", lambda: peft.LoHaConfig(target_modules=["q_proj"])),
+    "ia3": (
+        "peft.tuners.ia3.layer.Linear",
+        lambda: peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]),
+    ),
+    "adalora": (
+        "peft.tuners.adalora.layer.SVDLinear",
+        lambda: peft.AdaLoraConfig(target_modules=["q_proj"], total_step=9),
+    ),
+}
+
+
+def with_adapter(kind: str) -> Any:
+    model = peft.get_peft_model(llama(), ADAPTERS[kind][1]()).train()
+    with torch.no_grad():
+        for param in model.parameters():
+            if param.requires_grad:  # many start at zero
+                param.add_(torch.randn_like(param) * 0.1)
+    return model
+
+
 @needs_peft
-@pytest.mark.parametrize(
-    ("config", "kind"),
-    [
-        (lambda: peft.LoraConfig(target_modules=["q_proj"], use_dora=True), "DoRA"),
-        (lambda: peft.LoHaConfig(target_modules=["q_proj"]), "peft.tuners.loha.layer.Linear"),
-        (lambda: peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]), "peft.tuners.ia3.layer.Linear"),
-        (lambda: peft.AdaLoraConfig(target_modules=["q_proj"], total_step=9), "peft.tuners.adalora.layer.SVDLinear"),
-    ],
-    ids=["dora", "loha", "ia3", "adalora"],
-)
-def test_other_adapters_are_refused_and_can_be_watched(config: Callable[[], Any], kind: str) -> None:
-    model = peft.get_peft_model(llama(), config())
-    message = rf"layers.0.self_attn.q_proj is adapted by {kind}, but .* only plain LoRA; watch it with lora='monitor'"
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_what_other_adapters_train_is_scaled_as_they_use_it(kind: str) -> None:
+    model, x = with_adapter(kind), tokens()
+    with QKClip(model, None) as watcher:
+        model(x)
+        maxima = watcher.max_logits
+    with QKClip(model, between(maxima[0]), lora="scale") as qk_clip:
+        model(x)
+        assert set(qk_clip.sides.values()) == {"q"}
+        qk_clip.step()
+        model(x)
+        close(qk_clip.max_logits[0], maxima[0].clamp(max=qk_clip.threshold))
+
+
+@needs_peft
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_other_adapters_cannot_be_described_but_can_be_watched(kind: str) -> None:
+    model = with_adapter(kind)
+    message = (
+        rf"layers.0.self_attn.q_proj is adapted by {ADAPTERS[kind][0]}, but .* only plain LoRA; watch it with lora='mon"
+    )
     with pytest.raises(ValueError, match=message):
-        QKClip(model, lora="scale")
-    for options in ({"lora": "monitor"}, {"lora": "scale", "threshold": None}):
+        QKClip(model, lora="scale", specs=LLAMA_SPECS)
+    for options in ({}, {"specs": LLAMA_SPECS}, {"specs": LLAMA_SPECS, "lora": "scale", "threshold": None}):
         before = snapshot(model)
-        with QKClip(model, **options) as qk_clip:
-            model.train()(tokens())
+        with QKClip(model, **{"threshold": 1e-3, **options}) as qk_clip:
+            model(tokens())
             result = qk_clip.step()
         assert result.max_logits.isfinite().all() and result.clipped_heads == 0
         assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
@@ -273,11 +315,8 @@ UNSCALABLE: dict[str, tuple[Callable[[Any], Any], str]] = {
 
 @pytest.mark.parametrize("kind", UNSCALABLE)
 @pytest.mark.parametrize("child", ["q_proj", "k_proj"])
-@pytest.mark.parametrize("make", [lambda: SdpaAttention(16, 4), lambda: Attention(16, 4)], ids=["third_party", "ours"])
-def test_a_weight_that_cannot_be_scaled_is_refused_with_a_way_out(
-    make: Callable[[], nn.Module], child: str, kind: str
-) -> None:
-    model, x = Residual(make(), make()), torch.randn(2, 5, 16)
+def test_a_weight_that_cannot_be_scaled_is_refused_with_a_way_out(child: str, kind: str) -> None:
+    model, x = Residual(Attention(16, 4), Attention(16, 4)), torch.randn(2, 5, 16)
     change, reason = UNSCALABLE[kind]
     change(model.layers[1].get_submodule(child))
     message = (
@@ -303,19 +342,57 @@ def test_a_weight_that_cannot_be_scaled_is_refused_with_a_way_out(
     )
 
 
+PARAMETRIZED = {
+    "weight_norm": "q and k",
+    "old weight_norm": "q and k",
+    "pruned": "q and k",
+    "spectral_norm": "k",  # whatever its weight is, the norm of what it makes is the same
+    "old spectral_norm": "k",
+    "orthogonal": "k",
+    "buffer": "k",
+}
+
+
+@pytest.mark.parametrize("kind", PARAMETRIZED)
+def test_of_a_parametrized_weight_what_scales_it_is_found(kind: str) -> None:
+    module, x = SdpaAttention(16, 4), torch.randn(3, 9, 16)
+    enlarge(module)
+    UNSCALABLE[kind][0](module.q_proj)
+    for _ in range(50):
+        module(x)  # the power iteration of spectral_norm converges
+    with QKClip(module, None) as watcher:
+        module(x)
+        maxima = watcher.max_logits
+    with QKClip(module, between(maxima), alpha=0.25) as qk_clip:
+        module(x)
+        assert qk_clip.sides == {"": PARAMETRIZED[kind]}
+        assert qk_clip.step().clipped_heads == 2
+        module(x)
+        close(qk_clip.max_logits, maxima.clamp(max=qk_clip.threshold))
+
+
+def test_a_packed_weight_that_runs_is_refused_too() -> None:
+    model = Residual(SdpaAttention(16, 4), SdpaAttention(16, 4))
+    _packed(model.layers[1].q_proj)
+    with pytest.raises(ValueError, match="QK-Clip cannot scale layers.1.q_proj.weight: it is a Params4bit"):
+        QKClip(model, example=((torch.randn(2, 5, 16),), {}))
+
+
 def test_values_may_be_of_any_kind() -> None:
     for change, _ in UNSCALABLE.values():
         module = SdpaAttention(16, 4)
         change(module.v_proj)
-        QKClip(module).close()
+        QKClip(module, specs={"": SPEC}).close()
+        if module.v_proj.weight.itemsize > 1:  # a plain nn.Linear cannot run those
+            with QKClip(module, example=((torch.randn(2, 5, 16),), {})) as qk_clip:
+                assert qk_clip.sides == {"": "q and k"}
 
 
 def test_dynamically_quantized_layers_are_refused_and_watched() -> None:
-    spec = AttentionSpec((Projection("q_proj", "q(H d)"), Projection("k_proj", "k(G d)")), 4, sizes={"d": 4})
     model = Residual(SdpaAttention(16, 4))
     with pytest.warns(DeprecationWarning, match="torch.ao.quantization"):
         torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, inplace=True)
-    specs = {"layers.0": spec}
+    specs = {"layers.0": SPEC}
     with pytest.raises(
         ValueError, match=r"QK-Clip cannot scale .*q_proj.weight: it is not a parameter of torch.*quantized.*\.Linear"
     ):
@@ -351,8 +428,6 @@ def test_the_magnitude_of_weight_norm_is_a_weight_that_can_be_scaled(old: bool) 
 
 
 # Specs that do not fit their module
-
-SPEC = AttentionSpec((Projection("q_proj", "q(H d)"), Projection("k_proj", "k(G d)")), 4, sizes={"d": 4})
 
 
 @pytest.mark.parametrize(
