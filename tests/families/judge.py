@@ -83,12 +83,16 @@ def judge(model: nn.Module, inputs: dict[str, Any], found: list[Any], calls: int
 
     for own in described[::step]:
         first = own.calls[0]
-        if own.layout.qk_norm and (problem := _moved(own, before[first][0], lambda change: run(own, change)[first][0])):
+        if own.layout.qk_norm and (
+            problem := _moved(own, before[first][0], lambda change, own=own, first=first: run(own, change)[first][0])
+        ):
             wrong.append(f"{own.name}: {problem}")
         factors, expected = _trial(own)
         after = run(own, {n: lambda x, f=f, c=c: (x + c) * f - c for n, (f, c) in factors.items()})
         mine = _weights(model, own)
-        since = min(call for other in described if other is own or _weights(model, other) & mine for call in other.calls)
+        since = min(
+            call for other in described if other is own or _weights(model, other) & mine for call in other.calls
+        )
         if len(after) != calls or not all(map(_equal, before[:since], after[:since])):
             wrong.append(f"{own.name}: earlier attention changes")
             continue

@@ -135,7 +135,7 @@ def _analyse(frame: Frame, count: int) -> list[Found]:
             try:
                 own.layout = proven(isolated, run, heads.layouts(calls))
                 own.softmaxes = _softmaxes(isolated, run, own.layout)
-                heads.enter_values(own.layout)
+                heads.enter_others(own.layout)
             except Unclear as unclear:
                 own.layout = None
                 own.reason, own.elsewhere = unclear.reason, unclear.elsewhere

@@ -11,8 +11,9 @@ from torch.utils._pytree import tree_map
 
 from lightning_muonclip.qk_clip.describe.describe import Found, describe
 from lightning_muonclip.qk_clip.describe.gate import gate
+from lightning_muonclip.qk_clip.describe.infer import Table
 from lightning_muonclip.qk_clip.describe.isolate import DetachedCopies, apart, undisturbed
-from lightning_muonclip.qk_clip.describe.layout import ChannelMap, layout_kinds
+from lightning_muonclip.qk_clip.describe.layout import ChannelMap
 from lightning_muonclip.qk_clip.describe.spec import AttentionSpec, HeadAxis, Projection
 from lightning_muonclip.qk_clip.describe.survey import Frame, Survey, kept
 
@@ -56,26 +57,27 @@ def spec_of(found: Found) -> AttentionSpec:
     """The spec of an inferred attention."""
     layout = found.layout
     assert layout is not None
-    projections = tuple(
+    made, scaled = _projections(layout.unscaled), _projections(layout.tables)
+    return AttentionSpec(
+        made if layout.qk_norm else scaled,
+        layout.num_heads,
+        layout.num_key_value_heads,
+        qk_norm=layout.qk_norm,
+        gains=scaled if layout.qk_norm else (),
+        softmaxes=found.softmaxes,
+        head_axes=layout.head_axes,
+    )
+
+
+def _projections(tables: Sequence[tuple[str, Table]]) -> tuple[Projection, ...]:
+    return tuple(
         Projection(
             name,
             ChannelMap(table.kinds.flatten(), table.heads.flatten()),
             table.dims[0] if len(table.dims) == 1 else table.dims,
             table.offset,
         )
-        for name, table in layout.tables
-    )
-    heads, groups = layout.num_heads, layout.num_key_value_heads
-    values = tuple(own for own in projections if layout_kinds(own.layout) == {"*"})
-    gains = tuple(own for own in projections if layout_kinds(own.layout) != {"*"}) if layout.qk_norm else ()
-    return AttentionSpec(
-        values if layout.qk_norm else projections,
-        heads,
-        groups,
-        qk_norm=layout.qk_norm,
-        gains=gains,
-        softmaxes=found.softmaxes,
-        head_axes=layout.head_axes,
+        for name, table in tables
     )
 
 

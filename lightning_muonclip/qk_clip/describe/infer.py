@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -72,6 +72,7 @@ class Layout:
         qk_norm: Whether a norm stands behind the projections, so that its gains are what scales.
         query_units: For every pair of queries and keys, the head of each leading index of the queries.
         key_units: The same of the keys.
+        unscaled: Behind a norm, the channels that make queries, keys and values of one head; no factor on them matters.
         head_axes: The leading axes of the queries that count heads, unless it is the innermost one alone.
         own_channels: Channels of the keys that are each head's own, where others are shared by all heads (latent attention).
         notes: Why one side is left alone.
@@ -85,6 +86,7 @@ class Layout:
     tables: list[tuple[str, Table]] = field(default_factory=list)
     qk_norm: bool = False
     own_channels: Tensor | None = None
+    unscaled: list[tuple[str, Table]] = field(default_factory=list)
     head_axes: tuple[HeadAxis, ...] = ()
     notes: list[str] = field(default_factory=list)
 
@@ -226,14 +228,19 @@ class Heads:
 
     # Heads ----------------------------------------------------------------------------------------------------------
 
-    def enter_values(self, layout: Layout) -> None:
-        """Enters the head of every channel that feeds the values of one head alone."""
-        if not self.probe.of(_V, layout.calls):
-            return
-        value = self._side_of(_V, layout.calls)
-        self._find_keys(value)
-        for name in value.keys:
-            self._add(layout, value, name, "*")
+    def enter_others(self, layout: Layout) -> None:
+        """Enters the head of every other channel that feeds one alone: of values and, behind a norm, of queries and keys."""
+        others = replace(layout, tables=[]) if layout.qk_norm else layout
+        scaled = {name for name, table in layout.tables if table.scaled.any()}
+        for number, kind in ((_V, "*"), *(((_Q, "q"), (_K, "k")) if layout.qk_norm else ())):
+            if self.probe.of(number, layout.calls):
+                side = self._side_of(number, layout.calls)
+                self._find_keys(side)
+                for name in side.keys:
+                    if kind == "*" or name not in scaled:
+                        self._add(others, side, name, kind)
+        if layout.qk_norm:
+            layout.unscaled = others.tables
 
     def _sides(self, calls: list[int]) -> tuple[_Side, _Side]:
         query, key = (self._side_of(side, calls) for side in (_Q, _K))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from lightning_muonclip.qk_clip.describe.isolate import DetachedCopies, apart, device_of
+from lightning_muonclip.qk_clip.describe.survey import kept
 from lightning_muonclip.qk_clip.observe.observer import Observer
 
 
@@ -66,6 +67,8 @@ class Capture:
                 torch.backends.mha.set_fastpath_enabled(False)
                 for module in modes:
                     module.training = False
+                with DetachedCopies():  # the model must not write to the caller's cache of keys
+                    args, kwargs = tree_map(kept, (args, kwargs))
                 model(*args, **kwargs)
         finally:
             torch.backends.mha.set_fastpath_enabled(fastpath)

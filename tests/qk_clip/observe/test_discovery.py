@@ -160,7 +160,12 @@ class TestUnknown:
         model = Residual(SdpaAttention(16, 4), Clamped())
         with QKClip(model) as qk_clip, pytest.raises(ValueError, match=r"'layers.1' \(Clamped\)") as error:
             model(batches(1)[0])
-        for part in ("its queries do not scale", "inner.weight (48, 16)", "specs={'layers.1': None}", "unknown='monitor'"):
+        for part in (
+            "its queries do not scale",
+            "inner.weight (48, 16)",
+            "specs={'layers.1': None}",
+            "unknown='monitor'",
+        ):
             assert part in str(error.value)
         qk_clip.close()
         assert not any(module._forward_pre_hooks for module in model.modules())
