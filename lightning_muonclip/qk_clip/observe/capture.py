@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from lightning_muonclip.qk_clip.describe.isolate import DetachedCopies, apart, device_of
+from lightning_muonclip.qk_clip.describe.isolate import DetachedCopies, apart, device_of, undisturbed
 from lightning_muonclip.qk_clip.describe.survey import kept
 from lightning_muonclip.qk_clip.observe.observer import Observer
 
@@ -57,26 +57,10 @@ class Capture:
 
     def run(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         """Runs a forward without recording, then restores the model's modes and buffers."""
-        modes = {module: module.training for module in model.modules()}
-        buffers = [(m, name, b, b.clone()) for m in model.modules() for name, b in m.named_buffers(recurse=False)]
-        fastpath = torch.backends.mha.get_fastpath_enabled()
-        try:
-            with apart(model):
-                # Training could drop layers at random, and in evaluation torch's TransformerEncoder would pack its inputs.
-                # Not eval(), which makes some modules merge their weights.
-                torch.backends.mha.set_fastpath_enabled(False)
-                for module in modes:
-                    module.training = False
-                with DetachedCopies():  # the model must not write to the caller's cache of keys
-                    args, kwargs = tree_map(kept, (args, kwargs))
-                model(*args, **kwargs)
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fastpath)
-            for module, name, buffer, before in buffers:
-                buffer.copy_(before)
-                module._buffers[name] = buffer
-            for module, training in modes.items():
-                module.training = training
+        with DetachedCopies():  # the model must not write to the caller's cache of keys
+            args, kwargs = tree_map(kept, (args, kwargs))
+        with apart(model), undisturbed(model):
+            model(*args, **kwargs)
 
     def _keep(self, name: str) -> Any:
         def keep(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -84,7 +68,7 @@ class Capture:
                 device = device_of(module).type
                 autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
                 with DetachedCopies():
-                    args, kwargs = tree_map(_detached, (args, kwargs))
+                    args, kwargs = tree_map(kept, (args, kwargs))
                 self.inputs[name] = Inputs(args, kwargs, autocast)
 
         return keep
@@ -93,6 +77,3 @@ class Capture:
 def _copied(leaf: Any) -> Any:
     return leaf.clone() if isinstance(leaf, Tensor) else copy.deepcopy(leaf)
 
-
-def _detached(leaf: Any) -> Any:
-    return leaf.detach() if isinstance(leaf, Tensor) else copy.deepcopy(leaf)
