@@ -112,7 +112,7 @@ def _of_call(
 
 def _run(frame: Frame) -> tuple[Isolated, Run]:
     """In double precision, unless some code of the module wants single precision: it fails, or numbers overflow."""
-    with suppress(RuntimeError):
+    with suppress(RuntimeError, TypeError):
         isolated = Isolated(frame.module, frame.args, frame.kwargs)
         run = isolated.run()
         if not any(tensor.isnan().any() for tensor in run.rest):

@@ -259,7 +259,7 @@ class Heads:
                 mixed = {k: torch.full_like(own, MIXED) for k, own in side.heads.items()}
                 side.units, side.count, side.heads, side.axes = units, count, mixed, axes
         for side, what in ((query, "queries"), (key, "keys")):
-            sizes = _per_head([(o.tensor.detach() * o.cotangent).sum((-2, -1)) for o in side.outputs], side)
+            sizes = _per_head([(o.tensor.detach() * o.cotangent).sum((-2, -1)).cpu() for o in side.outputs], side)
             if not bool(sizes.isfinite().all()):
                 raise Unclear(f"its {what} are not finite on these inputs")
             if bool((sizes == 0).any()):
@@ -449,7 +449,9 @@ class Heads:
                     ((b - factor * o.tensor).abs().flatten(0, -2).amax(0) / o.tensor.abs().max())
                     for o, b in zip(key.outputs, found)
                 ]
-            ).amax(0)
+            )
+            .amax(0)
+            .cpu()
             < self.probe.tolerance
             for factor in (2.0, 1.0)
         )
@@ -461,7 +463,7 @@ class Heads:
             return
         degrees = []
         for side in (query, key):
-            sizes = _per_head([(o.tensor.detach() * o.cotangent).sum((-2, -1)) for o in side.outputs], side)
+            sizes = _per_head([(o.tensor.detach() * o.cotangent).sum((-2, -1)).cpu() for o in side.outputs], side)
             shares: dict[Key, Tensor] = {}
             for k, share in self.probe.shares_of(side.outputs).items():
                 both = self.makes_both[k] & (side.heads[k] >= 0)

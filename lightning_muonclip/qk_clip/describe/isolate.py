@@ -56,7 +56,7 @@ class Isolated:
         generator = torch.Generator().manual_seed(0)
         for param in module.parameters():
             if _is_real(param):
-                noise = torch.randn(param.shape, generator=generator).to(dtype)
+                noise = torch.randn(param.shape, generator=generator).to(param.device, dtype)
                 fan_in = max(noise[0].numel(), 1) if param.ndim > 1 else 1
                 memo[id(param)] = nn.Parameter(1 + noise / 2 if param.ndim < 2 else noise * fan_in**-0.5)
         with DetachedCopies():
@@ -84,7 +84,7 @@ class Isolated:
             for name, factor in factors.items():
                 offset = offsets.get(name, 0.0)
                 # Other memory, for queries may be views of a parameter; by .data, which leaves an earlier graph valid.
-                self.params[name].data = (before[name] + offset) * factor.to(self.dtype) - offset
+                self.params[name].data = (before[name] + offset) * factor.to(before[name]) - offset
             yield
         finally:
             for name, value in before.items():

@@ -3,7 +3,7 @@
 One backward passes the same random cotangents as another, but for weights that are powers of two: 2 ** digit of a
 coordinate (the head, say) of each output element. Where the ratio of the two gradients of a channel is exactly such a power,
 the channel feeds that one coordinate and nothing else. log16(heads) backwards tell all heads; gradients are projected onto
-one or two dimensions of a weight at once, so nothing of a weight's size is kept.
+one or two dimensions of a weight at once, so nothing of a weight's size is kept. What is projected is compared on the CPU.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class Probe:
         }
         gradients = self._gradients([output.cotangent for output in self.outputs])
         self.keys = [key for name in gradients for key in _keys(name, self.params[name])]
-        self.slopes = {name: gradient for name, gradient in gradients.items() if gradient.ndim == 1}
+        self.slopes = {name: gradient.cpu() for name, gradient in gradients.items() if gradient.ndim == 1}
         self._base = self._projected(gradients)
         self.shares = self._shares(gradients)
 
@@ -113,7 +113,7 @@ class Probe:
         found: dict[Key, Tensor] = {}
         for place in range(max(1, math.ceil(math.log(max(count, 2), _BASE) - 1e-9))):
             weights = [_digit(index(output), place) for output in self.outputs]
-            weighted = self._gradients([o.cotangent * w for o, w in zip(self.outputs, weights)])
+            weighted = self._gradients([o.cotangent * _on(o, w) for o, w in zip(self.outputs, weights)])
             for key, projected in self._projected(weighted).items():
                 digit = self._digits(projected, self._base[key])
                 if key in found:
@@ -147,7 +147,7 @@ class Probe:
 
     def _shares(self, gradients: dict[str, Tensor]) -> dict[Key, Tensor]:
         products = {name: gradient * self.params[name].detach() for name, gradient in gradients.items()}
-        return {key: _summed(products[key[0]], key[1]) for key in self.keys if key[0] in products}
+        return {key: _summed(products[key[0]], key[1]).cpu() for key in self.keys if key[0] in products}
 
     def _projected(self, gradients: dict[str, Tensor]) -> dict[Key, Tensor]:
         """Two random projections of every channel: with one, some of thousands seem to feed one coordinate by chance."""
@@ -158,10 +158,10 @@ class Probe:
             kept = "".join(letters[dim] for dim in dims)
             others = [dim for dim in range(x.ndim) if dim not in dims]
             if not others:
-                found[key] = x[..., None].expand(*x.shape, 2)
+                found[key] = x[..., None].expand(*x.shape, 2).cpu()
                 continue
             equation = ",".join([letters, *(f"{letters[dim]}z" for dim in others)]) + f"->{kept}z"
-            found[key] = torch.einsum(equation, x, *(self._random[name][dim] for dim in others))
+            found[key] = torch.einsum(equation, x, *(self._random[name][dim] for dim in others)).cpu()
         return found
 
     def _digits(self, weighted: Tensor, base: Tensor) -> Tensor:
@@ -207,7 +207,12 @@ def _digit(index: Tensor | int, place: int) -> Tensor | float:
     return torch.exp2(digit.double()).float() if isinstance(digit, Tensor) else 2.0**digit
 
 
+def _on(output: Output, weight: Tensor | float) -> Tensor | float:
+    """A weight on the device of the output."""
+    return weight.to(output.cotangent.device) if isinstance(weight, Tensor) else weight
+
+
 def _equal_slices(x: Tensor, axis: int) -> Tensor:
-    _, index = x.movedim(axis, 0).reshape(x.shape[axis], -1).unique(dim=0, return_inverse=True)
+    index = x.movedim(axis, 0).reshape(x.shape[axis], -1).unique(dim=0, return_inverse=True)[1].cpu()
     first = (index == torch.arange(int(index.max()) + 1)[:, None]).int().argmax(1)  # numbered in the order of the axis
     return first.argsort().argsort()[index]

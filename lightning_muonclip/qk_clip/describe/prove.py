@@ -94,7 +94,7 @@ def prove(isolated: Isolated, run: Run, layout: Layout, size: float = 1.0) -> fl
         for (query, key), (new_query, new_key) in zip(a.pairs, b.pairs):
             factors: tuple[Tensor | float, Tensor | float] = (1.0, 1.0)
             if index in layout.calls:
-                factors = trial.expected("q", number), trial.expected("k", number)
+                factors = trial.expected("q", number).to(query.device), trial.expected("k", number).to(key.device)
                 number += 1
             errors += [deviation(query * factors[0], new_query), deviation(key * factors[1], new_key)]
     return max(errors)

@@ -76,4 +76,3 @@ class Capture:
 
 def _copied(leaf: Any) -> Any:
     return leaf.clone() if isinstance(leaf, Tensor) else copy.deepcopy(leaf)
-
