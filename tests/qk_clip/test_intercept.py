@@ -831,9 +831,8 @@ def test_a_failed_observer_restores_everything(name: str, monkeypatch: pytest.Mo
     with pytest.raises(ValueError, match="has no parameter 'nothing'"):
         QKClip(model, specs={last: spec}, example=EXAMPLE)
     assert not is_patched()
-    with QKClip(model, example=EXAMPLE):
-        with pytest.raises(ValueError, match="observed already"):
-            QKClip(nn.Sequential(model), example=EXAMPLE)
+    with QKClip(model, example=EXAMPLE), pytest.raises(ValueError, match="observed already"):
+        QKClip(nn.Sequential(model), example=EXAMPLE)
     assert not is_patched()
 
     def fails(*_: Any) -> Any:
