@@ -375,10 +375,6 @@ FLEX_CALLS = {
 }
 
 
-#: The trace does not follow FlexAttention that a file has compiled.
-COMPILED_FLEX = pytest.mark.xfail(raises=ValueError, strict=True, reason="compiled FlexAttention is refused")
-
-
 @pytest.fixture
 def _no_gradient() -> Iterator[None]:
     with torch.no_grad():
@@ -386,9 +382,7 @@ def _no_gradient() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_no_gradient")
-@pytest.mark.parametrize(
-    "how", [pytest.param(how, marks=COMPILED_FLEX if how == "compiled by the file" else ()) for how in FLEX_CALLS]
-)
+@pytest.mark.parametrize("how", FLEX_CALLS)
 def test_flex_attention_is_intercepted_however_a_file_calls_it(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     imports, call = FLEX_CALLS[how]
     monkeypatch.setitem(sys.modules, "a_file", types.ModuleType("a_file"))
@@ -519,14 +513,8 @@ DESCRIBED = {f"layers.{i}.self_attn": AttentionSpec(SEPARATE, HEADS, 2, {"d": DI
 @pytest.mark.parametrize("padded", [False, "right", "left"])
 @pytest.mark.parametrize("specs", [None, DESCRIBED], ids=["inferred", "described"])
 def test_the_attention_interface(
-    case: str,
-    padded: bool | str,
-    specs: dict[str, AttentionSpec] | None,
-    monkeypatch: pytest.MonkeyPatch,
-    request: pytest.FixtureRequest,
+    case: str, padded: bool | str, specs: dict[str, AttentionSpec] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if case == "flex_attention" and specs is None:
-        request.applymarker(COMPILED_FLEX)
     if case in ("flex_attention", "a BlockMask"):  # Hugging Face compiles it, which takes longer than all other cases
         monkeypatch.setattr(WrappedFlexAttention, "_instance", None)
         monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
