@@ -6,6 +6,8 @@ import copy
 import functools
 import io
 import itertools
+import sys
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -381,13 +383,14 @@ def _no_gradient() -> Iterator[None]:
 
 @pytest.mark.usefixtures("_no_gradient")
 @pytest.mark.parametrize("how", FLEX_CALLS)
-def test_flex_attention_is_intercepted_however_a_file_calls_it(how: str) -> None:
+def test_flex_attention_is_intercepted_however_a_file_calls_it(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     imports, call = FLEX_CALLS[how]
-    file: dict[str, Any] = {"Cross": Cross, "__name__": "a_file"}
+    monkeypatch.setitem(sys.modules, "a_file", types.ModuleType("a_file"))
+    file = vars(sys.modules["a_file"])
     body = (
         f"class Attention(Cross):\n    def forward(self, x, y):\n        return {call}(*self.parts(x, y), scale=0.7)\n"
     )
-    exec(f"{imports}\n{body}", file)
+    exec(f"{imports}\nfrom intercepted import Cross\n{body}", file)
     before = dict(file)
     module = file["Attention"]()
     x, y = sequences()
@@ -823,7 +826,8 @@ def test_an_interrupted_forward_is_discarded_by_the_next() -> None:
 def test_a_failed_observer_restores_everything(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = INTERCEPTED[name]()
     spec = AttentionSpec((Projection("nothing", "q(H d)"), Projection("of this", "k(G d)")), 4, sizes={"d": 4})
-    last = QKClip(model, logits="off", example=EXAMPLE).layers[-1]
+    with QKClip(model, logits="off", example=EXAMPLE) as qk_clip:
+        last = qk_clip.layers[-1]
     with pytest.raises(ValueError, match="has no parameter 'nothing'"):
         QKClip(model, specs={last: spec}, example=EXAMPLE)
     assert not is_patched()

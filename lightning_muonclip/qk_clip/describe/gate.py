@@ -149,21 +149,24 @@ def _rounded_gains(found: Sequence[Found]) -> Iterator[None]:
 def _refuse_ties(model: nn.Module, found: Sequence[Found]) -> None:
     """Refuses weights that something else uses too; several attentions may, if they use them alike."""
     owners: dict[Tensor, list[str]] = {}
-    for path, module in model.named_modules():
+    names: dict[nn.Module, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(path)
         for name, param in module.named_parameters(recurse=False):
             owners.setdefault(param, []).append(f"{path}.{name}".lstrip("."))
     for own in _described(found):
         for name, table in own.layout.tables:  # type: ignore[union-attr]
             if not table.scaled.any():
                 continue
-            param, prefix = own.module.get_parameter(name), f"{own.name}." if own.name else ""
+            param = own.module.get_parameter(name)
+            inside = tuple(f"{path}." if path else "" for path in names[own.module])
             alike = {
                 f"{other.name}.{path}".lstrip(".")
                 for other in _described(found)
                 for path, theirs in other.layout.tables  # type: ignore[union-attr]
                 if other.module.get_parameter(path) is param and theirs.equals(table)
             }
-            strange = [path for path in owners[param] if not path.startswith(prefix) and path not in alike]
+            strange = [path for path in owners[param] if not path.startswith(inside) and path not in alike]
             if strange:
                 own.layout, own.reason = None, f"its {name} is {strange[0]} too"
                 break

@@ -7,7 +7,7 @@ changed in turn; the softmax whose input follows has its logits from it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -58,8 +58,8 @@ def locate(isolated: Isolated, layout: Layout) -> tuple[Softmax, ...]:
     return tuple(own[0] for _, own in sorted(found.items()))
 
 
-def _run(isolated: Isolated, answers: Mapping[int, Tensor]) -> _Numbered:
-    mode = _Numbered(answers)
+def _run(isolated: Isolated, answers: Mapping[int, Tensor], probabilities: Sequence[Tensor] = ()) -> _Numbered:
+    mode = _Numbered(answers, probabilities)
     isolated.run_under(mode)
     return mode
 
@@ -71,7 +71,7 @@ def _logits(isolated: Isolated, layout: Layout, base: _Numbered) -> list[int]:
     factor = 4 if layout.is_tied else 2
     offsets = {name: table.offset for name, table in layout.tables}
     with isolated.scaled(factors(layout, of, isolated.params), offsets):
-        after = _run(isolated, dict(enumerate(base.products)))  # nothing behind a product may change
+        after = _run(isolated, {}, base.probabilities)  # nothing behind a softmax may change
     limit = 1e-6 if isolated.dtype is torch.float64 else 1e-3
     follows = [deviation(factor * a, b) < limit for a, b in zip(base.pure, after.pure)]
     return [number for number, is_logits in enumerate(follows) if is_logits or not layout.sides]
@@ -115,15 +115,17 @@ def without_addend(func: Any, args: Any, kwargs: Any, out: Tensor) -> Tensor:
 
 
 class _Numbered(TorchFunctionMode):
-    """Keeps products, also without what ``baddbmm`` adds, and inputs of softmaxes; answers some products by others."""
+    """Keeps products, also without what ``baddbmm`` adds, and softmaxes; answers some of them by others."""
 
-    def __init__(self, answers: Mapping[int, Tensor]) -> None:
+    def __init__(self, answers: Mapping[int, Tensor], probabilities: Sequence[Tensor]) -> None:
         super().__init__()
         self.products: list[Tensor] = []
         self.pure: list[Tensor] = []
         self.inputs: list[Tensor] = []
+        self.probabilities: list[Tensor] = []
         self._versions: list[tuple[Tensor, int]] = []
         self._answers = answers
+        self._probabilities = probabilities
 
     def differs(self, other: _Numbered, product: int) -> bool:
         """Whether a product is another one in another run."""
@@ -139,6 +141,10 @@ class _Numbered(TorchFunctionMode):
         if func in SOFTMAXES:
             self.inputs.append((args[0] if args else kwargs["input"]).detach().clone())
         out = func(*args, **kwargs)
+        if func in SOFTMAXES:
+            number = len(self.probabilities)
+            out = self._probabilities[number].clone() if number < len(self._probabilities) else out
+            self.probabilities.append(out.detach().clone())
         if func in MATMULS:
             answer = self._answers.get(len(self.products))
             self.pure.append(without_addend(func, args, kwargs, out.detach().clone()))

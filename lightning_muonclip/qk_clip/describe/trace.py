@@ -13,6 +13,8 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from inspect import unwrap
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -238,23 +240,30 @@ class Trace(TorchFunctionMode):
         return func(*replaced, **{name: cut if arg is value else arg for name, arg in kwargs.items()})
 
 
+#: Traces that are running, innermost last. What is compiled in one, as by Hugging Face, outlives it.
+_running: list[Trace] = []
+
+
 @contextmanager
 def tracing(trace: Trace) -> Iterator[Trace]:
-    """Runs under the trace, FlexAttention included wherever it was imported."""
+    """Runs under the trace, FlexAttention included wherever it was imported, compiled or not."""
     with ExitStack() as stack:
         flex = sys.modules.get("torch.nn.attention.flex_attention")
         if flex is not None:
-            original = flex.flex_attention
+            original = unwrap(flex.flex_attention)
 
             def flex_attention(*args: Any, **kwargs: Any) -> Any:
-                return trace.flex_attention(original, *args, **kwargs)
+                return _running[-1].flex_attention(original, *args, **kwargs) if _running else original(*args, **kwargs)
 
             for module in list(sys.modules.values()):
                 for name, value in list(vars(module).items()) if hasattr(module, "__dict__") else ():
-                    if value is original:
-                        stack.callback(setattr, module, name, original)
+                    # By name first, for speed; what wraps a function has its name.
+                    if type(value) is FunctionType and value.__name__ == "flex_attention" and unwrap(value) is original:
+                        stack.callback(setattr, module, name, value)
                         setattr(module, name, flex_attention)
         stack.enter_context(trace)
+        _running.append(trace)
+        stack.callback(_running.pop)
         yield trace
 
 

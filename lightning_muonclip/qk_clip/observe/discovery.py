@@ -84,6 +84,8 @@ class Discovery:
         Raises:
             ValueError: If some cannot be read, unless it is to be monitored.
         """
+        if not is_entered:
+            _eager.release(self)
         self._is_surveying = True
         try:
             found, modules = find_attention(root, example, self.known)

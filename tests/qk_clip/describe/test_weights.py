@@ -374,7 +374,7 @@ def test_of_a_parametrized_weight_what_scales_it_is_found(kind: str) -> None:
 def test_a_packed_weight_that_runs_is_refused_too() -> None:
     model = Residual(SdpaAttention(16, 4), SdpaAttention(16, 4))
     _packed(model.layers[1].q_proj)
-    with pytest.raises(ValueError, match=r"QK-Clip cannot scale layers\.1\.q_proj\.weight: it is a Params4bit"):
+    with pytest.raises(ValueError, match=r"QK-Clip cannot scale layers.1.q_proj.weight: it is a Params4bit"):
         QKClip(model, example=((torch.randn(2, 5, 16),), {}))
 
 
