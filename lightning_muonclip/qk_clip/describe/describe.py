@@ -16,6 +16,9 @@ from lightning_muonclip.qk_clip.describe.prove import proven
 from lightning_muonclip.qk_clip.describe.spec import Softmax
 from lightning_muonclip.qk_clip.describe.survey import Frame
 
+#: What a module that cannot be run alone may raise.
+_FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, NotImplementedError, AssertionError)
+
 
 @dataclass(eq=False)
 class Found:
@@ -147,7 +150,7 @@ def _analyse(frame: Frame, count: int) -> list[Found]:
         return found
     except Unclear as unclear:
         reason, elsewhere = unclear.reason, unclear.elsewhere
-    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError, NotImplementedError) as error:
+    except _FAILURES as error:
         reason, elsewhere = f"it cannot be run alone: {type(error).__name__}: {str(error)[:160]}", True
     return [Found(frame.name, frame.module, reason=reason, elsewhere=elsewhere)] * count
 
@@ -156,3 +159,12 @@ def _softmaxes(isolated: Isolated, run: Run, layout: Layout) -> tuple[Softmax, .
     """Where attention by hand has its logits."""
     is_by_hand = any(run.calls[call].is_by_hand for call in layout.calls)
     return locate(isolated, layout) if is_by_hand else ()
+
+
+def softmaxes_of(frame: Frame) -> tuple[Softmax, ...]:
+    """Where a module that somebody has described has its logits, if it attends by hand."""
+    try:
+        isolated, run = _run(frame)
+        return _softmaxes(isolated, run, Layout(list(range(len(run.calls))), 1, 1, [], []))
+    except (Unclear, *_FAILURES):
+        return ()

@@ -3,36 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from lightning_muonclip.qk_clip.describe.describe import Found, describe
+from lightning_muonclip.qk_clip.describe.describe import Found, describe, softmaxes_of
 from lightning_muonclip.qk_clip.describe.gate import gate
 from lightning_muonclip.qk_clip.describe.infer import Table
 from lightning_muonclip.qk_clip.describe.isolate import DetachedCopies, apart, undisturbed
 from lightning_muonclip.qk_clip.describe.layout import ChannelMap
-from lightning_muonclip.qk_clip.describe.spec import AttentionSpec, HeadAxis, Projection
+from lightning_muonclip.qk_clip.describe.spec import AttentionSpec, HeadAxis, Projection, Softmax
 from lightning_muonclip.qk_clip.describe.survey import Frame, Survey, kept
 
 #: Positional and keyword arguments of a model.
 Example = tuple[Sequence[Any], Mapping[str, Any]]
 
 
+class Search(NamedTuple):
+    """What a forward shows.
+
+    Attributes:
+        found: Every attention that nobody has described.
+        softmaxes: Where described modules that attend by hand have their logits.
+        modules: The modules that have run.
+    """
+
+    found: list[Found]
+    softmaxes: dict[nn.Module, tuple[Softmax, ...]]
+    modules: set[nn.Module]
+
+
 def find_attention(
-    model: nn.Module, example: Example, known: Collection[nn.Module] = ()
-) -> tuple[list[Found], set[nn.Module]]:
+    model: nn.Module,
+    example: Example,
+    described: Collection[nn.Module] = (),
+    alone: Collection[nn.Module] = (),
+) -> Search:
     """Every attention that the model computes on these inputs; modes, buffers and random numbers are as before.
 
     Args:
         model: The model.
         example: Its arguments.
-        known: Modules whose attention is described already, or left alone.
-
-    Returns:
-        The attention, and the modules that have run.
+        described: Modules whose attention the user has described.
+        alone: Modules to leave alone.
 
     Raises:
         ValueError: If the example is not a pair of arguments.
@@ -46,11 +61,14 @@ def find_attention(
     with apart(model):
         with undisturbed(model), torch.no_grad(), Survey(model) as survey:
             model(*args, **kwargs)
-        calls = [stack for stack in survey.calls if not any(frame.module in known for frame in stack)]
-        found = describe(calls)
+        calls = [stack for stack in survey.calls if not any(frame.module in alone for frame in stack)]
+        of_described = {frame.module: frame for stack in calls for frame in stack if frame.module in described}
+        unknown = [stack for stack in calls if not any(frame.module in of_described for frame in stack)]
+        found = describe(unknown)
         if found:
             gate(Frame("", model, *example), found)
-    return found, survey.modules
+        softmaxes = {module: softmaxes_of(frame) for module, frame in of_described.items()}
+    return Search(found, {module: own for module, own in softmaxes.items() if own}, survey.modules)
 
 
 def spec_of(found: Found) -> AttentionSpec:

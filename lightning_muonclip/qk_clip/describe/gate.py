@@ -161,8 +161,9 @@ def _refuse_ties(model: nn.Module, found: Sequence[Found]) -> None:
             param = own.module.get_parameter(name)
             inside = tuple(f"{path}." if path else "" for path in names[own.module])
             alike = {
-                f"{other.name}.{path}".lstrip(".")
+                f"{alias}.{path}".lstrip(".")
                 for other in _described(found)
+                for alias in names[other.module]
                 for path, theirs in other.layout.tables  # type: ignore[union-attr]
                 if other.module.get_parameter(path) is param and theirs.equals(table)
             }

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -51,7 +52,10 @@ class Isolated:
         # The module's own hooks have acted on the inputs already; those of tensor parallelism have nothing to shard here.
         memo: dict[int, Any] = {}
         for child in module.modules():
-            if child is module or any(isinstance(p, DTensor) for p in child.parameters(recurse=False)):
+            is_sharded = isinstance(child, FSDPModule) or any(
+                isinstance(p, DTensor) for p in child.parameters(recurse=False)
+            )
+            if child is module or is_sharded:
                 memo |= {id(hooks): type(hooks)() for name, hooks in vars(child).items() if name.endswith("_hooks")}
         generator = torch.Generator().manual_seed(0)
         for param in module.parameters():
@@ -59,7 +63,7 @@ class Isolated:
                 noise = torch.randn(param.shape, generator=generator).to(param.device, dtype)
                 fan_in = max(noise[0].numel(), 1) if param.ndim > 1 else 1
                 memo[id(param)] = nn.Parameter(1 + noise / 2 if param.ndim < 2 else noise * fan_in**-0.5)
-        with DetachedCopies():
+        with DetachedCopies(), _without_fsdp(module):
             self.module = copy.deepcopy(module, memo).to(dtype)
         for child in self.module.modules():
             child.training = child is self.module  # without dropout, and not by a path for evaluation
@@ -116,6 +120,19 @@ def _cast(leaf: Any, dtype: torch.dtype) -> Any:
                 if isinstance(tensor, Tensor) and tensor.is_floating_point():
                     setattr(layer, name, tensor.to(dtype))
     return leaf
+
+
+@contextmanager
+def _without_fsdp(module: nn.Module) -> Iterator[None]:
+    """Gives the units of FSDP2, which refuse to be copied, back the class that they were made from."""
+    units = {child: type(child) for child in module.modules() if isinstance(child, FSDPModule)}
+    try:
+        for child, cls in units.items():
+            child.__class__ = cls.__bases__[1]
+        yield
+    finally:
+        for child, cls in units.items():
+            child.__class__ = cls
 
 
 class DetachedCopies(TorchFunctionMode):

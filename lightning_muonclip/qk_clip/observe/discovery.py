@@ -7,7 +7,8 @@ inputs: the whole model at first, later perhaps a branch that was not taken befo
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,10 +22,10 @@ from lightning_muonclip.qk_clip.describe.declared import (
     declared_attention,
     is_inside,
     named_modules,
-    unwrapped,
 )
 from lightning_muonclip.qk_clip.describe.describe import Found
 from lightning_muonclip.qk_clip.describe.find import Example, find_attention, spec_of, watched_spec
+from lightning_muonclip.qk_clip.observe.recorder import ReportsMaxLogits
 
 UNKNOWN_CHOICES = ("error", "monitor")
 
@@ -48,17 +49,20 @@ class Discovery:
     ) -> None:
         #: Attention that is neither scaled nor measured, and why.
         self.unmeasured: dict[str, str] = {}
-        self._model = unwrapped(model)
         self._unknown = unknown
         self._add = add
         #: The display names of all modules.
         self.names = {module: name for name, module in named_modules(model).items()}
-        described = [
-            *declared_attention(model, specs),
-            *(n for n, spec in by_display_name(specs).items() if spec is None),
-        ]
-        #: Modules whose attention is described, or left alone.
-        self.known = {m for m, name in self.names.items() if any(is_inside(name, other) for other in described)}
+        described = declared_attention(model, specs)
+        left = [name for name, spec in by_display_name(specs).items() if spec is None]
+        #: Described modules that may attend by hand, so that it must be found where they have their logits.
+        self._described = {
+            module: spec
+            for module, spec in described.values()
+            if not isinstance(module, ReportsMaxLogits) and not spec.softmaxes
+        }
+        #: Modules of which a survey need tell nothing.
+        self._alone = self._inside([n for n, (m, _) in described.items() if m not in self._described] + left)
         self.has_surveyed = False
         self._is_surveying = False
         self._forwards = {module: vars(module).get("forward") for module in self.names}
@@ -66,10 +70,10 @@ class Discovery:
         self._handles: dict[nn.Module, RemovableHandle] = {
             module: module.register_forward_pre_hook(_Entered(self), prepend=True, with_kwargs=True)
             for module in self.names
-            if module not in self.known
+            if module not in self._alone
         }
         #: Whether ranks may find different attention.
-        self.may_differ = bool(self._handles)
+        self.may_differ = bool(self._handles.keys() - self._inside(described))
         if self._handles:
             _eager.acquire(self)
 
@@ -88,14 +92,19 @@ class Discovery:
             _eager.release(self)
         self._is_surveying = True
         try:
-            found, modules = find_attention(root, example, self.known)
+            search = find_attention(root, example, self._described, self._alone)
         finally:
             self._is_surveying = False
         self.has_surveyed = True
-        for module in modules:
+        for module in search.modules:
             if module in self._handles:
                 self._handles.pop(module).remove()
-        self._enter(found, root if is_entered else None)
+        new = self._understood(search.found)
+        for module, softmaxes in search.softmaxes.items():
+            new[self.names[module]] = module, replace(self._described[module], softmaxes=softmaxes)
+        self._alone |= self._inside(new) | search.modules & self._described.keys()
+        if new:
+            self._add(new, root if is_entered else None)
 
     def settle(self, attention: AttentionModules) -> None:
         """Takes attention that is known from elsewhere, such as a checkpoint, and surveys nothing any more."""
@@ -122,7 +131,12 @@ class Discovery:
         if module.training and is_own and not self._is_surveying and not torch.compiler.is_compiling():
             self.survey(module, (args, kwargs), is_entered=True)
 
-    def _enter(self, found: list[Found], entered: nn.Module | None) -> None:
+    def _understood(self, found: list[Found]) -> AttentionModules:
+        """What is observed from now on.
+
+        Raises:
+            ValueError: If something cannot be read, unless it is to be monitored.
+        """
         new: AttentionModules = {}
         refused: dict[str, Found] = {}
         for own in found:
@@ -141,9 +155,12 @@ class Discovery:
                 self.unmeasured[name] = own.reason
         if refused:
             raise ValueError(_refusal(refused))
-        self.known |= {m for m, name in self.names.items() if any(is_inside(name, other) for other in new)}
-        if new:
-            self._add(new, entered)
+        return new
+
+    def _inside(self, outer: Iterable[str]) -> set[nn.Module]:
+        """The modules of these names, and all inside them."""
+        roots = list(outer)
+        return {m for m, name in self.names.items() if any(is_inside(name, root) for root in roots)}
 
 
 class _Entered:

@@ -7,7 +7,7 @@ own are measured between the two (see :mod:`~lightning_muonclip.qk_clip.observe.
 
 from __future__ import annotations
 
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 from weakref import WeakSet
 
 import torch
@@ -27,16 +27,9 @@ from lightning_muonclip.qk_clip.intercept import Patches, attention_calls, runni
 from lightning_muonclip.qk_clip.observe.by_hand import Measure, forward_of
 from lightning_muonclip.qk_clip.observe.discovery import Discovery
 from lightning_muonclip.qk_clip.observe.ledger import Ledger, has_others
-from lightning_muonclip.qk_clip.observe.recorder import Recorder
+from lightning_muonclip.qk_clip.observe.recorder import Recorder, ReportsMaxLogits
 
 LOGITS_CHOICES = ("exact", "lse", "off")
-
-
-@runtime_checkable
-class ReportsMaxLogits(Protocol):
-    """An attention module that reports its own maxima through ``max_logits_recorder.record``."""
-
-    max_logits_recorder: Any
 
 
 class Observer:
@@ -114,8 +107,13 @@ class Observer:
         ]
         for row, (recorder, (_, (_, spec))) in enumerate(zip(self.recorders, attention)):
             recorder.row, recorder.ledger, recorder.spec = row, self.ledger, spec
-        if self._logits != "off":
-            self._open([recorder for recorder in self.recorders if recorder.name in new], entered)
+        if self._logits == "off":
+            return
+        for recorder in self.recorders:
+            if recorder.name in new:
+                self._watch(recorder, entered)
+            if recorder.name in found and recorder.spec.softmaxes:
+                self._measure_by_hand(recorder, entered)
 
     def settle(self, group: dist.ProcessGroup | None = None, *, again: bool = False) -> AttentionModules:
         """The attention that all ranks know, the same on each. A collective call the first time, if they may differ.
@@ -180,29 +178,25 @@ class Observer:
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return type(None), ()  # a copy observes nothing, as with Recorder
 
-    def _open(self, recorders: list[Recorder], entered: nn.Module | None) -> None:
-        for recorder in recorders:
-            module = recorder.module
-            _observed.add(module)
-            if isinstance(module, ReportsMaxLogits):
-                _report_to(module, recorder if self.active else None)
-            else:
-                enter = self._watch(module, recorder)
-                if module is entered:
-                    enter(module, ())
-                    if recorder.spec.softmaxes:  # too late to patch its forward, too
-                        recorder.mode = Measure(recorder)
-                        recorder.mode.__enter__()
-        if any(recorder.spec.softmaxes for recorder in recorders):
-            torch.compiler.reset()  # code compiled earlier would not call the patched forward
-
-    def _watch(self, module: nn.Module, recorder: Recorder) -> _Enter:
+    def _watch(self, recorder: Recorder, entered: nn.Module | None) -> None:
+        module = recorder.module
+        _observed.add(module)
+        if isinstance(module, ReportsMaxLogits):
+            _report_to(module, recorder if self.active else None)
+            return
         enter = _Enter(self, recorder)
         self._handles.append(module.register_forward_pre_hook(enter))
         self._handles.append(module.register_forward_hook(_leave, always_call=True))
-        places = attention_calls(type(module))
-        self._patches.add([*places, *forward_of(type(module))] if recorder.spec.softmaxes else places)
-        return enter
+        self._patches.add(attention_calls(type(module)))
+        if module is entered:
+            enter(module, ())
+
+    def _measure_by_hand(self, recorder: Recorder, entered: nn.Module | None) -> None:
+        self._patches.add(forward_of(type(recorder.module)))
+        torch.compiler.reset()  # code compiled earlier would not call the patched forward
+        if recorder.module is entered:  # too late for the patch
+            recorder.mode = Measure(recorder)
+            recorder.mode.__enter__()
 
 
 #: Attention modules that are being observed. A copy of one is not observed.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, Protocol, runtime_checkable
+
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -11,6 +13,13 @@ from lightning_muonclip.qk_clip.describe.spec import AttentionSpec, HeadAxis
 from lightning_muonclip.qk_clip.describe.weights import query_weight
 from lightning_muonclip.qk_clip.intercept import Logits
 from lightning_muonclip.qk_clip.observe.ledger import Ledger
+
+
+@runtime_checkable
+class ReportsMaxLogits(Protocol):
+    """An attention module that reports its own maxima through ``max_logits_recorder.record``."""
+
+    max_logits_recorder: Any
 
 
 class Recorder:
