@@ -11,12 +11,19 @@ from lightning_muonclip.tables import table
 
 
 def summary_table(observer: Observer, sides: Sequence[str]) -> str:
-    """One row per layer: name, class, heads, layouts, source of the logits, and the sides that a clip scales."""
+    """One row per layer: name, class, heads, layouts, source of the logits, and the sides that a clip scales.
+
+    Attention that cannot even be watched comes last.
+    """
     rows = [("layer", "class", "heads", "layout", "logits from", "clip scales")]
     for (name, (module, spec)), recorder, side in zip(observer.attention.items(), observer.recorders, sides):
         rows.append(
             (name or "(model)", type(module).__name__, _heads(spec), _layout(spec), recorder.source or "not seen", side)
         )
+    rows += [
+        (name or "(model)", "", "", "", "nowhere", f"nothing: {reason}")
+        for name, reason in observer.discovery.unmeasured.items()
+    ]
     return table(rows)
 
 

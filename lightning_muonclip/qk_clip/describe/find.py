@@ -67,8 +67,21 @@ def find_attention(
         found = describe(unknown)
         if found:
             gate(Frame("", model, *example), found)
+        found += _opaque(survey, calls, {*alone, *described})
         softmaxes = {module: softmaxes_of(frame) for module, frame in of_described.items()}
     return Search(found, {module: own for module, own in softmaxes.items() if own}, survey.modules)
+
+
+def _opaque(survey: Survey, calls: Sequence[Sequence[Frame]], known: Collection[nn.Module]) -> list[Found]:
+    """Modules with matrices in which nothing was seen but a kernel that may attend."""
+    seen = {frame.module for stack in calls for frame in stack} | set(known)
+    found: dict[nn.Module, Found] = {}
+    for kernel, stack in survey.opaque:
+        frames = [frame for frame in reversed(stack) if any(param.ndim > 1 for param in frame.module.parameters())]
+        if frames and not any(frame.module in known for frame in stack) and frames[0].module not in seen:
+            reason = f"it calls {kernel}, in which no queries and keys can be seen"
+            found[frames[0].module] = Found(frames[0].name, frames[0].module, reason=reason)
+    return list(found.values())
 
 
 def spec_of(found: Found) -> AttentionSpec:

@@ -49,14 +49,19 @@ class Isolated:
     def __init__(self, module: nn.Module, args: Any, kwargs: Any, dtype: torch.dtype = torch.float64) -> None:
         self.dtype = dtype
         self._inputs = args, kwargs
-        # The module's own hooks have acted on the inputs already; those of tensor parallelism have nothing to shard here.
+        # The module's own hooks have acted on the inputs already; those of shards, and their state, have nothing to do here.
         memo: dict[int, Any] = {}
         for child in module.modules():
             is_sharded = isinstance(child, FSDPModule) or any(
                 isinstance(p, DTensor) for p in child.parameters(recurse=False)
             )
             if child is module or is_sharded:
-                memo |= {id(hooks): type(hooks)() for name, hooks in vars(child).items() if name.endswith("_hooks")}
+                dropped = [
+                    value
+                    for name, value in vars(child).items()
+                    if name.endswith("_hooks") or name.startswith("__composable_api")
+                ]
+                memo |= {id(value): type(value)() for value in dropped}
         generator = torch.Generator().manual_seed(0)
         for param in module.parameters():
             if _is_real(param):

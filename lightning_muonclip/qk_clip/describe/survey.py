@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -29,6 +30,10 @@ _ENDS = (
 )
 
 
+#: Where torch's own operations are.
+_TORCHS = ("aten", "prim", "prims", "c10d", "_c10d_functional", "fsdp", "torchvision", "quantized")
+
+
 @dataclass(eq=False)
 class Frame:
     """One module in its forward, and what it was given."""
@@ -45,15 +50,19 @@ class Survey:
     Attributes:
         calls: For every attention call in order, the stack of modules, the innermost last.
         modules: Those that have run.
+        opaque: Calls of kernels that no operation of torch can be seen in, but which take queries, keys and values by their
+            shapes, as those of flash-attn: the name of each, and the stack of modules.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.calls: list[list[Frame]] = []
         self.modules: set[nn.Module] = set()
+        self.opaque: list[tuple[str, list[Frame]]] = []
         self._model = model
         self._stack: list[Frame] = []
         self._handles: list[Any] = []
-        self._count = _Count(lambda: self.calls.append(list(self._stack)))
+        self._count = _Count(lambda: self.calls.append(list(self._stack)), self._note_opaque)
+        self._apply = vars(torch.autograd.Function)["apply"]
 
     def __enter__(self) -> Survey:
         for name, module in self._model.named_modules():
@@ -62,11 +71,13 @@ class Survey:
         self._eager = torch.compiler.set_stance("force_eager")
         self._eager.__enter__()
         self._count.__enter__()
+        torch.autograd.Function.apply = classmethod(self._applied)  # type: ignore[method-assign, assignment]
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        torch.autograd.Function.apply = self._apply  # type: ignore[method-assign]
         self._count.__exit__(kind, error, trace)
         self._eager.__exit__(kind, error, trace)
         for handle in self._handles:
@@ -84,6 +95,16 @@ class Survey:
 
         return enter
 
+    def _applied(self, cls: type, *args: Any, **kwargs: Any) -> Any:
+        if not cls.__module__.startswith(("torch.", "lightning_muonclip.")):
+            self._note_opaque(f"{cls.__module__}.{cls.__qualname__}", args)
+        return self._apply.__func__(cls, *args, **kwargs)
+
+    def _note_opaque(self, name: str, args: Any) -> None:
+        activations = [x for x in _flat(args) if x.is_floating_point() and not isinstance(x, nn.Parameter)]
+        if sum(x.ndim > 2 for x in activations) > 2 or any(x.ndim > 4 for x in activations):  # or all in one tensor
+            self.opaque.append((name, list(self._stack)))
+
     def _leave(self, *_: Any) -> None:
         if self._stack:
             self._stack.pop()
@@ -94,9 +115,10 @@ class _Count(TorchDispatchMode):
 
     supports_higher_order_operators = True
 
-    def __init__(self, found: Any) -> None:
+    def __init__(self, found: Callable[[], None], opaque: Callable[[str, Any], None]) -> None:
         super().__init__()
         self._found = found
+        self._opaque = opaque
         self._products = WeakIdKeyDictionary()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -105,7 +127,7 @@ class _Count(TorchDispatchMode):
             if "flex_attention" in str(func):
                 self._found()
             return func(*args, **kwargs)
-        name = func._schema.name.partition("::")[2]
+        library, _, name = func._schema.name.partition("::")
         sizes = [self._products[arg] for arg in _flat(args) if arg in self._products]
         is_softmax = name in ("_softmax", "_safe_softmax", "exp")
         if (
@@ -115,6 +137,8 @@ class _Count(TorchDispatchMode):
             or (is_softmax and sizes)
         ):
             self._found()
+        elif library not in _TORCHS:
+            self._opaque(func._schema.name, args)
         out = func(*args, **kwargs)
         if isinstance(out, Tensor):
             if name in ("bmm", "baddbmm"):

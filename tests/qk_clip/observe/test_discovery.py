@@ -15,9 +15,11 @@ import torch.nn.functional as F
 from oracles import Residual, SdpaAttention, enlarge, true_maxima
 from processes import on_ranks
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
-from lightning_muonclip import Muon, MuonClip, QKClip
+from lightning_muonclip import AttentionSpec, Muon, MuonClip, Projection, QKClip
 
 
 class Fused(nn.Module):
@@ -58,6 +60,47 @@ class Branching(nn.Module):
             x = x + self.middle(x)
         x = self.norm(x.mT).mT
         return x + self.last(x)
+
+
+class Attend(torch.autograd.Function):
+    """A kernel of which torch sees nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.from_numpy((q.detach().numpy() * k.detach().numpy()) + v.detach().numpy())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad, grad, grad
+
+
+@torch.library.custom_op("strange::flash_attn_forward", mutates_args=())
+def flash_attn_forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """A kernel of which torch sees nothing."""
+    return torch.from_numpy((q.numpy() * k.numpy()) + v.numpy())
+
+
+class Gate(torch.autograd.Function):
+    """A fused function of two activations, as in an MLP."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        return a * b
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad, grad
+
+
+class Gated(nn.Module):
+    """No attention, but a function of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.gate, self.down = nn.Linear(16, 32), nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(Gate.apply(self.up(x), self.gate(x)))
 
 
 def batches(count: int, seed: int = 0) -> Tensor:
@@ -197,6 +240,28 @@ class TestUnknown:
             model(batches(1)[0])
             assert qk_clip.layers == ["layers.0"]
 
+    @pytest.mark.parametrize("kernel", ["an operation", "a function"])
+    def test_a_kernel_that_nobody_can_see_into_is_refused_beside_one_that_can_be_seen(self, kernel: str) -> None:
+        class Opaque(Fused):
+            def forward(self, x: Tensor) -> Tensor:
+                q, k, v = self.inner(x).chunk(3, -1)
+                attend = torch.ops.strange.flash_attn_forward if kernel == "an operation" else Attend.apply
+                return self.outer(attend(q, k, v))
+
+        model = Residual(SdpaAttention(16, 4), Opaque(), Gated())
+        with (
+            QKClip(model) as qk_clip,
+            pytest.raises(ValueError, match=r"'layers.1' \(Opaque\): it calls .*ttend|flash"),
+        ):
+            model(batches(1)[0])
+        with QKClip(model, unknown="monitor") as qk_clip:
+            model(batches(1)[0])
+            assert qk_clip.layers == ["layers.0"]
+            assert "layers.1" in qk_clip.summary()
+        with QKClip(model, specs={"layers.1": None}) as qk_clip:
+            model(batches(1)[0])
+            assert qk_clip.layers == ["layers.0"]
+
     def test_a_wrong_word(self) -> None:
         with pytest.raises(ValueError, match="unknown unknown 'ignore'; use one of error, monitor"):
             QKClip(nn.Linear(2, 2), unknown="ignore")
@@ -295,6 +360,52 @@ def test_a_forward_that_is_redirected_is_looked_into() -> None:
         model.forward = redirected  # type: ignore[method-assign, assignment]
         torch.testing.assert_close(model(x, 2), 2 * model[0](x))
         assert qk_clip.layers == ["0"]
+
+
+def test_a_spec_of_attention_by_hand_needs_no_word_on_its_softmax() -> None:
+    class ByHand(SdpaAttention):
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = (p(x).unflatten(-1, (-1, 4)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+            return ((q @ k.mT * 0.5).softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+    spec = AttentionSpec((Projection("q_proj", "q(H d)"), Projection("k_proj", "k(H d)")), 4, sizes={"d": 4})
+    (x,) = batches(1)
+    for model, name in ((ByHand(16, 4), ""), (Residual(SdpaAttention(16, 4), ByHand(16, 4)), "layers.1")):
+        module = model.get_submodule(name)
+        with QKClip(model, specs={name: spec}) as qk_clip, QKClip(copy.deepcopy(model)) as inferred:
+            assert qk_clip.layers == [name]
+            model(x)
+            inferred.model(x)
+            assert torch.equal(qk_clip.max_logits, inferred.max_logits)
+            assert qk_clip.max_logits.isfinite().all()
+        assert module.q_proj.weight.isfinite().all()
+
+
+def attention_as_a_unit(rank_count: int) -> Any:
+    """The layers and maxima of a model in which FSDP2 has made a unit of an attention module itself."""
+    torch.manual_seed(0)
+    model = large(Residual(SdpaAttention(16, 4, 2), Fused()))
+    mesh = init_device_mesh("cpu", (rank_count,))
+    for layer in model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    with QKClip(model, threshold=1.0) as qk_clip:
+        model(batches(1)[0])
+        result = qk_clip.step()
+    return qk_clip.layers, result.max_logits, {n: p.full_tensor().detach() for n, p in model.named_parameters()}
+
+
+def test_attention_may_be_a_unit_of_fsdp2() -> None:
+    torch.manual_seed(0)
+    model = large(Residual(SdpaAttention(16, 4, 2), Fused()))
+    with QKClip(model, threshold=1.0) as qk_clip:
+        model(batches(1)[0])
+        expected = qk_clip.step()
+    for layers, maxima, weights in on_ranks(2, attention_as_a_unit, 2):
+        assert layers == ["layers.0", "layers.1"]
+        torch.testing.assert_close(maxima, expected.max_logits, rtol=1e-5, atol=0)
+        for name, weight in weights.items():
+            torch.testing.assert_close(weight, model.get_parameter(name).detach(), rtol=1e-5, atol=1e-7)
 
 
 def ranks_that_differ(steps: int) -> list[Any]:
