@@ -161,6 +161,10 @@ def products(model: nn.Module, inputs: Any) -> list[list[Tensor]]:
     """The products of queries and keys of every attention in a forward of a float64 model, before masks and biases."""
     found: list[list[Tensor]] = []
     eager = torch.compiler.set_stance("force_eager")
-    with eager, sdpa_kernel(SDPBackend.MATH), Logits(lambda own, _: found.append([x.clone() for x in own]), of_heads=True):
+    with (
+        eager,
+        sdpa_kernel(SDPBackend.MATH),
+        Logits(lambda own, _: found.append([x.clone() for x in own]), of_heads=True),
+    ):
         model(**inputs)
     return found

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -83,12 +84,14 @@ def judge(model: nn.Module, inputs: dict[str, Any], found: list[Any], calls: int
 
     for own in described[::step]:
         first = own.calls[0]
-        if own.layout.qk_norm and (problem := _moved(own, before[first][0], lambda change: run(own, change)[first][0])):
+        if own.layout.qk_norm and (problem := _moved(own, before[first][0], partial(run, own))):
             wrong.append(f"{own.name}: {problem}")
         factors, expected = _trial(own)
         after = run(own, {n: lambda x, f=f, c=c: (x + c) * f - c for n, (f, c) in factors.items()})
         mine = _weights(model, own)
-        since = min(call for other in described if other is own or _weights(model, other) & mine for call in other.calls)
+        since = min(
+            call for other in described if other is own or _weights(model, other) & mine for call in other.calls
+        )
         if len(after) != calls or not all(map(_equal, before[:since], after[:since])):
             wrong.append(f"{own.name}: earlier attention changes")
             continue
@@ -103,18 +106,27 @@ def judge(model: nn.Module, inputs: dict[str, Any], found: list[Any], calls: int
     return judged, wrong, ""
 
 
-def _moved(own: Any, before: Tensor, after: Callable[[dict[str, Any]], Tensor]) -> str:
+def _moved(own: Any, before: Tensor, run: Callable[[dict[str, Any]], list[list[Tensor]]]) -> str:
     """What is wrong with attention that is said to be normalized, so that no matrix scales its logits.
 
     Args:
         own: What was described.
         before: The products of its queries and keys.
-        after: The same after changes of parameters.
+        run: Gives the products of the model while parameters are changed.
     """
+
+    def after(change: dict[str, Any]) -> Tensor:
+        return run(change)[own.calls[0]][0]
+
     noise = torch.Generator().manual_seed(7)
     gains = {name for name, _ in entries(own.layout)}
-    params = {name: param for name, param in own.module.named_parameters() if name not in gains}
-    matrices = [name for name, p in params.items() if sum(n > 1 for n in p.shape) > 1 and p.is_floating_point()]
+    counts = (own.layout.num_heads, own.layout.num_key_value_heads)
+    matrices = []
+    for name, param in own.module.named_parameters():
+        sizes = [size for size in param.shape if size > 1]
+        is_gain = len(sizes) < 2 or name in gains or (len(sizes) == 2 and sizes[0] in counts)  # one for every head
+        if param.is_floating_point() and not is_gain:
+            matrices.append(name)
     other = after(dict.fromkeys(matrices, lambda x: torch.randn(x.shape, generator=noise).to(x) * x.std()))
     if torch.equal(before, other):
         return "no matrix reaches its logits"

@@ -64,6 +64,6 @@ class Measure(TorchFunctionMode):
                 visible, logits = logits > HIDDEN, logits.detach()
                 if softmax.scale is not None:
                     product = self._products[softmax.product]
-                    visible = without_sinks(visible, product)
+                    visible = without_sinks(visible, product, softmax.sinks)
                     logits = softmax.scale * product.reshape(visible.shape)
                 self._recorder.record_all(logits.masked_fill(~visible, float("-inf")).amax((-2, -1)), "softmax")
