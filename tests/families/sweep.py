@@ -10,6 +10,7 @@ Results are JSON lines in a file, one a model; ``--fresh`` starts again.
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import importlib.metadata
 import inspect
@@ -621,6 +622,15 @@ LIBRARIES: dict[str, Callable[[], dict[str, Callable[[], Made]]]] = {
 }
 
 
+@functools.cache
+def models_of(library: str) -> dict[str, Callable[[], Made]]:
+    """Makers of models, none if the library is not installed."""
+    try:
+        return LIBRARIES[library]()
+    except ImportError:
+        return {}
+
+
 # One model ---------------------------------------------------------------------------------------------------------------
 
 
@@ -710,7 +720,7 @@ def work(library: str, names: list[str], results: Path) -> None:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     signal.signal(signal.SIGALRM, stop)
-    makers = LIBRARIES[library]()
+    makers = models_of(library)
     for name in names:
         signal.alarm(SECONDS)
         try:
@@ -850,10 +860,10 @@ def main() -> None:
     known = [json.loads(line) for line in args.results.read_text().splitlines()] if args.results.exists() else []
     done = {(r["library"], r["name"]) for r in known}
     chunks: list[list[str]] = []
-    for library, models in LIBRARIES.items():
+    for library in LIBRARIES:
         if (args.only and args.only[0] != library) or args.write:
             continue
-        names = [n for n in models() if (library, n) not in done and all(word in n for word in args.only[1:])]
+        names = [n for n in models_of(library) if (library, n) not in done and all(word in n for word in args.only[1:])]
         chunks += [[library, *names[i : i + CHUNK]] for i in range(0, len(names), CHUNK)]
     running: list[subprocess.Popen[bytes]] = []
     for chunk in chunks:
