@@ -107,18 +107,27 @@ def judge(model: nn.Module, inputs: dict[str, Any], found: list[Any], calls: int
     return judged, wrong, ""
 
 
-def _moved(own: Any, before: Tensor, after: Callable[[dict[str, Any]], Tensor]) -> str:
+def _moved(own: Any, before: Tensor, run: Callable[[dict[str, Any]], list[list[Tensor]]]) -> str:
     """What is wrong with attention that is said to be normalized, so that no matrix scales its logits.
 
     Args:
         own: What was described.
         before: The products of its queries and keys.
-        after: The same after changes of parameters.
+        run: Gives the products of the model while parameters are changed.
     """
+
+    def after(change: dict[str, Any]) -> Tensor:
+        return run(change)[own.calls[0]][0]
+
     noise = torch.Generator().manual_seed(7)
     gains = {name for name, _ in entries(own.layout)}
-    params = {name: param for name, param in own.module.named_parameters() if name not in gains}
-    matrices = [name for name, p in params.items() if sum(n > 1 for n in p.shape) > 1 and p.is_floating_point()]
+    counts = (own.layout.num_heads, own.layout.num_key_value_heads)
+    matrices = []
+    for name, param in own.module.named_parameters():
+        sizes = [size for size in param.shape if size > 1]
+        is_gain = len(sizes) < 2 or name in gains or (len(sizes) == 2 and sizes[0] in counts)  # one for every head
+        if param.is_floating_point() and not is_gain:
+            matrices.append(name)
     other = after(dict.fromkeys(matrices, lambda x: torch.randn(x.shape, generator=noise).to(x) * x.std()))
     if torch.equal(before, other):
         return "no matrix reaches its logits"

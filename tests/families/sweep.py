@@ -1,8 +1,8 @@
-"""Runs inference on every attention of many public models, judges it, and writes the table of docs/families.md.
+"""Runs inference on every attention of many public models, judges it, and writes docs/inferred-attention.md.
 
     python tests/families/sweep.py                              # resumes where it was stopped
     python tests/families/sweep.py --only transformers llama    # a library, and names that contain a word
-    python tests/families/sweep.py --write docs/families.md
+    python tests/families/sweep.py --write docs/inferred-attention.md
 
 Results are JSON lines in a file, one a model; ``--fresh`` starts again.
 """
@@ -10,6 +10,7 @@ Results are JSON lines in a file, one a model; ``--fresh`` starts again.
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import importlib.metadata
 import inspect
@@ -23,6 +24,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,11 +34,12 @@ import torch
 import vision.torchvision_schemas  # noqa: F401  before transformers
 from torch import nn
 
-from families.judge import judge, randomize, seeded
+from families.judge import KINDS, judge, randomize, seeded
 from families.shrunk import BATCH, LENGTH, WIDTH, draw, tiny, tokens
 
 RESULTS = Path(tempfile.gettempdir()) / "attention_sweep.jsonl"
 SECONDS, CHUNK = 60, 40
+WATCHED = "watched"
 Made = tuple[nn.Module, dict[str, Any]]
 Result = dict[str, Any]
 
@@ -619,6 +622,15 @@ LIBRARIES: dict[str, Callable[[], dict[str, Callable[[], Made]]]] = {
 }
 
 
+@functools.cache
+def models_of(library: str) -> dict[str, Callable[[], Made]]:
+    """Makers of models, none if the library is not installed."""
+    try:
+        return LIBRARIES[library]()
+    except ImportError:
+        return {}
+
+
 # One model ---------------------------------------------------------------------------------------------------------------
 
 
@@ -662,7 +674,9 @@ def run(library: str, name: str, make: Callable[[], Made]) -> Result:
 def summary(own: Any) -> list[Any]:
     """What is kept of a layout."""
     layout = own.layout
-    kinds = {name: sorted(set(table.kinds.unique().tolist()) - {5}) for name, table in layout.tables}
+    kinds: dict[str, list[int]] = {}
+    for name, table in layout.tables:
+        kinds[name] = sorted({*kinds.get(name, ()), *table.kinds.unique().tolist()} - {5})
     return [
         own.name,
         type(own.module).__name__,
@@ -672,6 +686,25 @@ def summary(own: Any) -> list[Any]:
         layout.qk_norm,
         layout.notes,
     ]
+
+
+def verdict(inferred: list[Any]) -> str:
+    """What a clip scales."""
+    _, _, _, _, kinds, qk_norm, _ = inferred
+    of = {KINDS[kind][0] for own in kinds.values() for kind in own}
+    if not of:
+        return WATCHED
+    return " and ".join(sorted(of, reverse=True)) + (", by gains" if qk_norm else "")
+
+
+def verdicts(result: Result) -> dict[str, Counter[str]]:
+    """How often the attention of each class was judged how; refusals are reasons, without their numbers."""
+    found: dict[str, Counter[str]] = {}
+    for own in result["inferred"]:
+        found.setdefault(own[1], Counter())[verdict(own)] += 1
+    for _, cls, reason in result["refused"]:
+        found.setdefault(cls, Counter())[re.sub(r" \(degrees [^)]*\)|: \w*Error: .*", "", reason)] += 1
+    return found
 
 
 class _TookTooLong(BaseException):
@@ -687,7 +720,7 @@ def work(library: str, names: list[str], results: Path) -> None:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     signal.signal(signal.SIGALRM, stop)
-    makers = LIBRARIES[library]()
+    makers = models_of(library)
     for name in names:
         signal.alarm(SECONDS)
         try:
@@ -713,80 +746,101 @@ def work(library: str, names: list[str], results: Path) -> None:
 
 
 def report(results: list[Result]) -> str:
-    """The counts of every library, and all refusals."""
+    """The counts of every library."""
     lines = [
-        "| library | models | with attention | attentions | inferred | refused | wrong | judged head by head |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| library | models | with attention | attentions | inferred | watched | refused | wrong | judged head by head |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for library in [*LIBRARIES, "all"]:
         own = [r for r in results if library in (r["library"], "all") and "calls" in r]
         if not own:
             continue
-        count = {
-            "models": len(own),
-            "with": sum(r["calls"] > 0 for r in own),
-            "inferred": sum(len(r["inferred"]) for r in own),
-            "refused": sum(len(r["refused"]) for r in own),
-            "wrong": sum(len(r["wrong"]) for r in own),
-            "judged": sum(r["judged"] for r in own),
-        }
-        all_of = count["inferred"] + count["refused"]
-        share = f"{count['inferred']} ({count['inferred'] / max(1, all_of):.1%})"
-        lines.append(
-            f"| {library} | {count['models']} | {count['with']} | {all_of} | {share}"
-            f" | {count['refused']} | {count['wrong']} | {count['judged']} |"
-        )
+        told = sum((counts for result in own for counts in verdicts(result).values()), Counter())
+        refused = sum(len(r["refused"]) for r in own)
+        cells = [
+            library,
+            len(own),
+            sum(r["calls"] > 0 for r in own),
+            told.total(),
+            f"{told.total() - refused - told[WATCHED]} ({1 - (refused + told[WATCHED]) / max(1, told.total()):.1%})",
+            told[WATCHED],
+            f"{refused} ({refused / max(1, told.total()):.1%})",
+            sum(len(r["wrong"]) for r in own),
+            sum(r["judged"] for r in own),
+        ]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
 
-TEXT = """# Families of attention
+TEXT = """# What is inferred of public models
 
 Written by a script, with torch {torch}, and {versions}:
 
-    python tests/families/sweep.py --write docs/families.md
+    python tests/families/sweep.py --write docs/inferred-attention.md
 
 Every model is tiny, of random weights, and known to the library by nothing but its forward. The library reads which channels
 of which weights make which head, or refuses with a reason. Each answer is judged on the model by an oracle that shares no
-code with the library (`tests/families/judge.py`). With a random factor for every head, the products of its queries and keys,
-read from elementary operations in float64, must be the factor times what they were, and earlier attention must be the same.
-With queries times powers of two and keys over them, the model's outputs must be the same to the bit. **Wrong** counts
-whatever fails, and attention that the library does not see.
+code with the library (`tests/families/judge.py`), head by head for at most six attentions of a model:
+
+- with a random factor for every head, the products of its queries and keys, read from elementary operations in float64, must
+  be the factor times what they were, and earlier attention must be the same;
+- with queries times powers of two and keys over them, the model's outputs must be the same to the bit;
+- where queries and keys are said to be normalized, the products must be the same however large the matrices are.
+
+**Wrong** counts whatever fails, and attention that the library does not see. **Inferred** is what a clip can scale.
+**Watched** is attention whose queries and keys are both normalized without a gain of their own: its logits are bounded, and
+there is nothing to scale. Whatever of a library is not in the lists does not shrink to a tiny model in a generic way.
 
 {table}
 
 ## What is refused, and why
 
 {refusals}
+
+## Model by model
+
+How many attentions of which class, and what a clip scales: queries (q), keys (k), or both.
+
+{models}
 """
 
 
 def document(results: list[Result]) -> str:
     """The page of the documentation."""
-    import transformers
-
-    packages = ("timm", "torchvision", "litgpt", "diffusers", "x-transformers", "vit-pytorch")
-    versions = [f"transformers {transformers.__version__}"]
-    for package in packages:
-        try:
-            versions.append(f"{package} {importlib.metadata.version(package).partition('+')[0]}")
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    reasons: dict[tuple[str, str], list[str]] = {}
+    packages = ("transformers", "timm", "torchvision", "litgpt", "diffusers", "x-transformers", "vit-pytorch")
+    versions = [f"{package} {importlib.metadata.version(package).partition('+')[0]}" for package in packages]
+    reasons: dict[str, list[str]] = {}
+    count: Counter[str] = Counter()
     for result in results:
-        for _, cls, reason in result.get("refused", []):
-            told = re.sub(r" \(degrees [^)]*\)", "", reason)
-            names = reasons.setdefault((told, cls), [])
-            if result["name"] not in names:
-                names.append(result["name"])
-    lines = [
-        f"- `{cls}` ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''}): {told}"
-        for (told, cls), names in sorted(reasons.items())
+        for own in verdicts(result).values() if "calls" in result else ():
+            for reason, number in own.items():
+                if reason.startswith(("q", "k", WATCHED)):
+                    continue
+                count[reason] += number
+                if result["name"] not in reasons.setdefault(reason, []):
+                    reasons[reason].append(result["name"])
+    short = {reason: f"[{number}]" for number, (reason, _) in enumerate(count.most_common(), 1)}
+    refusals = [
+        f"- {short[reason]} {reason}: {total} in {', '.join(reasons[reason])}" for reason, total in count.most_common()
     ]
+    models = []
+    for library in LIBRARIES:
+        lines = []
+        for result in results:
+            if result["library"] == library and result.get("calls"):
+                told = [
+                    f"{cls} " + ", ".join(f"{n} x {short.get(what, what)}" for what, n in own.items())
+                    for cls, own in verdicts(result).items()
+                ]
+                lines.append(f"{result['name']}: {'; '.join(told)}")
+        if lines:
+            models.append("\n".join([f"### {library}", "", "```text", *sorted(lines), "```"]))
     return TEXT.format(
         torch=torch.__version__.partition("+")[0],
         versions=", ".join(versions),
         table=report(results),
-        refusals="\n".join(lines),
+        refusals="\n".join(refusals),
+        models="\n\n".join(models),
     )
 
 
@@ -806,10 +860,10 @@ def main() -> None:
     known = [json.loads(line) for line in args.results.read_text().splitlines()] if args.results.exists() else []
     done = {(r["library"], r["name"]) for r in known}
     chunks: list[list[str]] = []
-    for library, models in LIBRARIES.items():
+    for library in LIBRARIES:
         if (args.only and args.only[0] != library) or args.write:
             continue
-        names = [n for n in models() if (library, n) not in done and all(word in n for word in args.only[1:])]
+        names = [n for n in models_of(library) if (library, n) not in done and all(word in n for word in args.only[1:])]
         chunks += [[library, *names[i : i + CHUNK]] for i in range(0, len(names), CHUNK)]
     running: list[subprocess.Popen[bytes]] = []
     for chunk in chunks:

@@ -51,7 +51,16 @@ def merged_kernel(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(*flat, is_causal=True).unflatten(0, query.shape[:2])
 
 
-WAYS = [by_kernel, by_hand, by_einsum, in_batches, merged_kernel]
+def beside_sinks(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Sinks stand on both sides of the logits, and the maximum of each row is subtracted."""
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    logits = (query @ key.mT / DIM**0.5).masked_fill(~causal(LENGTH), -1e9)
+    sink = torch.full((*logits.shape[:3], 1), 1e2).to(logits)
+    logits = torch.cat((sink, logits, sink), -1)
+    return (logits - logits.amax(-1, keepdim=True)).softmax(-1)[..., 1:-1] @ value
+
+
+WAYS = [by_kernel, by_hand, by_einsum, in_batches, merged_kernel, beside_sinks]
 
 
 class Unknown(nn.Module):
@@ -109,6 +118,68 @@ def test_maxima_and_clips_are_exact_whatever_the_names(attend: Attend, groups: i
         assert torch.equal(gamma < 1, expected > threshold)
     clipped = expected.clamp(max=threshold)
     torch.testing.assert_close(model.expected(x), clipped, rtol=1e-5, atol=1e-6)
+
+
+class Relative(nn.Module):
+    """Logits are a sum of products: of queries and keys, and of queries and positions, as in Transformer-XL."""
+
+    def __init__(self, positions: str) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.d = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.u, self.v = (nn.Parameter(torch.randn(HEADS, 1, DIM)) for _ in range(2))
+        self.register_buffer("places", torch.randn(LENGTH, WIDTH))
+        self.register_buffer("table", torch.randn(LENGTH, LENGTH, DIM))
+        self.positions = positions
+        enlarge(self)
+
+    def products(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
+        query, key, value, place = (
+            y.unflatten(-1, (HEADS, DIM)).transpose(-3, -2)
+            for y in (self.a(x), self.b(x), self.c(x), self.d(self.places.expand_as(x)))
+        )
+        if self.positions == "projected":
+            return [(query + self.u) @ key.mT, ((query + self.v) @ place.mT).roll(1, -1)], value
+        return [query @ key.mT, torch.einsum("bhid,ijd->bhij", query, self.table)], value
+
+    def forward(self, x: Tensor) -> Tensor:
+        products, value = self.products(x)
+        if self.positions == "in the mask of a kernel":
+            query, key = (p(x).unflatten(-1, (HEADS, DIM)).transpose(-3, -2) for p in (self.a, self.b))
+            mask = (products[1] / DIM**0.5).masked_fill(~causal(LENGTH), -1e9)
+            return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2).flatten(2)
+        logits = sum(products) / DIM**0.5
+        return (logits.masked_fill(~causal(LENGTH), -1e9).softmax(-1) @ value).transpose(1, 2).flatten(2)
+
+    @torch.no_grad()
+    def expected(self, x: Tensor) -> Tensor:
+        """Positions that the module projects are part of the logits; others are a bias."""
+        products = self.products(x)[0]
+        logits = sum(products) if self.positions == "projected" else products[0]
+        return (logits / DIM**0.5).masked_fill(~causal(LENGTH), -torch.inf).amax((0, 2, 3))
+
+
+@pytest.mark.parametrize("positions", ["projected", "of a table", "in the mask of a kernel"])
+def test_maxima_and_clips_are_exact_with_relative_positions(positions: str) -> None:
+    model, x = Relative(positions), inputs()
+    expected = model.expected(x)
+    threshold = float(expected.sort().values[1:3].mean())
+    with QKClip(model, threshold, example=on(x)) as qk_clip:
+        assert qk_clip.sides == {"": "q and k" if positions == "projected" else "k"}
+        model(x)
+        torch.testing.assert_close(qk_clip.max_logits[0].double(), expected.double(), rtol=1e-5, atol=1e-6)
+        qk_clip.step()
+    torch.testing.assert_close(model.expected(x), expected.clamp(max=threshold), rtol=1e-5, atol=1e-6)
+
+
+def test_a_bias_that_cannot_be_told_from_the_logits_is_refused() -> None:
+    class Biased(Relative):
+        def products(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
+            products, value = super().products(x)
+            return [*products, torch.arange(LENGTH).to(x)], value
+
+    with pytest.raises(ValueError, match="what enters its softmax is more than the products of its queries and keys"):
+        QKClip(Biased("projected"), example=on(inputs()))
 
 
 def test_values_and_output_stay_as_they_are() -> None:

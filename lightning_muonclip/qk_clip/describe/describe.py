@@ -113,21 +113,21 @@ def _of_call(
     return best
 
 
-def _run(frame: Frame) -> tuple[Isolated, Run]:
+def _run(frame: Frame, sums: bool = True) -> tuple[Isolated, Run]:
     """In double precision, unless some code of the module wants single precision: it fails, or numbers overflow."""
     with suppress(RuntimeError, TypeError):
-        isolated = Isolated(frame.module, frame.args, frame.kwargs)
+        isolated = Isolated(frame.module, frame.args, frame.kwargs, sums=sums)
         run = isolated.run()
         if not any(tensor.isnan().any() for tensor in run.rest):
             return isolated, run
-    isolated = Isolated(frame.module, frame.args, frame.kwargs, torch.float32)
+    isolated = Isolated(frame.module, frame.args, frame.kwargs, torch.float32, sums)
     return isolated, isolated.run()
 
 
-def _analyse(frame: Frame, count: int) -> list[Found]:
+def _analyse(frame: Frame, count: int, sums: bool = True) -> list[Found]:
     """One for each of the calls of a module."""
     try:
-        isolated, run = _run(frame)
+        isolated, run = _run(frame, sums)
         if len(run.calls) != count:
             reason = f"of its {count} attention calls, {len(run.calls)} can be followed when it runs alone"
             raise Unclear(reason, elsewhere=not run.calls)
@@ -140,6 +140,8 @@ def _analyse(frame: Frame, count: int) -> list[Found]:
                 own.softmaxes = _softmaxes(isolated, run, own.layout)
                 heads.enter_others(own.layout)
             except Unclear as unclear:
+                if any(len(call.pairs) > 1 for call in run.calls):
+                    return _analyse(frame, count, sums=False)
                 own.layout = None
                 own.reason, own.elsewhere = unclear.reason, unclear.elsewhere
                 with suppress(Unclear):

@@ -44,10 +44,13 @@ class Isolated:
         args: What it was given.
         kwargs: The same by name.
         dtype: Of the copy.
+        sums: Whether its logits may be sums of products.
     """
 
-    def __init__(self, module: nn.Module, args: Any, kwargs: Any, dtype: torch.dtype = torch.float64) -> None:
-        self.dtype = dtype
+    def __init__(
+        self, module: nn.Module, args: Any, kwargs: Any, dtype: torch.dtype = torch.float64, sums: bool = True
+    ) -> None:
+        self.dtype, self.sums = dtype, sums
         self._inputs = args, kwargs
         # The module's own hooks have acted on the inputs already; those of shards, and their state, have nothing to do here.
         memo: dict[int, Any] = {}
@@ -78,7 +81,7 @@ class Isolated:
         """One forward; products of an earlier one answer for its own."""
         with DetachedCopies():
             args, kwargs = tree_map(self._copied, self._inputs)
-        trace = Trace((args, kwargs), products)
+        trace = Trace((args, kwargs), products, self.sums)
         with apart(self.module), _full_precision(), torch.enable_grad(), tracing(trace):
             output = self.module(*args, **kwargs)
         rest = [tensor for call in trace.calls for tensor in call.rest]

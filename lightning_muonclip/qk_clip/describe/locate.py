@@ -46,7 +46,9 @@ def locate(isolated: Isolated, layout: Layout) -> tuple[Softmax, ...]:
                 own = found.setdefault(number, [])
                 # A projection changes the logits through a later product.
                 if not any(before.differs(after, later.product) for later in own):
-                    own.append(Softmax(number, product, _scale(change, noise), base.is_overwritten(product)))
+                    sinks = int(change.flatten(0, -2).any(0).int().argmax()) if change.shape != noise.shape else 0
+                    scale = _scale(without_sinks(change, noise, sinks), noise)
+                    own.append(Softmax(number, product, scale, base.is_overwritten(product), sinks))
                 break
     for number, own in found.items():
         if len(own) > 1 or own[0].scale is None:
@@ -87,23 +89,22 @@ def _scale(change: Tensor, noise: Tensor) -> float | None:
 
     What is subtracted from whole rows, such as their maximum, changes no probability, and does not count.
     """
-    change = without_sinks(change, noise)
     if change.numel() != noise.numel():
         return None
     visible = (change != 0).double()
 
     def centered(x: Tensor) -> Tensor:
-        x = x.double() * visible
-        return x - visible * x.sum(-1, keepdim=True) / visible.sum(-1, keepdim=True).clamp_min(1)
+        x, count = x.double() * visible, visible.sum(-1, keepdim=True)
+        return x - visible * torch.where(count > 1, x.sum(-1, keepdim=True) / count, 0)
 
     change, noise = centered(change), centered(noise.reshape(change.shape))
     scale = float((change * noise).sum() / (noise * noise).sum())  # least squares
     return scale if bool(((change - scale * noise).abs() < 1e-3 * abs(scale) * noise.abs().max()).all()) else None
 
 
-def without_sinks(logits: Tensor, product: Tensor) -> Tensor:
-    """The input of a softmax without columns that stand behind the keys, as sinks do."""
-    return logits if logits.numel() == product.numel() else logits[..., : product.shape[-1]]
+def without_sinks(logits: Tensor, product: Tensor, sinks: int) -> Tensor:
+    """The input of a softmax without columns that stand beside the product, as sinks do."""
+    return logits if logits.numel() == product.numel() else logits[..., sinks : sinks + product.shape[-1]]
 
 
 def without_addend(func: Any, args: Any, kwargs: Any, out: Tensor) -> Tensor:

@@ -46,12 +46,14 @@ class Softmax:
         scale: What the product is multiplied by, before any soft-cap and mask. ``None`` takes the input of the softmax for
             the logits, where they are several products or not a constant factor away from one.
         is_overwritten: Whether the module changes the product in place, as ``logits += mask`` does.
+        sinks: How many columns stand before the product in the input of the softmax; some may stand behind it too.
     """
 
     number: int
     product: int
     scale: float | None
     is_overwritten: bool
+    sinks: int = 0
 
 
 class HeadAxis(NamedTuple):

@@ -125,13 +125,15 @@ class Trace(TorchFunctionMode):
     Args:
         given: The inputs of the module. What depends on them is an activation; a product with anything else, a projection.
         products: Products of an earlier run. They answer for those of this run, so that nothing behind them may change.
+        sums: Whether logits may be a sum of products; else all but one of them are a bias.
     """
 
-    def __init__(self, given: Any, products: Sequence[Product] = ()) -> None:
+    def __init__(self, given: Any, products: Sequence[Product] = (), sums: bool = True) -> None:
         super().__init__()
         self.calls: list[Call] = []
         self.products: list[Product] = []
         self._earlier = products
+        self._sums = sums
         self._activations = WeakIdKeyDictionary()
         self._mark_activations(given)
 
@@ -190,7 +192,7 @@ class Trace(TorchFunctionMode):
         call = Call(func.__name__, [], rest=[logits], problem=obstacle)
         # Products of another arrangement, such as those of a table of positions, are part of the rest.
         main = next((p for p in products if p.out.shape == logits.shape == (*p.lead, *p.out.shape[-2:])), products[0])
-        for product in (product for product in products if product.lead == main.lead):
+        for product in (p for p in products if p.lead == main.lead) if self._sums else [main]:
             rows, columns = product.out.shape[-2:]
             if not product.is_logits and (dim % logits.ndim == logits.ndim - 2 or columns != logits.shape[dim] == rows):
                 product.query, product.key = product.key, product.query

@@ -66,6 +66,6 @@ def _measure(mode: Measure, logits: Tensor) -> None:
             visible, logits = logits > HIDDEN, logits.detach()
             if softmax.scale is not None:
                 product = mode.products[softmax.product]
-                visible = without_sinks(visible, product)
+                visible = without_sinks(visible, product, softmax.sinks)
                 logits = softmax.scale * product.reshape(visible.shape)
             mode.recorder.record_all(logits.masked_fill(~visible, float("-inf")).amax((-2, -1)), "softmax")
