@@ -47,6 +47,7 @@ class MuonClipCallback(Callback):
     ``trainer.optimizers``. Its groups follow the learning rate and weight decay of the groups that the matrices came from,
     so schedulers, LearningRateMonitor and checkpoints work as before. At every step the gradients of both optimizers are
     clipped together if the Trainer clips, Muon steps, and QK-Clip runs once all query and key weights are updated.
+    Attention is found and read before the first forward in training (see :class:`~lightning_muonclip.QKClip`).
 
     Logs ``muonclip/max_logit``, ``muonclip/min_gamma``, ``muonclip/clipped_heads`` and ``muonclip/nonfinite``.
 
@@ -192,6 +193,7 @@ class MuonClipCallback(Callback):
             for own in (self.muon, optimizer):
                 self._handles.append(own.register_step_post_hook(self._apply_qk_clip))
         rank_zero_info(f"MuonClip routes the parameters as follows\n{routing_table(routes)}")
+        self._tell_sides()
 
     def _observe(self, pl_module: pl.LightningModule) -> Observer:
         """The observer of the module, shared with the mixin."""
@@ -286,8 +288,11 @@ class MuonClipCallback(Callback):
             return
         self._attention = attention
         self.muon.set_parts(matrix_parts(pl_module, attention, self.split))
-        if self.qk_clip is not None:
-            sides = self.qk_clip.sides
+        self._tell_sides()
+
+    def _tell_sides(self) -> None:
+        sides = {} if self.qk_clip is None else self.qk_clip.sides
+        if sides:
             rank_zero_info("QK-Clip scales " + ", ".join(f"{name}: {side}" for name, side in sides.items()))
 
     def _clip_gradients(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 from torch.utils._pytree import tree_leaves, tree_map
@@ -60,12 +61,23 @@ class _Trials:
             self._plain[attends] = self._run(attends)
         with _scaled(found):
             after = self._run(attends)
-        if len(after) == len(self._plain[attends]) and all(map(_same, self._plain[attends], after)):
+        plain = self._plain[attends]
+        if self._on_all_ranks(len(after) == len(plain) and all(map(_same, plain, after))):
             return []
         half = len(found) // 2
         return (self.noticed(found[:half], attends) + self.noticed(found[half:], attends) if half else []) or list(
             found
         )
+
+    def _on_all_ranks(self, is_so: bool) -> bool:
+        """Whether something holds on all ranks that share the model's weights; they must run the same forwards."""
+        mesh = next((p.device_mesh for p in self._root.module.parameters() if isinstance(p, DTensor)), None)
+        if mesh is None:
+            return is_so
+        flag = torch.tensor(float(is_so), device=mesh.device_type)
+        for group in mesh.get_all_groups():
+            dist.all_reduce(flag, op=dist.ReduceOp.MIN, group=group)
+        return bool(flag)
 
     def _run(self, attends: bool) -> list[Tensor]:
         with DetachedCopies():
