@@ -3,82 +3,39 @@
 from __future__ import annotations
 
 import pytest
-
 from families.sweep import models_of, run, verdicts
 
-#: By library: the name of a model, and for each class of attention in it what a clip scales, or words of the reason why it
-#: is refused.
+#: By library: a model, and for each class of attention in it what a clip scales, or words of the reason of a refusal.
 SAMPLE = {
     "transformers": """
         afmoe | AfmoeAttention: q and k, by gains
         aimv2_text_model | Aimv2Attention: q and k
-        aimv2_vision_model | Aimv2Attention: q and k | Aimv2AttentionPoolingHead: q and k
-        albert | AlbertAttention: q and k
-        align_text_model | AlignTextSelfAttention: q and k
         altclip_text_model | AltRobertaSelfAttention: q and k
         altclip_vision_model | AltCLIPAttention: q and k
         apertus | ApertusAttention: q and k, by gains
-        apertus1p5_text | Apertus1p5TextAttention: q and k, by gains
         arcee | ArceeAttention: q and k
         audio-spectrogram-transformer | ASTAttention: q and k
-        audioflamingo3 | Qwen2Attention: q and k
-        axk1 | AXK1Attention: q and k
-        bailing_hybrid | BailingHybridAttention: q and k
-        beam | BeamAttention: q and k, by gains
-        beit | BeitAttention: q and k
-        bert-generation | BertGenerationSelfAttention: q and k
-        big_bird | BigBirdSelfAttention: q and k
-        biogpt | BioGptAttention: q and k
-        bitnet | BitNetAttention: q and k
-        blip_2_vision_model | Blip2Attention: q and k
         blip_vision_model | BlipAttention: q and k
-        bloom | BloomAttention: q and k
         blt_patcher | BltSelfAttention: q and k
         bridgetower_text_model | BridgeTowerSelfAttention: q and k
-        camembert | CamembertSelfAttention: q and k
         canary_decoder | CanarySelfAttention: q and k
         chinese_clip_text_model | ChineseCLIPTextSelfAttention: q and k
         chinese_clip_vision_model | ChineseCLIPVisionAttention: q and k
         clap_text_model | ClapTextSelfAttention: q and k
-        clip_text_model | CLIPAttention: q and k
         clipseg_text_model | CLIPSegAttention: q and k
-        clvp_decoder | ClvpSelfAttention: q and k
         codegen | CodeGenAttention: q and k
-        cohere | CohereAttention: q and k
         cohere2 | Cohere2Attention: q and k
-        cohere2_moe | Cohere2MoeAttention: q and k
-        cohere_asr | ParakeetEncoderAttention: k | CohereAsrSelfAttention: q and k | CohereAsrCrossAttention: q and k
-        cohere_compass_vision | CohereCompassVisionAttention: q and k
-        colmodernvbert | ModernBertAttention: q and k
-        convbert | ConvBertSelfAttention: k
-        cosmos3_edge_text | Cosmos3EdgeTextAttention: q and k
-        cpmant | CpmAntAttention: q and k
         csm_depth_decoder_model | CsmAttention: q and k
         ctrl | MultiHeadAttention: q and k
         cwm | CwmAttention: q and k
-        data2vec-vision | Data2VecVisionSdpaSelfAttention: q and k
-        deberta | DisentangledSelfAttention: q and k
-        decision_transformer | DecisionTransformerGPT2Attention: q and k
-        deepseek_ocr2_sam_vision_model | DeepseekOcr2SamVisionSdpaAttention: k
-        deepseek_v3 | DeepseekV3Attention: q and k
-        deepseek_v32 | DeepseekV32Attention: q and k
         deepseek_v4 | DeepseekV4Attention: refused, makes something else; watched
-        deit | DeiTAttention: q and k
         dia_encoder | DiaSelfAttention: q and k
-        diffllama | DiffLlamaAttention: q and k
         dinov2 | Dinov2Attention: q and k
-        dinov2_with_registers | Dinov2WithRegistersAttention: q and k
-        dinov3_vit | DINOv3ViTAttention: q and k
         distilbert | DistilBertSelfAttention: q and k
-        doge | DogeAttention: q and k, by gains
-        dpr | BertSelfAttention: q and k
-        dpt | DPTSelfAttention: q and k
         electra | ElectraSelfAttention: q and k
         embedding_gemma2 | EmbeddingGemma2Attention: k, by gains; q and k, by gains
         embedding_gemma2_text | EmbeddingGemma2Attention: k, by gains; q and k, by gains
         emu3_text_model | Emu3Attention: q and k
-        eomt | EomtAttention: q and k
-        eomt_dinov3 | EomtDinov3Attention: q and k
         ernie4_5 | Ernie4_5Attention: q and k
         esm | EsmSelfAttention: q and k
         esmc | EsmcAttention: q and k, by gains
@@ -94,8 +51,49 @@ SAMPLE = {
         funnel | FunnelRelMultiheadAttention: refused, do not scale with their weights; refused, more than the products
         fuyu | PersimmonAttention: q and k, by gains
         gemma | GemmaAttention: q and k
-        gemma2 | Gemma2Attention: q and k
         gemma3_text | Gemma3Attention: q and k, by gains
+        git_vision_model | GitVisionAttention: q and k
+        glm4 | Glm4Attention: q and k
+        glm4v_moe_vision | Glm4vMoeVisionAttention: q and k
+        glm4v_vision | Glm4vVisionAttention: q and k
+        glmasr_encoder | GlmAsrAttention: q and k
+        gpt2 | GPT2Attention: q and k
+        gpt_neox | GPTNeoXAttention: q and k
+        gpt_neox_japanese | GPTNeoXJapaneseAttention: q and k
+        gpt_oss | GptOssAttention: refused, more than the products
+        granite | GraniteAttention: q and k
+        granite_docling_vision | GraniteDoclingVisionAttention: q and k
+        granite_speech5_ctc | GraniteSpeech5EncoderAttention: k
+        granite_speech5_encoder | GraniteSpeech5EncoderAttention: k
+        granite_speech_encoder | GraniteSpeechConformerAttention: k
+        granite_swa | GraniteSWAAttention: q and k
+        gte | GteAttention: q and k
+        helium | HeliumAttention: q and k
+        higgs_audio_v2 | HiggsAudioV2Attention: q and k
+        hunyuan_v1_dense | HunYuanDenseV1Attention: q and k, by gains
+        hunyuan_v1_moe | HunYuanMoEV1Attention: q and k, by gains
+        hy_v3 | HYV3Attention: q and k, by gains
+        hyperclovax | HyperCLOVAXAttention: q and k
+        idefics2_vision | Idefics2VisionAttention: q and k
+        idefics3_vision | Idefics3VisionAttention: q and k
+        ijepa | IJepaAttention: q and k
+        imagegpt | ImageGPTAttention: q and k
+        jais2 | Jais2Attention: q and k
+        janus_vision_model | JanusVisionAttention: q and k
+        jetmoe | JetMoeAttention: q and k
+        jina_embeddings_v3 | JinaEmbeddingsV3Attention: q and k
+        kimi_linear | KimiLinearAttention: q and k
+        kolibri1 | Kolibri1Attention: q and k, by gains
+        lasr_encoder | LasrEncoderAttention: q and k
+        lfm3_vl_vision | Lfm3VlVisionAttention: q and k, by gains
+        llama4_text | Llama4TextAttention: watched
+        mimo_v2_flash | MiMoV2FlashAttention: q and k; refused, more than the products
+        minicpmv4_7 | Qwen3_5Attention: q and k, by gains
+        minimax | MiniMaxAttention: q and k
+        minimax_m3_vl_vision | MiniMaxM3VLVisionAttention: q and k
+        mistral | MistralAttention: q and k
+        mlcd_vision_model | MLCDAttention: q and k
+        mllama_text_model | MllamaTextSelfAttention: q and k
     """,
     "x-transformers": """
         Decoder attn_flash=True | Attention: q and k

@@ -55,7 +55,7 @@ def beside_sinks(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Sinks stand on both sides of the logits, and the maximum of each row is subtracted."""
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
     logits = (query @ key.mT / DIM**0.5).masked_fill(~causal(LENGTH), -1e9)
-    sink = torch.full((*logits.shape[:3], 1), 1e2).to(logits)
+    sink = torch.full((*logits.shape[:3], 1), 3.0).to(logits)
     logits = torch.cat((sink, logits, sink), -1)
     return (logits - logits.amax(-1, keepdim=True)).softmax(-1)[..., 1:-1] @ value
 

@@ -92,10 +92,11 @@ def _scale(change: Tensor, noise: Tensor) -> float | None:
     if change.numel() != noise.numel():
         return None
     visible = (change != 0).double()
+    count = visible.sum(-1, keepdim=True)
 
     def centered(x: Tensor) -> Tensor:
-        x, count = x.double() * visible, visible.sum(-1, keepdim=True)
-        return x - visible * torch.where(count > 1, x.sum(-1, keepdim=True) / count, 0)
+        x = x.double() * visible
+        return x - visible * x.sum(-1, keepdim=True) / count.clamp_min(1) if bool((count > 1).any()) else x
 
     change, noise = centered(change), centered(noise.reshape(change.shape))
     scale = float((change * noise).sum() / (noise * noise).sum())  # least squares
