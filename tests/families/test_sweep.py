@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from families.sweep import models_of, run, verdicts
 
 #: By library: a model, and for each class of attention in it what a clip scales, or words of the reason of a refusal.
