@@ -341,7 +341,11 @@ class QKClip:
 
     def state_dict(self) -> dict[str, Any]:
         """The clip counts of every head, the number of steps and the specs of the layers, equal on every rank."""
-        return {"clips": self.clips.cpu(), "steps": self._steps, **saved_attention(self.model, self.observer.attention)}
+        state = {"clips": self.clips.cpu(), "steps": self._steps}
+        if self.observer.discovery.has_surveyed:
+            unseen = self.observer.discovery.unseen
+            state |= saved_attention(self.model, self.observer.attention) | {"unseen": unseen}
+        return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restores the counts of :meth:`state_dict`; its specs save the search for attention in the first forward.
@@ -352,7 +356,7 @@ class QKClip:
         if not self.observer.discovery.has_surveyed:
             attention = restored_attention(self.model, state_dict)
             if attention is not None:
-                self.observer.discovery.settle(attention)
+                self.observer.discovery.restore(attention, state_dict["unseen"])
         clips = state_dict["clips"]
         if clips.shape != self.clips.shape:
             raise ValueError(

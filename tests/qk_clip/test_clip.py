@@ -375,11 +375,11 @@ def test_normalized_queries_are_refused_or_watched() -> None:
 def test_a_module_that_is_used_twice_is_scaled_once(kind: str) -> None:
     layer, x = make(kind), torch.randn(3, 9, 16)
     before = snapshot(layer)
-    with QKClip(Residual(layer, layer), threshold=1e-3) as qk_clip:
+    with QKClip(Residual(layer, layer), threshold=1e-3, example=((x,), {})) as qk_clip:
         qk_clip.step([[1.0] * 4])
     once = MODULES[kind]()
     once.load_state_dict(before)
-    with QKClip(once, threshold=1e-3) as qk_clip:
+    with QKClip(once, threshold=1e-3, example=((x,), {})) as qk_clip:
         qk_clip.step([[1.0] * 4])
     assert same(once.state_dict(), layer.state_dict())
     close(true_maxima(once, x), true_maxima(layer, x))
@@ -564,7 +564,7 @@ def test_resumed_it_counts_its_steps_on(done: int) -> None:
         for step in range(5):
             if step == done and resumes:
                 state = saved_and_loaded(qk_clip.state_dict())
-                assert state["steps"] == step and set(state) == {"steps", "clips"}
+                assert state["steps"] == step and {"steps", "clips"} <= set(state)
                 qk_clip.close()
                 qk_clip = QKClip(model, threshold=1e-2, every_n_steps=3)
                 qk_clip.load_state_dict(state)
@@ -602,15 +602,17 @@ def test_loading_into_a_closed_one_does_not_reopen_it() -> None:
 def test_the_summary_shows_heads_layouts_sources_and_sides() -> None:
     model = nn.Sequential(make("mha"), make("third_party"), make("mla"), Attention(16, 2, qk_norm=True))
     model[1].k_proj.requires_grad_(False)
-    with QKClip(model, qk_norm="monitor") as qk_clip:
+    example = (torch.randn(3, 9, 16),), {}
+    with QKClip(model, qk_norm="monitor", example=example) as qk_clip:
         lines = [line.split("  ") for line in qk_clip.summary().splitlines()]
         header, *rows = [[cell.strip() for cell in line if cell.strip()] for line in lines]
         assert header == ["layer", "class", "heads", "layout", "logits from", "clip scales"]
         separate = "q_proj: q(H d), k_proj: k(G d), v_proj: *(G d)"
+        inferred = "q_proj.weight: q(H 4), k_proj.weight: k(G 4), v_proj.weight: *(G 4)"
         latent = "q_proj: (H [qn:n, qr:r]), kv_b_proj: (H [kn:n, *:v])"
         assert rows == [
             ["0", "Attention", "4", separate, "not seen", "q and k"],
-            ["1", "SdpaAttention", "4 / 2", separate, "not seen", "q"],
+            ["1", "SdpaAttention", "4 / 2", inferred, "not seen", "q"],
             ["2", "MultiheadLatentAttention", "4", latent, "not seen", "q and k"],
             ["3", "Attention", "2", f"{separate}, q_norm: q(d), k_norm: k(d)", "not seen", "watched (QK-norm)"],
         ]
@@ -618,7 +620,7 @@ def test_the_summary_shows_heads_layouts_sources_and_sides() -> None:
         sources = [line.split("  ") for line in qk_clip.summary().splitlines()[1:]]
         own = [[cell.strip() for cell in line if cell.strip()][4] for line in sources]
         assert own == ["the module", "scaled_dot_product_attention", "the module", "the module"]
-    with QKClip(model, threshold=None) as qk_clip:
+    with QKClip(model, threshold=None, example=example) as qk_clip:
         assert all(line.endswith("watched (threshold=None)") for line in qk_clip.summary().splitlines()[1:])
 
 
@@ -650,7 +652,7 @@ class Operations(TorchDispatchMode):
 def test_nothing_is_read_on_the_host(shared_keys: str) -> None:
     model = Residual(make("gqa_bias"), make("mla"), make("third_party"))
     x = torch.randn(3, 9, 16)
-    with QKClip(model, threshold=1.0, shared_keys=shared_keys) as qk_clip:
+    with QKClip(model, threshold=1.0, shared_keys=shared_keys, example=((x,), {})) as qk_clip:
         with Operations() as forward:
             model(x)
         with Operations() as step:

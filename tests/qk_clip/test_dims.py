@@ -149,13 +149,13 @@ FORMS: dict[str, Form] = {
         (3, HEADS, WIDTH, DIM),
         lambda x, w: torch.einsum("bld,shdc->sbhlc", x, w),
         Projection("weight", "[q(H d) | k(H d) | *]", dim=(0, 1, 3)),
-        "weight: [q(H 1) | k(G 1) | *] dim=(0, 1)",
+        "weight: [q(H) | k(G) | *(G)] dim=(0, 1)",
     ),
     "(D, 3, d, H)": Form(
         (WIDTH, 3, DIM, HEADS),
         lambda x, w: torch.einsum("bld,dsch->sbhlc", x, w),
         Projection("weight", "[q(H) | k(H) | *]", dim=(1, 3)),
-        "weight: [q(H 1) | k(G 1) | *] dim=(1, 3)",
+        "weight: [q(H) | k(G) | *(G)] dim=(1, 3)",
     ),
     "(H, D, 3d)": Form(
         (HEADS, WIDTH, 3 * DIM),

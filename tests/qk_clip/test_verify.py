@@ -328,7 +328,7 @@ def test_logits_are_seen_from_every_source(make: Callable[[], Any]) -> None:
     assert {check.what for check in found.checks} == {"largest logit", "output"} | (
         set() if by_hand else {"queries", "keys"}
     )
-    assert by_hand == (type(module).__name__ in ("BloomAttention", "GPTNeoSelfAttention"))
+    assert by_hand == (type(module).__name__ in ("BloomAttention", "GPTNeoSelfAttention", "MultiheadAttention"))
 
 
 @pytest.mark.parametrize("make", [lambda: SdpaAttention(16, 4, 2), lambda: Attention(16, 4)], ids=["third", "ours"])

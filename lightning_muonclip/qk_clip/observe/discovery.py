@@ -7,7 +7,7 @@ inputs: the whole model at first, later perhaps a branch that was not taken befo
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -106,11 +106,24 @@ class Discovery:
         if new:
             self._add(new, root if is_entered else None)
 
-    def settle(self, attention: AttentionModules) -> None:
-        """Takes attention that is known from elsewhere, such as a checkpoint, and surveys nothing any more."""
-        self.close()
-        self.has_surveyed, self.may_differ = True, False
+    @property
+    def unseen(self) -> list[str]:
+        """The names of the modules that no survey has seen run."""
+        return [self.names[module] for module in self._handles]
+
+    def restore(self, attention: AttentionModules, unseen: Collection[str]) -> None:
+        """Takes up where another run was: what it has seen is not surveyed again.
+
+        Args:
+            attention: What it had found.
+            unseen: Its :attr:`unseen`.
+        """
+        self.has_surveyed = True
+        for module in [module for module in self._handles if self.names[module] not in unseen]:
+            self._handles.pop(module).remove()
+        self._alone |= self._inside(attention)
         self._add(attention, None)
+        _eager.release(self)
 
     def close_step(self) -> None:
         """Lets torch.compile act again, after the first step: not in the middle of a forward that it could not compile."""
