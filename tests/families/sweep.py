@@ -26,6 +26,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -742,6 +743,24 @@ def work(library: str, names: list[str], results: Path) -> None:
             file.write(json.dumps(result) + "\n")
 
 
+def run_apart(library: str, names: list[str], results: Path) -> None:
+    """Runs some models in another process; one that ends it is a result too, and the others go on in a new one."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    while names:
+        command = [sys.executable, "-W", "ignore", __file__, "--results", str(results), "--work", library, *names]
+        code = subprocess.run(command, env=env).returncode
+        done = {(own["library"], own["name"]) for own in read(results)}
+        names = [name for name in names if (library, name) not in done]
+        if names:
+            with results.open("a") as file:
+                ended = {"library": library, "name": names.pop(0), "crash": f"its process ended with code {code}"}
+                file.write(json.dumps(ended) + "\n")
+
+
+def read(results: Path) -> list[Result]:
+    return [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+
+
 # The table ---------------------------------------------------------------------------------------------------------------
 
 
@@ -857,23 +876,16 @@ def main() -> None:
         return work(args.work[0], args.work[1:], args.results)
     if args.fresh:
         args.results.unlink(missing_ok=True)
-    known = [json.loads(line) for line in args.results.read_text().splitlines()] if args.results.exists() else []
-    done = {(r["library"], r["name"]) for r in known}
+    done = {(own["library"], own["name"]) for own in read(args.results)}
     chunks: list[list[str]] = []
     for library in LIBRARIES:
         if (args.only and args.only[0] != library) or args.write:
             continue
         names = [n for n in models_of(library) if (library, n) not in done and all(word in n for word in args.only[1:])]
         chunks += [[library, *names[i : i + CHUNK]] for i in range(0, len(names), CHUNK)]
-    running: list[subprocess.Popen[bytes]] = []
-    for chunk in chunks:
-        command = [sys.executable, "-W", "ignore", __file__, "--results", str(args.results), "--work", *chunk]
-        running.append(subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}))
-        if len(running) >= args.jobs:
-            running.pop(0).wait()
-    for process in running:
-        process.wait()
-    results = [json.loads(line) for line in args.results.read_text().splitlines()]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(lambda chunk: run_apart(chunk[0], chunk[1:], args.results), chunks))
+    results = read(args.results)
     print(report(results))
     if args.write:
         args.write.write_text(document(results))
