@@ -608,7 +608,8 @@ def test_the_summary_shows_heads_layouts_sources_and_sides() -> None:
         header, *rows = [[cell.strip() for cell in line if cell.strip()] for line in lines]
         assert header == ["layer", "class", "heads", "layout", "logits from", "clip scales"]
         separate = "q_proj: q(H d), k_proj: k(G d), v_proj: *(G d)"
-        inferred = "q_proj.weight: q(H 4), k_proj.weight: k(G 4), v_proj.weight: *(G 4)"
+        channels = {"q_proj": "q(H 4)", "k_proj": "k(G 4)", "v_proj": "*(G 4)"}
+        inferred = ", ".join(f"{n}.{leaf}: {own}" for n, own in channels.items() for leaf in ("weight", "bias"))
         latent = "q_proj: (H [qn:n, qr:r]), kv_b_proj: (H [kn:n, *:v])"
         assert rows == [
             ["0", "Attention", "4", separate, "not seen", "q and k"],

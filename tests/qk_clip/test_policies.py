@@ -298,7 +298,9 @@ def test_a_tie_that_no_factor_fits_is_refused(tie: Callable[[Residual], None]) -
         ValueError, match=r"attention 'layers.1' and 'layers.0' share [qk]_proj.weight.*'layers.1': None"
     ):
         QKClip(model, alpha=0.25, specs=specs)
-    with pytest.raises(ValueError, match=r"attention 'layers.[01]'[\s\S]*layers.[01]\.[\s\S]*specs={'layers.[01]': None}"):
+    with pytest.raises(
+        ValueError, match=r"attention 'layers.[01]'[\s\S]*layers.[01]\.[\s\S]*specs={'layers.[01]': None}"
+    ):
         QKClip(model, alpha=0.25, example=EXAMPLE)
     with QKClip(model, specs={"layers.1": None, "layers.0": specs["layers.0"]}) as qk_clip:
         assert qk_clip.layers == ["layers.0"]
