@@ -325,10 +325,12 @@ def test_logits_are_seen_from_every_source(make: Callable[[], Any]) -> None:
     with QKClip(module) as qk_clip:
         found = qk_clip.verify(*args, **kwargs)
         by_hand = any(spec.softmaxes for _, spec in qk_clip.observer.attention.values())
+    # torch's attention, which returns its weights, has its heads in one axis with the batch.
+    merges = isinstance(module, nn.MultiheadAttention)
     assert {check.what for check in found.checks} == {"largest logit", "output"} | (
-        set() if by_hand else {"queries", "keys"}
+        set() if by_hand or merges else {"queries", "keys"}
     )
-    assert by_hand == (type(module).__name__ in ("BloomAttention", "GPTNeoSelfAttention", "MultiheadAttention"))
+    assert by_hand == (type(module).__name__ in ("BloomAttention", "GPTNeoSelfAttention"))
 
 
 @pytest.mark.parametrize("make", [lambda: SdpaAttention(16, 4, 2), lambda: Attention(16, 4)], ids=["third", "ours"])
