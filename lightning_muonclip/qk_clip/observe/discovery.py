@@ -141,7 +141,8 @@ class Discovery:
         """Surveys a module that is entered for the first time in training."""
         # A strategy such as DDP may have put another function in the place of the forward, to be called once.
         is_own = vars(module).get("forward") is self._forwards[module]
-        if module.training and is_own and not self._is_surveying and not torch.compiler.is_compiling():
+        is_trained = module.training and not torch.is_inference_mode_enabled()
+        if is_trained and is_own and not self._is_surveying and not torch.compiler.is_compiling():
             self.survey(module, (args, kwargs), is_entered=True)
 
     def _understood(self, found: list[Found]) -> AttentionModules:

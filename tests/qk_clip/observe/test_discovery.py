@@ -186,7 +186,10 @@ def test_evaluation_finds_nothing_and_says_so() -> None:
         model(batches(1)[0])
         with pytest.warns(UserWarning, match=r"no logits were recorded in the model.*call model.train\(\)"):
             qk_clip.step()
-        model.train()(batches(1)[0])
+        with torch.inference_mode():
+            model.train()(batches(1)[0])
+        assert qk_clip.layers == []
+        model(batches(1)[0])
         assert qk_clip.layers == ["layers.0"]
 
 
