@@ -136,6 +136,11 @@ def attention_calls(cls: type[nn.Module]) -> Iterator[Place]:
         yield from _imported_places(scope)
 
 
+def attends_by_interface(cls: type[nn.Module]) -> bool:
+    """Whether the file of a class has Hugging Face's attention functions, which tell queries and keys of any kernel."""
+    return any(True for scope in _scopes(cls) for _ in _hugging_face_places(scope))
+
+
 def _scopes(cls: type) -> Iterable[dict[str, Any]]:
     """The globals of every file that defines a method of the class or its bases, each once."""
     methods = (inspect.unwrap(x) for base in cls.__mro__ for x in vars(base).values() if inspect.isfunction(x))

@@ -25,6 +25,7 @@ from lightning_muonclip.qk_clip.describe.declared import (
 )
 from lightning_muonclip.qk_clip.describe.describe import Found
 from lightning_muonclip.qk_clip.describe.find import Example, find_attention, spec_of, watched_spec
+from lightning_muonclip.qk_clip.intercept import attends_by_interface
 from lightning_muonclip.qk_clip.observe.recorder import ReportsMaxLogits
 
 UNKNOWN_CHOICES = ("error", "monitor")
@@ -59,7 +60,7 @@ class Discovery:
         self._described = {
             module: spec
             for module, spec in described.values()
-            if not isinstance(module, ReportsMaxLogits) and not spec.softmaxes
+            if not (isinstance(module, ReportsMaxLogits) or spec.softmaxes or attends_by_interface(type(module)))
         }
         #: Modules of which a survey need tell nothing.
         self._alone = self._inside([n for n, (m, _) in described.items() if m not in self._described] + left)
