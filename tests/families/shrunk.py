@@ -317,7 +317,7 @@ def tiny(model_type: str, implementation: str = "") -> tuple[nn.Module, Inputs]:
 
 
 def _is_tiny(cls: Any, config: Any) -> bool:
-    """Whether a model has few parameters, which other releases of a library may call by other names; built without memory."""
+    """Whether a model has few parameters: other releases may call what makes it small by other names. Takes no memory."""
     try:
         with torch.device("meta"):
             return sum(param.numel() for param in cls._from_config(config).parameters()) < 10_000_000
