@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 # Before torch is imported: several threads per process only compete for the cores of a small machine.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -11,6 +12,8 @@ import pytest
 import torch
 import vision.torchvision_schemas  # noqa: F401  (before anything imports torchvision)
 from hypothesis import settings
+
+from lightning_muonclip.qk_clip.observe import discovery
 
 # The same examples on every machine, however slow it is.
 settings.register_profile("suite", deadline=None, derandomize=True)
@@ -28,3 +31,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _compiler_is_on() -> Iterator[None]:
+    """A QKClip that a test leaves before its first step keeps torch.compile off, for the next test too."""
+    yield
+    for user in list(discovery._eager._users):
+        discovery._eager._release(user)

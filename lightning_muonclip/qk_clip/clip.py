@@ -143,6 +143,8 @@ class QKClip:
         self._clips = torch.zeros(0, 0, dtype=torch.int64)
         self._plan: ClipPlan | None = None
         self._arranged: AttentionModules = {}
+        #: Counts of a checkpoint whose layers have yet to be found.
+        self._earlier: dict[str, Tensor] = {}
         #: Whether a rank has found attention that others do not know, as of the last step.
         self._is_alone = LateFlag()
         self._handles: list[Any] = []
@@ -164,6 +166,10 @@ class QKClip:
         for before, (name, (_, spec)) in enumerate(self._arranged.items()):
             row = list(attention).index(name)
             clips[row, : spec.num_heads] = self._clips[before, : spec.num_heads]
+        for row, (name, (_, spec)) in enumerate(attention.items()):
+            if name in self._earlier:
+                own = self._earlier.pop(name)[: spec.num_heads]
+                clips[row, : len(own)] = own
         self._clips, self._arranged = clips, attention
 
     @property
@@ -245,13 +251,15 @@ class QKClip:
         if not has_others(self.process_group) or not self.observer.discovery.may_differ:
             return reduce_max(observed, self.process_group)
         agreed = self.observer.settle(self.process_group)
-        known = torch.tensor([name in agreed for name in self.layers], device=observed.device)
+        rows = [row for row, name in enumerate(self.layers) if name in agreed]
         heads = max((spec.num_heads for _, spec in agreed.values()), default=1)
-        is_alone = (~known).any().to(observed).expand(1, heads)
-        reduced = reduce_max(torch.cat([observed[known, :heads], is_alone]), self.process_group)
+        is_alone = observed.new_full((1, heads), float(len(rows) < len(self.layers)))
+        known = [observed[row : row + 1, :heads] for row in rows]  # by numbers: a mask would wait for the device
+        reduced = reduce_max(torch.cat([*known, is_alone]), self.process_group)
         self._is_alone.write(reduced[-1, 0])
         maxima = torch.full_like(observed, float("-inf"))
-        maxima[known, :heads] = reduced[:-1]
+        for row, own in zip(rows, reduced):
+            maxima[row, :heads] = own
         return maxima
 
     @property
@@ -344,7 +352,10 @@ class QKClip:
         state = {"clips": self.clips.cpu(), "steps": self._steps}
         if self.observer.discovery.has_surveyed:
             unseen = self.observer.discovery.unseen
-            state |= saved_attention(self.model, self.observer.attention) | {"unseen": unseen}
+            state |= saved_attention(self.model, self.observer.attention) | {
+                "unseen": unseen,
+                "asked": self.observer.discovery.asked,
+            }
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -353,11 +364,22 @@ class QKClip:
         Raises:
             ValueError: If the counts are of a model with other layers or heads.
         """
-        if not self.observer.discovery.has_surveyed:
-            attention = restored_attention(self.model, state_dict)
-            if attention is not None:
-                self.observer.discovery.restore(attention, state_dict["unseen"])
-        clips = state_dict["clips"]
+        clips, discovery = state_dict["clips"], self.observer.discovery
+        if "specs" in state_dict:
+            is_same = not discovery.has_surveyed and state_dict["asked"] == discovery.asked
+            attention = restored_attention(self.model, state_dict) if is_same else None
+            strange = [name for name in state_dict["specs"] if name not in discovery.names.values()]
+            if strange:
+                raise ValueError(
+                    f"the saved clip counts are of layers that the model does not have: {', '.join(map(repr, strange))};"
+                    " load them into a model with the same attention layers"
+                )
+            if attention is None:  # found again; the counts follow by name
+                self._earlier = dict(zip(state_dict["specs"], clips))
+                self._arranged, self._clips = {}, self._clips[:0]
+                self._count(state_dict.get("steps", 0))
+                return
+            discovery.restore(attention, state_dict["unseen"])
         if clips.shape != self.clips.shape:
             raise ValueError(
                 f"the saved clip counts have shape {tuple(clips.shape)} (layers, heads), but the model needs"

@@ -71,7 +71,7 @@ class MaxLogitsMixin(pl.LightningModule):
         observer = self.observe()
         for optimizer in self.trainer.optimizers:
             if not isinstance(optimizer, Muon):  # steps first, and QK-Clip may run after the user's optimizer
-                optimizer.register_step_post_hook(lambda *_: observer.ledger.close_step())
+                optimizer.register_step_post_hook(lambda *_: observer.close_step())
 
     def teardown(self, stage: str) -> None:
         """Stops observing. Call ``super()`` if you override it."""

@@ -65,6 +65,11 @@ def named_modules(model: nn.Module) -> dict[str, nn.Module]:
     return {display_name(name): module for name, module in unwrapped(model).named_modules()}
 
 
+def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of a model by display name."""
+    return {display_name(name): param for name, param in unwrapped(model).named_parameters()}
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside DistributedDataParallel."""
     from torch.nn.parallel import DistributedDataParallel

@@ -15,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.weak import WeakIdKeyDictionary
 
 from lightning_muonclip.qk_clip.describe.trace import Call, Product, Trace, tracing
 
@@ -146,12 +147,21 @@ def _without_fsdp(module: nn.Module) -> Iterator[None]:
 class DetachedCopies(TorchFunctionMode):
     """Lets deepcopy copy non-leaf tensors, as detached clones."""
 
+    def __init__(self, shared: bool = False) -> None:
+        super().__init__()
+        self._known = WeakIdKeyDictionary() if shared else None
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not Tensor.__deepcopy__:
             return func(*args, **(kwargs or {}))
         tensor, memo = args
-        memo[id(tensor)] = tensor.detach().clone()
-        return memo[id(tensor)]
+        version, copy = (None, None) if self._known is None else self._known.get(tensor, (None, None))
+        if copy is None or version != tensor._version:
+            copy = tensor.detach().clone()
+            if self._known is not None:
+                self._known[tensor] = tensor._version, copy
+        memo[id(tensor)] = copy
+        return copy
 
 
 def device_of(module: nn.Module) -> torch.device:
@@ -179,14 +189,16 @@ def apart(module: nn.Module) -> Iterator[None]:
     indices = [device.index or 0 for device in devices]
     state = random.getstate()
     torch.clear_autocast_cache()
-    with (
-        torch.random.fork_rng(indices, device_type=kind),
-        torch.compiler.set_stance("force_eager"),
-        torch.autograd.graph.saved_tensors_hooks(_same, _same),
-    ):
-        yield
-    torch.clear_autocast_cache()  # of casts without a gradient, or of other weights
-    random.setstate(state)
+    try:
+        with (
+            torch.random.fork_rng(indices, device_type=kind),
+            torch.compiler.set_stance("force_eager"),
+            torch.autograd.graph.saved_tensors_hooks(_same, _same),
+        ):
+            yield
+    finally:
+        torch.clear_autocast_cache()  # of casts without a gradient, or of other weights
+        random.setstate(state)
 
 
 def _same(x: Any) -> Any:

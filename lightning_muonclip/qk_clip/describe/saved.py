@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_muonclip.qk_clip.describe.declared import AttentionModules, named_modules, unwrapped
+from lightning_muonclip.qk_clip.describe.declared import AttentionModules, named_modules, named_parameters
 from lightning_muonclip.qk_clip.describe.layout import ChannelMap
 from lightning_muonclip.qk_clip.describe.spec import AttentionSpec, HeadAxis, Projection, Softmax
 
@@ -33,8 +33,10 @@ def restored_attention(model: nn.Module, saved: Mapping[str, Any]) -> AttentionM
 
 def fingerprint(model: nn.Module) -> str:
     """A hash of the names, classes of modules, and shapes of parameters."""
-    modules = (f"{name} {type(module).__qualname__}" for name, module in named_modules(model).items())
-    params = (f"{name} {tuple(param.shape)}" for name, param in unwrapped(model).named_parameters())
+    modules = (
+        f"{name} {type(module).__qualname__.removeprefix('FSDP')}" for name, module in named_modules(model).items()
+    )
+    params = (f"{name} {tuple(param.shape)}" for name, param in named_parameters(model).items())
     return hashlib.sha256("\n".join([*modules, *params]).encode()).hexdigest()
 
 

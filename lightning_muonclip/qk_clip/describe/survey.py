@@ -60,6 +60,7 @@ class Survey:
         self.opaque: list[tuple[str, list[Frame]]] = []
         self._model = model
         self._stack: list[Frame] = []
+        self._copies = DetachedCopies(shared=True)
         self._handles: list[Any] = []
         self._count = _Count(lambda: self.calls.append(list(self._stack)), self._note_opaque)
         self._apply = vars(torch.autograd.Function)["apply"]
@@ -87,7 +88,7 @@ class Survey:
         def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
             self.modules.add(module)
             if any(param.is_floating_point() for param in module.parameters()):
-                with DetachedCopies():
+                with self._copies:
                     args, kwargs = tree_map(kept, (args, kwargs))
             else:
                 args, kwargs = (), {}
@@ -161,4 +162,9 @@ def _flat(args: Any) -> Any:
 def kept(leaf: Any) -> Any:
     """What a forward is given, to be given again."""
     # A cache is written to in the forward; a tensor is not.
-    return leaf.detach() if isinstance(leaf, Tensor) else leaf if isinstance(leaf, nn.Module) else copy.deepcopy(leaf)
+    if isinstance(leaf, (Tensor, nn.Module)):
+        return leaf.detach() if isinstance(leaf, Tensor) else leaf
+    try:
+        return copy.deepcopy(leaf)
+    except TypeError:  # a lock, a process group
+        return leaf

@@ -6,6 +6,7 @@ inputs: the whole model at first, later perhaps a branch that was not taken befo
 
 from __future__ import annotations
 
+import hashlib
 import weakref
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
@@ -22,6 +23,7 @@ from lightning_muonclip.qk_clip.describe.declared import (
     declared_attention,
     is_inside,
     named_modules,
+    named_parameters,
 )
 from lightning_muonclip.qk_clip.describe.describe import Found
 from lightning_muonclip.qk_clip.describe.find import Example, find_attention, spec_of, watched_spec
@@ -55,6 +57,10 @@ class Discovery:
         #: The display names of all modules.
         self.names = {module: name for name, module in named_modules(model).items()}
         described = declared_attention(model, specs)
+        trained = [name for name, param in named_parameters(model).items() if param.requires_grad]
+        asked = [by_display_name(specs), {name: spec for name, (_, spec) in described.items()}, unknown, trained]
+        #: A hash of what inference depends on beside the model.
+        self.asked = hashlib.sha256(repr(asked).encode()).hexdigest()
         left = [name for name, spec in by_display_name(specs).items() if spec is None]
         #: Described modules that may attend by hand, so that it must be found where they have their logits.
         self._described = {
@@ -68,11 +74,8 @@ class Discovery:
         self._is_surveying = False
         self._forwards = {module: vars(module).get("forward") for module in self.names}
         # Before the hooks of FSDP2, which then see a whole forward at a time.
-        self._handles: dict[nn.Module, RemovableHandle] = {
-            module: module.register_forward_pre_hook(_Entered(self), prepend=True, with_kwargs=True)
-            for module in self.names
-            if module not in self._alone
-        }
+        self._handles: dict[nn.Module, RemovableHandle] = {}
+        self._watch(self.names)
         #: Whether ranks may find different attention.
         self.may_differ = bool(self._handles.keys() - self._inside(described))
         if self._handles:
@@ -100,12 +103,23 @@ class Discovery:
         for module in search.modules:
             if module in self._handles:
                 self._handles.pop(module).remove()
+        around = (m for m, name in self.names.items() if is_inside(self.names.get(root, ""), name))
+        self._watch(m for m in around if m not in search.modules)
         new = self._understood(search.found)
         for module, softmaxes in search.softmaxes.items():
             new[self.names[module]] = module, replace(self._described[module], softmaxes=softmaxes)
         self._alone |= self._inside(new) | search.modules & self._described.keys()
         if new:
             self._add(new, root if is_entered else None)
+
+    def _watch(self, modules: Iterable[nn.Module]) -> None:
+        for module in modules:
+            if (
+                module not in self._alone
+                and module not in self._handles
+                and not isinstance(module, torch.jit.ScriptModule)
+            ):
+                self._handles[module] = module.register_forward_pre_hook(_Entered(self), prepend=True, with_kwargs=True)
 
     @property
     def unseen(self) -> list[str]:
@@ -138,12 +152,14 @@ class Discovery:
             handle.remove()
         self._handles = {}
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def entered(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Surveys a module that is entered for the first time in training."""
         # A strategy such as DDP may have put another function in the place of the forward, to be called once.
-        is_own = vars(module).get("forward") is self._forwards[module]
+        forward = vars(module).get("forward")  # Lightning puts the bound method back, which was not there before
+        is_own = forward is self._forwards[module] or getattr(forward, "__self__", None) is module
         is_trained = module.training and not torch.is_inference_mode_enabled()
-        if is_trained and is_own and not self._is_surveying and not torch.compiler.is_compiling():
+        if is_trained and is_own and not self._is_surveying:
             self.survey(module, (args, kwargs), is_entered=True)
 
     def _understood(self, found: list[Found]) -> AttentionModules:
@@ -182,11 +198,12 @@ class _Entered:
     """The hook of a module; that of a copy of the module does nothing."""
 
     def __init__(self, discovery: Discovery | None = None) -> None:
-        self._discovery = discovery
+        self._discovery = (lambda: None) if discovery is None else weakref.ref(discovery)  # hooks keep nobody alive
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if self._discovery is not None:
-            self._discovery.entered(module, args, kwargs)
+        discovery = self._discovery()
+        if discovery is not None and module.training:
+            discovery.entered(module, args, kwargs)
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return type(self), ()

@@ -186,7 +186,7 @@ class Observer:
             return
         enter = _Enter(self, recorder)
         self._handles.append(module.register_forward_pre_hook(enter))
-        self._handles.append(module.register_forward_hook(_leave, always_call=True))
+        self._handles.append(module.register_forward_hook(_Leave(self), always_call=True))
         self._patches.add(attention_calls(type(module)))
         if module is entered:
             enter(module, ())
@@ -194,7 +194,7 @@ class Observer:
     def _measure_by_hand(self, recorder: Recorder, entered: nn.Module | None) -> None:
         self._patches.add(forward_of(type(recorder.module)))
         torch.compiler.reset()  # code compiled earlier would not call the patched forward
-        if recorder.module is entered:  # too late for the patch
+        if recorder.module is entered and self.active:  # too late for the patch
             recorder.mode = Measure(recorder)
             recorder.mode.__enter__()
 
@@ -213,7 +213,9 @@ class _Enter:
         self.recorder: Recorder | None = recorder
 
     def __call__(self, module: nn.Module, args: Any) -> None:
-        recorder = self.recorder if module.training and self.observer is not None and self.observer.active else None
+        if self.observer is None:
+            return
+        recorder = self.recorder if module.training and self.observer.active else None
         if recorder is not None:
             recorder.reported = False
             if recorder in running:  # the previous forward was interrupted, which skips the hooks
@@ -221,16 +223,22 @@ class _Enter:
         running.append(recorder)
 
 
-def _leave(module: nn.Module, args: Any, output: Any) -> None:
-    recorder = running.pop() if running else None  # empty if another hook raised before _Enter ran
-    if isinstance(recorder, Recorder) and recorder.mode is not None:
-        recorder.mode.__exit__(None, None, None)
-        recorder.mode = None
-    # No output: an error, or a recomputation under checkpointing that stopped early.
-    if isinstance(recorder, Recorder) and output is not None and not recorder.reported:
-        raise RuntimeError(
-            f"the logits of attention {recorder.name!r} ({type(module).__name__}) cannot be measured: it called neither"
-            " torch.nn.functional.scaled_dot_product_attention nor another function that can be intercepted."
-            " Let it call that function (Hugging Face: attn_implementation='sdpa'), or"
-            f" skip it with specs={{{recorder.name!r}: None}}"
-        )
+class _Leave:
+    def __init__(self, observer: Observer) -> None:
+        self.observer: Observer | None = observer  # None in a copy of the module
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self.observer is None:
+            return
+        recorder = running.pop() if running else None  # empty if another hook raised before _Enter ran
+        if isinstance(recorder, Recorder) and recorder.mode is not None:
+            recorder.mode.__exit__(None, None, None)
+            recorder.mode = None
+        # No output: an error, or a recomputation under checkpointing that stopped early.
+        if isinstance(recorder, Recorder) and output is not None and recorder.source is None:
+            raise RuntimeError(
+                f"the logits of attention {recorder.name!r} ({type(module).__name__}) cannot be measured: it called neither"
+                " torch.nn.functional.scaled_dot_product_attention nor another function that can be intercepted."
+                " Let it call that function (Hugging Face: attn_implementation='sdpa'), or"
+                f" skip it with specs={{{recorder.name!r}: None}}"
+            )
