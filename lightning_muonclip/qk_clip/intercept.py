@@ -137,8 +137,9 @@ def attention_calls(cls: type[nn.Module]) -> Iterator[Place]:
 
 
 def attends_by_interface(cls: type[nn.Module]) -> bool:
-    """Whether the file of a class has Hugging Face's attention functions, which tell queries and keys of any kernel."""
-    return any(True for scope in _scopes(cls) for _ in _hugging_face_places(scope))
+    """Whether the file of a forward has Hugging Face's attention functions, which tell queries and keys of any kernel."""
+    forward = inspect.unwrap(cls.forward)
+    return inspect.isfunction(forward) and any(True for _ in _hugging_face_places(forward.__globals__))
 
 
 def _scopes(cls: type) -> Iterable[dict[str, Any]]:
