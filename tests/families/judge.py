@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -83,9 +84,7 @@ def judge(model: nn.Module, inputs: dict[str, Any], found: list[Any], calls: int
 
     for own in described[::step]:
         first = own.calls[0]
-        if own.layout.qk_norm and (
-            problem := _moved(own, before[first][0], lambda change, own=own, first=first: run(own, change)[first][0])
-        ):
+        if own.layout.qk_norm and (problem := _moved(own, before[first][0], partial(run, own))):
             wrong.append(f"{own.name}: {problem}")
         factors, expected = _trial(own)
         after = run(own, {n: lambda x, f=f, c=c: (x + c) * f - c for n, (f, c) in factors.items()})
