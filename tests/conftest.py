@@ -13,8 +13,6 @@ import torch
 import vision.torchvision_schemas  # noqa: F401  (before anything imports torchvision)
 from hypothesis import settings
 
-from lightning_muonclip.qk_clip.observe import discovery
-
 # The same examples on every machine, however slow it is.
 settings.register_profile("suite", deadline=None, derandomize=True)
 settings.load_profile("suite")
@@ -37,5 +35,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _compiler_is_on() -> Iterator[None]:
     """A QKClip that a test leaves before its first step keeps torch.compile off, for the next test too."""
     yield
+    from lightning_muonclip.qk_clip.observe import discovery  # late: Lightning logs to the stderr of its import
+
     for user in list(discovery._eager._users):
         discovery._eager._release(user)
