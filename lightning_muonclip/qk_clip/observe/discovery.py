@@ -73,7 +73,6 @@ class Discovery:
         self.has_surveyed = False
         self._is_surveying = False
         self._forwards = {module: vars(module).get("forward") for module in self.names}
-        # Before the hooks of FSDP2, which then see a whole forward at a time.
         self._handles: dict[nn.Module, RemovableHandle] = {}
         self._watch(self.names)
         #: Whether ranks may find different attention.
@@ -119,6 +118,7 @@ class Discovery:
                 and module not in self._handles
                 and not isinstance(module, torch.jit.ScriptModule)
             ):
+                # Before the hooks of FSDP2, which then see a whole forward at a time.
                 self._handles[module] = module.register_forward_pre_hook(_Entered(self), prepend=True, with_kwargs=True)
 
     @property

@@ -216,10 +216,8 @@ class _Enter:
         if self.observer is None:
             return
         recorder = self.recorder if module.training and self.observer.active else None
-        if recorder is not None:
-            recorder.reported = False
-            if recorder in running:  # the previous forward was interrupted, which skips the hooks
-                del running[running.index(recorder) :]
+        if recorder is not None and recorder in running:  # the previous forward was interrupted, which skips the hooks
+            del running[running.index(recorder) :]
         running.append(recorder)
 
 

@@ -36,8 +36,6 @@ class Recorder:
         self.logits = logits
         #: Where the maxima come from; ``None`` until some are recorded.
         self.source: str | None = None
-        #: Whether anything was recorded in the current forward.
-        self.reported = False
         #: What measures the current forward, if its module is too late for a patch.
         self.mode: TorchFunctionMode | None = None
         #: If set to a list, collects the measured queries and keys (see ``verify``).
@@ -90,7 +88,6 @@ class Recorder:
             raise ValueError(
                 f"attention {self.name!r} computed {local} heads, but its spec says {heads}; correct num_heads in the spec"
             )
-        self.reported = True
         self.source = source
         self.ledger.record(self.row, maxima, first)
         if self.pairs is not None and pair is not None:
