@@ -101,7 +101,7 @@ class AttentionModule(Tracked):
             track=self.track,
             backend=self.backend,
         )
-        self.report(maxima, query, key)
+        self.report(maxima)
         return self.o_proj(output.transpose(1, 2).flatten(2))
 
     def _for_own_heads(self, mask: AttentionMask, local: int) -> tuple[AttentionMask, ScoreMod | None, Tensor | None]:

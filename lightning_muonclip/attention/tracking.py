@@ -15,8 +15,8 @@ class MaxLogitsRecorder(Protocol):
 
     logits: str
 
-    def record(self, maxima: Tensor, *, pair: tuple[Tensor, Tensor]) -> None:
-        """Receives the maxima of one forward, shape ``(heads,)``, with their queries and keys."""
+    def record(self, maxima: Tensor) -> None:
+        """Receives the maxima of one forward, shape ``(heads,)``."""
 
 
 def measure(query: Tensor, key: Tensor, scale: float, mask: AttentionMask) -> Tensor:
@@ -37,7 +37,7 @@ class Tracked(nn.Module):
         """How the next forward measures its logits; ``None`` if it does not."""
         return self.max_logits_recorder.logits if self.training and self.max_logits_recorder is not None else None
 
-    def report(self, maxima: Tensor | None, query: Tensor, key: Tensor) -> None:
+    def report(self, maxima: Tensor | None) -> None:
         """Passes measured maxima to the recorder."""
         if maxima is not None and self.max_logits_recorder is not None:
-            self.max_logits_recorder.record(maxima, pair=(query, key))
+            self.max_logits_recorder.record(maxima)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import product
 
-from torch import Tensor
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement
 
@@ -93,3 +95,14 @@ def _chunk(side: slice, count: int, index: int) -> slice:
     size = -(-(side.stop - side.start) // count)
     start = min(side.start + index * size, side.stop)
     return slice(start, min(start + size, side.stop))
+
+
+def on_all_ranks(model: nn.Module, is_so: bool) -> bool:
+    """Whether something holds on all ranks that share the model's weights, which must run the same forwards."""
+    mesh = next((param.device_mesh for param in model.parameters() if isinstance(param, DTensor)), None)
+    if mesh is None:
+        return is_so
+    flag = torch.tensor(float(is_so), device=mesh.device_type)
+    for group in mesh.get_all_groups():
+        dist.all_reduce(flag, op=dist.ReduceOp.MIN, group=group)
+    return bool(flag)

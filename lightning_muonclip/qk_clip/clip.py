@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from lightning_muonclip.qk_clip.describe.declared import AttentionModules, unwrapped
 from lightning_muonclip.qk_clip.describe.find import Example
+from lightning_muonclip.qk_clip.describe.isolate import device_of
 from lightning_muonclip.qk_clip.describe.saved import restored_attention, saved_attention
 from lightning_muonclip.qk_clip.describe.spec import AttentionSpec
 from lightning_muonclip.qk_clip.describe.weights import LORA_CHOICES
@@ -297,27 +298,29 @@ class QKClip:
 
     @torch.no_grad()
     def verify(self, *args: Any, **kwargs: Any) -> Verification:
-        """Proves every spec: halving the query or key weights of one head halves its largest logit and no other.
+        """Proves every spec, also those that were inferred.
 
-        Runs the model once on the inputs, then copies of the attention modules with random weights. Changes and records
-        nothing. Takes two forwards of an attention module per head.
+        Every attention module is run alone, with random weights, on the inputs that it has in a forward of the model. A
+        factor of its own for every head must reach the queries and keys of that head, and nothing else may change. Then
+        the whole model is run with all queries multiplied by powers of two and all keys divided by them, which must not
+        change a bit of its output. Weights may be sharded; nothing is changed or recorded.
 
         Args:
             *args: Inputs of the model.
             **kwargs: Keyword inputs of the model.
 
         Returns:
-            Expected and observed values; ``print`` shows a table.
+            What was proven of every layer; ``print`` shows a table.
 
         Raises:
-            ValueError: If a spec is wrong, a layer was not called, or its weights are sharded over devices.
+            ValueError: If a spec is wrong, or a layer was not called or cannot be run alone.
 
         Example:
             >>> from lightning_muonclip import Attention
             >>> with QKClip(Attention(hidden_size=8, num_attention_heads=2)) as qk_clip:
-            ...     print(qk_clip.verify(torch.randn(1, 5, 8)))
-            layer    heads  verified           worst error
-            (model)  2      q and k, per head  0.0e+00
+            ...     proofs = qk_clip.verify(torch.randn(1, 5, 8)).proofs
+            >>> [(proof.num_heads, proof.scaled, proof.error < 1e-9) for proof in proofs]
+            [(2, 'q and k', True)]
         """
         if not self.observer.discovery.has_surveyed:
             self.observer.discovery.survey(unwrapped(self.model), (args, kwargs))
@@ -326,10 +329,25 @@ class QKClip:
             capture.run(self.model, *args, **kwargs)
         return self.verify_inputs(capture)
 
+    @torch.no_grad()
     def verify_inputs(self, capture: Capture) -> Verification:
-        """:meth:`verify` on the inputs of the attention modules in a captured forward."""
-        scales = self._plan is not None
-        return verify_attention(capture.attention, capture.inputs, self._qk_norm, self._lora, scales=scales)
+        """:meth:`verify` on what was captured in a forward.
+
+        Raises:
+            ValueError: As :meth:`verify`.
+        """
+        if capture.root is None:
+            raise ValueError("nothing was captured: the model has run no forward since")
+        device, dtype = device_of(self.model).type, capture.autocast
+        with torch.autocast(device, dtype, enabled=dtype is not None):
+            return verify_attention(
+                capture.attention,
+                capture.frames,
+                capture.root,
+                self._qk_norm,
+                self._lora,
+                scales=self._plan is not None,
+            )
 
     def summary(self) -> str:
         """A table of the layers: class, heads, layout, source of the logits, and what a clip scales."""

@@ -235,14 +235,6 @@ class MuonClipCallback(Callback):
 
     # Apply ----------------------------------------------------------------------------------------------------------
 
-    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
-        """Verifies the specs on the inputs of the attention modules in the first forward."""
-        if self._capture is not None and self.qk_clip is not None:
-            self._capture.close()
-            verification = self.qk_clip.verify_inputs(self._capture)
-            self._capture = None
-            rank_zero_info(f"QK-Clip verified\n{verification}")
-
     def on_before_zero_grad(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
         """Clears the gradients of Muon's matrices when Lightning clears the user's."""
         if self.muon is not None:
@@ -268,6 +260,7 @@ class MuonClipCallback(Callback):
         assert self._groups is not None
         if all(p.grad is None for p in _params(self.muon)):
             return  # training_step returned None
+        self._verify()
         self._groups.follow(optimizer, self.muon, self.lr, self.weight_decay)
         self._take_up_attention(pl_module)
         scaler = scaler_of(trainer)
@@ -278,6 +271,14 @@ class MuonClipCallback(Callback):
             scaler.step(self.muon)
         else:
             self.muon.step()
+
+    def _verify(self) -> None:
+        """Proves the specs on the inputs of the first forward, before anything is updated."""
+        if self._capture is None or self.qk_clip is None:
+            return
+        capture, self._capture = self._capture, None
+        capture.close()
+        rank_zero_info(f"QK-Clip verified\n{self.qk_clip.verify_inputs(capture)}")
 
     def _take_up_attention(self, pl_module: pl.LightningModule) -> None:
         """Splits fused weights of attention that was found since the last step, and says what QK-Clip will scale."""

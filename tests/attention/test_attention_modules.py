@@ -200,7 +200,7 @@ class Recorder:
         self.logits = logits
         self.maxima: list[Tensor] = []
 
-    def record(self, maxima: Tensor, *, pair: tuple[Tensor, Tensor]) -> None:
+    def record(self, maxima: Tensor) -> None:
         self.maxima.append(maxima)
 
 

@@ -134,8 +134,8 @@ def check_verify(case: Case, implementation: str, qk_clip: QKClip) -> None:
     """The experiments find every layer as it was inferred."""
     args, kwargs = case.inputs()
     verification = qk_clip.verify(*args, **kwargs)
-    assert {check.layer for check in verification.checks} == set(qk_clip.layers) and not verification.watched
-    note(case, implementation, "verify", max(float(check.errors.max()) for check in verification.checks))
+    assert {proof.layer for proof in verification.proofs} == set(qk_clip.layers) and not verification.watched
+    note(case, implementation, "verify", max(proof.error for proof in verification.proofs))
 
 
 def check_replay(case: Case, implementation: str, qk_clip: QKClip) -> None:

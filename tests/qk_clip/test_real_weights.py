@@ -75,7 +75,7 @@ def test_the_specs_of_trained_weights_are_verified(pretrained: Any) -> None:
     with QKClip(model) as qk_clip:
         verification = qk_clip.verify(**batch)
         assert qk_clip.max_logits.isneginf().all()
-    assert {check.layer for check in verification.checks} == {f"encoder.layer.{i}.attention.self" for i in range(6)}
+    assert {proof.layer for proof in verification.proofs} == {f"encoder.layer.{i}.attention.self" for i in range(6)}
 
 
 @pytest.mark.parametrize(

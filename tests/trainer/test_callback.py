@@ -596,7 +596,7 @@ class TestVerify:
         before = copy.deepcopy(model.state_dict())
         callback = MuonClipCallback(threshold=1.0, verify=True, specs={"model.attention": self.SWAPPED})
         with pytest.raises(
-            ValueError, match=r"(?s)does not describe its attention.*model.attention: head 0's q halved"
+            ValueError, match=r"(?s)does not describe its attention.*model.attention: the queries of head 0 should"
         ):
             trainer([callback]).fit(LitTiny(model, OPTIMIZERS["adamw"]), loader(token_batches(3)))
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -17,7 +17,7 @@ from lightning_muonclip.qk_clip.describe.spec import Softmax
 from lightning_muonclip.qk_clip.describe.survey import Frame
 
 #: What a module that cannot be run alone may raise.
-_FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, NotImplementedError, AssertionError)
+FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, NotImplementedError, AssertionError)
 
 
 @dataclass(eq=False)
@@ -113,8 +113,8 @@ def _of_call(
     return best
 
 
-def _run(frame: Frame, sums: bool = True) -> tuple[Isolated, Run]:
-    """In double precision, unless some code of the module wants single precision: it fails, or numbers overflow."""
+def run_alone(frame: Frame, sums: bool = True) -> tuple[Isolated, Run]:
+    """Runs a module alone, in double precision unless some of its code wants single: it fails, or numbers overflow."""
     with suppress(RuntimeError, TypeError):
         isolated = Isolated(frame.module, frame.args, frame.kwargs, sums=sums)
         run = isolated.run()
@@ -127,7 +127,7 @@ def _run(frame: Frame, sums: bool = True) -> tuple[Isolated, Run]:
 def _analyse(frame: Frame, count: int, sums: bool = True) -> list[Found]:
     """One for each of the calls of a module."""
     try:
-        isolated, run = _run(frame, sums)
+        isolated, run = run_alone(frame, sums)
         if len(run.calls) != count:
             reason = f"of its {count} attention calls, {len(run.calls)} can be followed when it runs alone"
             raise Unclear(reason, elsewhere=not run.calls)
@@ -152,7 +152,7 @@ def _analyse(frame: Frame, count: int, sums: bool = True) -> list[Found]:
         return found
     except Unclear as unclear:
         reason, elsewhere = unclear.reason, unclear.elsewhere
-    except _FAILURES as error:
+    except FAILURES as error:
         reason, elsewhere = f"it cannot be run alone: {type(error).__name__}: {str(error)[:160]}", True
     return [Found(frame.name, frame.module, reason=reason, elsewhere=elsewhere)] * count
 
@@ -166,7 +166,7 @@ def _softmaxes(isolated: Isolated, run: Run, layout: Layout) -> tuple[Softmax, .
 def softmaxes_of(frame: Frame) -> tuple[Softmax, ...]:
     """Where a module that somebody has described has its logits, if it attends by hand."""
     try:
-        isolated, run = _run(frame)
+        isolated, run = run_alone(frame)
         return _softmaxes(isolated, run, Layout(list(range(len(run.calls))), 1, 1, [], []))
-    except (Unclear, *_FAILURES):
+    except (Unclear, *FAILURES):
         return ()

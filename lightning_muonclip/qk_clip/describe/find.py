@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
-from torch.utils._pytree import tree_map
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
-from lightning_muonclip.qk_clip.describe.describe import Found, describe, softmaxes_of
+from lightning_muonclip.parallel.shards import on_all_ranks
+from lightning_muonclip.qk_clip.describe.describe import FAILURES, Found, describe, softmaxes_of
 from lightning_muonclip.qk_clip.describe.gate import gate
 from lightning_muonclip.qk_clip.describe.infer import Table
 from lightning_muonclip.qk_clip.describe.isolate import DetachedCopies, apart, undisturbed
 from lightning_muonclip.qk_clip.describe.layout import ChannelMap
 from lightning_muonclip.qk_clip.describe.spec import AttentionSpec, HeadAxis, Projection, Softmax
 from lightning_muonclip.qk_clip.describe.survey import Frame, Survey, kept
+
+#: How many samples of a batch are tried before all of it.
+_SAMPLES = 2
 
 #: Positional and keyword arguments of a model.
 Example = tuple[Sequence[Any], Mapping[str, Any]]
@@ -56,6 +61,18 @@ def find_attention(
         raise ValueError(
             f"example must be a pair (args, kwargs) of the model's arguments; got {type(example).__name__}"
         )
+    part = _part(example)
+    if part is not None:
+        with suppress(*FAILURES):  # a model may insist on a size of its batch
+            search = _search(model, part, described, alone)
+            if on_all_ranks(model, all(own.layout is not None for own in search.found)):
+                return search
+    return _search(model, example, described, alone)
+
+
+def _search(
+    model: nn.Module, example: Example, described: Collection[nn.Module], alone: Collection[nn.Module]
+) -> Search:
     with DetachedCopies():  # a survey must not write to a cache of keys
         args, kwargs = tree_map(kept, example)
     with apart(model):
@@ -70,6 +87,14 @@ def find_attention(
         found += _opaque(survey, calls, {*alone, *described})
         softmaxes = {module: softmaxes_of(frame) for module, frame in of_described.items()}
     return Search(found, {module: own for module, own in softmaxes.items() if own}, survey.modules)
+
+
+def _part(example: Example) -> Example | None:
+    """The first samples, which cost less and mostly tell as much, if all tensors agree on the size of the batch."""
+    sizes = {leaf.shape[0] for leaf in tree_leaves(example) if isinstance(leaf, Tensor) and leaf.ndim} - {1}
+    if len(sizes) != 1 or max(sizes) <= _SAMPLES:
+        return None
+    return tree_map(lambda leaf: leaf[:_SAMPLES] if isinstance(leaf, Tensor) and leaf.ndim else leaf, example)
 
 
 def _opaque(survey: Survey, calls: Sequence[Sequence[Frame]], known: Collection[nn.Module]) -> list[Found]:

@@ -12,12 +12,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lightning_muonclip.parallel.shards import to_local
+from lightning_muonclip.parallel.shards import on_all_ranks, to_local
 from lightning_muonclip.qk_clip.describe.describe import Found
 from lightning_muonclip.qk_clip.describe.infer import Layout
 from lightning_muonclip.qk_clip.describe.isolate import DetachedCopies, apart, undisturbed
@@ -62,22 +61,12 @@ class _Trials:
         with _scaled(found):
             after = self._run(attends)
         plain = self._plain[attends]
-        if self._on_all_ranks(len(after) == len(plain) and all(map(_same, plain, after))):
+        if on_all_ranks(self._root.module, len(after) == len(plain) and all(map(_same, plain, after))):
             return []
         half = len(found) // 2
         return (self.noticed(found[:half], attends) + self.noticed(found[half:], attends) if half else []) or list(
             found
         )
-
-    def _on_all_ranks(self, is_so: bool) -> bool:
-        """Whether something holds on all ranks that share the model's weights; they must run the same forwards."""
-        mesh = next((p.device_mesh for p in self._root.module.parameters() if isinstance(p, DTensor)), None)
-        if mesh is None:
-            return is_so
-        flag = torch.tensor(float(is_so), device=mesh.device_type)
-        for group in mesh.get_all_groups():
-            dist.all_reduce(flag, op=dist.ReduceOp.MIN, group=group)
-        return bool(flag)
 
     def _run(self, attends: bool) -> list[Tensor]:
         with DetachedCopies():
@@ -108,6 +97,8 @@ def _scaled(found: Sequence[Found]) -> Iterator[None]:
     for own in found:
         assert own.layout is not None
         group = torch.arange(own.layout.num_key_value_heads)
+        if any((table.heads[table.scaled] < 0).any() for _, table in own.layout.tables):  # all heads share a gain
+            group = torch.zeros_like(group)
         of_key = torch.exp2((1 + group % 3) * (-1.0) ** group)
         of_query = of_key.repeat_interleave(own.layout.num_heads // len(group))
         inverse = of_key if own.layout.is_tied else 1 / of_key

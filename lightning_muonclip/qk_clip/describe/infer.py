@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -440,22 +440,8 @@ class Heads:
             )
             for name in names
         }
-        with self.isolated.scaled(factors):
-            after = self.isolated.run(self.run.products)
-        found = [k for output in {o.call: o for o in key.outputs}.values() for _, k in after.calls[output.call].pairs]
-        doubled, same = (
-            torch.stack(
-                [
-                    ((b - factor * o.tensor).abs().flatten(0, -2).amax(0) / o.tensor.abs().max())
-                    for o, b in zip(key.outputs, found)
-                ]
-            )
-            .amax(0)
-            .cpu()
-            < self.probe.tolerance
-            for factor in (2.0, 1.0)
-        )
-        return doubled if bool((doubled | same).all() and doubled.any() and same.any()) else None
+        calls = sorted({output.call for output in key.outputs})
+        return channels_that_double(self.isolated, self.run, factors, calls, self.probe.tolerance)
 
     def _tied(self, calls: list[int], query: _Side, key: _Side) -> Iterator[list[Layout]]:
         """One weight that makes queries and keys of the same head."""
@@ -535,6 +521,23 @@ class Heads:
         if self._is_normalized(side):
             return f"its {what} stay as they are when their weights are scaled: they are normalized (degrees {degrees})"
         return f"its {what} do not scale with their weights (degrees {degrees})"
+
+
+def channels_that_double(
+    isolated: Isolated, run: Run, factors: Mapping[str, Tensor], calls: Sequence[int], tolerance: float = 1e-3
+) -> Tensor | None:
+    """Which channels of the keys double when weights are multiplied by factors; ``None`` unless the others stay."""
+    with isolated.scaled(factors):
+        after = isolated.run(run.products)
+    keys = [
+        (a, b) for call in calls for (_, a), (_, b) in zip(run.calls[call].pairs, after.calls[call].pairs, strict=True)
+    ]
+    doubled, same = (
+        torch.stack([(b - factor * a).abs().flatten(0, -2).amax(0) / a.abs().max() for a, b in keys]).amax(0).cpu()
+        < tolerance
+        for factor in (2.0, 1.0)
+    )
+    return doubled if bool((doubled | same).all() and doubled.any() and same.any()) else None
 
 
 def _new(calls: list[int], query: _Side, key: _Side) -> Layout:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -13,7 +15,9 @@ from lightning_muonclip.qk_clip.describe.isolate import Isolated, Run
 from lightning_muonclip.qk_clip.describe.layout import KINDS, spread
 
 #: Beyond the bounds that models clamp queries and keys to, such as 8 in DBRX and OLMo.
-_LARGE = 256.0
+LARGE = 256.0
+
+CLAMPED = "its queries or keys are clamped: they do not follow when their weights grow"
 
 
 def factors(layout: Layout, of: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -46,11 +50,15 @@ class Trial:
             "k": draw(layout.num_key_value_heads),
             "qr": draw(layout.num_heads),
         }
-        if any((table.heads[table.scaled] < 0).any() for _, table in layout.tables):  # shared by all heads
-            self._factors = {kind: own[:1].expand(len(own)) for kind, own in self._factors.items()}
         if layout.is_tied:  # both sides by both factors
             self._factors |= dict.fromkeys("qk", self._factors["q"])
         self._factors |= {"qn": self._factors["q"], "kn": self._factors["k"]}
+        shared = {
+            KINDS[kind][0] for _, table in layout.tables for kind in table.kinds[table.scaled & (table.heads < 0)]
+        }
+        for kind, own in self._factors.items():
+            if kind[0] in shared or (shared and layout.is_tied):  # such as the gain of a norm, which all heads share
+                self._factors[kind] = own[:1].expand(len(own))
 
     def factors(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What multiplies each parameter."""
@@ -69,8 +77,37 @@ class Trial:
         return factor
 
 
-def prove(isolated: Isolated, run: Run, layout: Layout, size: float = 1.0) -> float:
-    """The largest relative deviation from what should follow, over queries, keys, values and everything else.
+@dataclass(frozen=True)
+class Outcome:
+    """What a trial made of one tensor.
+
+    Attributes:
+        what: "queries", "keys", "values", or what else.
+        before: Without the factors.
+        factor: What should have multiplied it; broadcasts.
+        after: With them.
+        heads: For queries and keys, the head of each leading index.
+    """
+
+    what: str
+    before: Tensor
+    factor: Tensor
+    after: Tensor
+    heads: Tensor | None = None
+
+    @cached_property
+    def error(self) -> float:
+        """The largest deviation, relative to the largest element."""
+        return deviation(self.before.detach() * self.factor, self.after.detach())
+
+    @property
+    def limit(self) -> float:
+        """What rounding explains: of the dtype, or of half precision in which some kernels compute."""
+        return {torch.float64: 1e-6, torch.float32: 1e-3}.get(self.after.dtype, 2 * torch.finfo(self.after.dtype).eps)
+
+
+def outcomes(isolated: Isolated, run: Run, layout: Layout, size: float = 1.0) -> Iterator[Outcome]:
+    """What becomes of queries, keys, values and everything else if all heads are scaled at once.
 
     Args:
         isolated: The module.
@@ -79,25 +116,30 @@ def prove(isolated: Isolated, run: Run, layout: Layout, size: float = 1.0) -> fl
         size: How large the factors are.
     """
     trial = Trial(layout, size)
+    one = torch.ones(())
     offsets = {name: table.offset for name, table in layout.tables}
     with isolated.scaled(trial.factors(isolated.params), offsets):
         after = isolated.run(run.products)
-    if len(after.calls) != len(run.calls) or len(after.rest) != len(run.rest):
-        return math.inf
-    errors = [deviation(a, b) for a, b in zip(run.rest, after.rest)]
+    yield Outcome("the attention calls", _counts(run), one, _counts(after))
+    for a, b in zip(run.rest, after.rest):
+        yield Outcome("outputs that do not depend on queries and keys", a, one.to(a.device), b)
     number = 0
-    for index, (a, b) in enumerate(zip(run.calls, after.calls)):
-        if a.value is not None and b.value is not None:
-            errors.append(deviation(a.value, b.value))
-        if len(a.pairs) != len(b.pairs):
-            return math.inf
-        for (query, key), (new_query, new_key) in zip(a.pairs, b.pairs):
-            factors: tuple[Tensor | float, Tensor | float] = (1.0, 1.0)
-            if index in layout.calls:
-                factors = trial.expected("q", number).to(query.device), trial.expected("k", number).to(key.device)
-                number += 1
-            errors += [deviation(query * factors[0], new_query), deviation(key * factors[1], new_key)]
-    return max(errors)
+    for index, (call, again) in enumerate(zip(run.calls, after.calls)):
+        if call.value is not None and again.value is not None:
+            yield Outcome("the values", call.value, one.to(call.value.device), again.value)
+        for pair, pair_again in zip(call.pairs, again.pairs):
+            for side, units, a, b in zip("qk", (layout.query_units, layout.key_units), pair, pair_again):
+                is_own = index in layout.calls
+                factor = trial.expected(side, number) if is_own else one
+                heads = units[number] if is_own else None
+                yield Outcome("queries" if side == "q" else "keys", a, factor.to(a.device), b, heads)
+            number += index in layout.calls
+
+
+def _counts(run: Run) -> Tensor:
+    return torch.tensor(
+        [len(run.calls), len(run.rest), sum(len(call.pairs) for call in run.calls)], dtype=torch.float64
+    )
 
 
 @torch.no_grad()
@@ -118,19 +160,27 @@ def proven(isolated: Isolated, run: Run, layouts: Iterable[Sequence[Layout]]) ->
     Raises:
         Unclear: If none does.
     """
-    limit = 1e-6 if isolated.dtype is torch.float64 else 1e-3
-    worst, is_bounded = math.inf, False
+    least, is_bounded = math.inf, False
     for alternatives in layouts:
-        best, least = alternatives[0], math.inf
-        for layout in alternatives:
-            error = prove(isolated, run, layout)
-            if error < least / 10:
-                best, least = layout, error
-        if least < limit:
-            if prove(isolated, run, best, _LARGE) < limit:
+        trials = ((layout, list(outcomes(isolated, run, layout))) for layout in alternatives)
+        best, trial = next(trials)
+        for layout, other in trials:
+            if _error(other) < _error(trial) / 10:
+                best, trial = layout, other
+        if holds(trial):
+            if holds(outcomes(isolated, run, best, LARGE)):
                 return best
             is_bounded = True
-        worst = min(worst, least)
+        least = min(least, _error(trial))
     if is_bounded:
-        raise Unclear("its queries or keys are clamped: they do not follow when their weights grow")
-    raise Unclear(f"the proof fails: with all heads scaled at once, something is off by {worst:.1e}")
+        raise Unclear(CLAMPED)
+    raise Unclear(f"the proof fails: with all heads scaled at once, something is off by {least:.1e}")
+
+
+def holds(trial: Iterable[Outcome]) -> bool:
+    """Whether everything followed but for rounding."""
+    return all(outcome.error < outcome.limit for outcome in trial)
+
+
+def _error(trial: Sequence[Outcome]) -> float:
+    return max(outcome.error for outcome in trial)

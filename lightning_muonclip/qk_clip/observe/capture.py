@@ -1,46 +1,38 @@
-"""Captures the inputs of attention modules in a forward, so that the modules can be run on their own."""
+"""Captures the inputs of a model and its attention modules in a forward, so that they can be run again."""
 
 from __future__ import annotations
 
-import copy
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils._pytree import tree_map
 
 from lightning_muonclip.qk_clip.describe.isolate import DetachedCopies, apart, device_of, undisturbed
-from lightning_muonclip.qk_clip.describe.survey import kept
+from lightning_muonclip.qk_clip.describe.survey import Frame, kept
 from lightning_muonclip.qk_clip.observe.observer import Observer
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """The inputs of a module, and the dtype of autocast if it was enabled."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    autocast: torch.dtype | None
-
-    def copied(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """A copy of the inputs, so that a forward may modify them."""
-        with DetachedCopies():
-            return tree_map(_copied, (self.args, self.kwargs))
 
 
 class Capture:
     """Captures the inputs of the first forward of every attention module, from construction to :meth:`close`.
 
     Inputs are captured before the forward modifies them (a cache, for example). Also a context manager.
+
+    Attributes:
+        attention: The modules and their specs.
+        frames: Their inputs by name.
+        root: The first module of the model to be entered, and its inputs.
+        autocast: The dtype of autocast then, if it was enabled.
     """
 
     def __init__(self, observer: Observer) -> None:
         self.attention = observer.attention
-        self.inputs: dict[str, Inputs] = {}
+        self.frames: dict[str, Frame] = {}
+        self.root: Frame | None = None
+        self.autocast: torch.dtype | None = None
+        self._names = {module: name for name, (module, _) in self.attention.items()}
         self._handles = [
-            module.register_forward_pre_hook(self._keep(name), with_kwargs=True)
-            for name, (module, _) in self.attention.items()
+            module.register_forward_pre_hook(self._keep, with_kwargs=True) for module in observer.discovery.names
         ]
 
     def close(self) -> None:
@@ -62,17 +54,16 @@ class Capture:
         with apart(model), undisturbed(model):
             model(*args, **kwargs)
 
-    def _keep(self, name: str) -> Any:
-        def keep(module: nn.Module, args: Any, kwargs: Any) -> None:
-            if name not in self.inputs:
-                device = device_of(module).type
-                autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-                with DetachedCopies():
-                    args, kwargs = tree_map(kept, (args, kwargs))
-                self.inputs[name] = Inputs(args, kwargs, autocast)
-
-        return keep
-
-
-def _copied(leaf: Any) -> Any:
-    return leaf.clone() if isinstance(leaf, Tensor) else copy.deepcopy(leaf)
+    def _keep(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        name = self._names.get(module)
+        is_new = name is not None and name not in self.frames
+        if self.root is not None and not is_new:
+            return
+        with DetachedCopies():
+            frame = Frame(name or "", module, *tree_map(kept, (args, kwargs)))
+        if self.root is None:
+            device = device_of(module).type
+            self.root = frame
+            self.autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        if name is not None and is_new:
+            self.frames[name] = frame

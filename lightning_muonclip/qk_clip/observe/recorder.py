@@ -38,8 +38,6 @@ class Recorder:
         self.source: str | None = None
         #: What measures the current forward, if its module is too late for a patch.
         self.mode: TorchFunctionMode | None = None
-        #: If set to a list, collects the measured queries and keys (see ``verify``).
-        self.pairs: list[tuple[Tensor, Tensor]] | None = None
 
     def measure(self, source: str, logits: Logits) -> None:
         """Measures the logits of one call."""
@@ -60,7 +58,7 @@ class Recorder:
             self.record_all(maxima.view(lead), source)
             return
         maxima = max_logits(query, key, scale=scale, is_causal=logits.is_causal, mask=logits.mask)
-        self.record(maxima, source, pair=(query, key))
+        self.record(maxima, source)
 
     def record_all(self, maxima: Tensor, source: str) -> None:
         """Records the maxima of every leading index, of which :attr:`AttentionSpec.head_axes` count the heads."""
@@ -74,8 +72,8 @@ class Recorder:
         others = [dim for dim in range(maxima.ndim) if dim - maxima.ndim not in heads]
         self.record(maxima.amax(others).flatten(), source)
 
-    def record(self, maxima: Tensor, source: str = "the module", *, pair: tuple[Tensor, Tensor] | None = None) -> None:
-        """Records the maxima of one forward, shape ``(heads,)``, with their queries and keys if known.
+    def record(self, maxima: Tensor, source: str = "the module") -> None:
+        """Records the maxima of one forward, shape ``(heads,)``.
 
         Under tensor parallelism, these are the heads of this rank.
         """
@@ -90,8 +88,6 @@ class Recorder:
             )
         self.source = source
         self.ledger.record(self.row, maxima, first)
-        if self.pairs is not None and pair is not None:
-            self.pairs.append(pair)
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         # A copy of an observed module, by deepcopy or pickle, is not observed: its recorder is None.

@@ -106,7 +106,7 @@ def test_a_spec_is_known_at_once_and_the_rest_is_inferred() -> None:
         model(x)
         assert qk_clip.layers == ["encoder.attn", "other"]
         assert qk_clip.observer.attention["encoder.attn"][1] is SWAPPED
-        assert {check.layer for check in qk_clip.verify(x).checks} == {"encoder.attn", "other"}
+        assert {proof.layer for proof in qk_clip.verify(x).proofs} == {"encoder.attn", "other"}
 
 
 def test_the_users_spec_goes_before_inference_even_where_it_is_wrong() -> None:

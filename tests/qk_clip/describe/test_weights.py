@@ -334,7 +334,7 @@ def test_a_weight_that_cannot_be_scaled_is_refused_with_a_way_out(child: str, ki
             assert qk_clip.step().max_logits.isfinite().all()
             found = qk_clip.verify(x)
             assert list(found.watched) == ["layers.1"] and found.watched["layers.1"].startswith(f"{child}.weight is ")
-            assert {check.layer for check in found.checks} == {"layers.0"}
+            assert {proof.layer for proof in found.proofs} == {"layers.0"}
     assert all(
         torch.equal(value.float(), before[name].float())
         for name, value in model.state_dict().items()

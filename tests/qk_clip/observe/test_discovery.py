@@ -180,6 +180,60 @@ def test_a_module_that_runs_later_gets_its_row_and_is_clipped_at_once() -> None:
     assert not torch.equal(model.middle.inner.weight, weight)
 
 
+class Picky(nn.Module):
+    """Takes batches of one size only, and counts how often it was tried."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.attention, self.size = Fused(), size
+        self.sizes: list[int] = []
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        self.sizes.append(len(x))
+        if self.size and len(x) != self.size:
+            raise ValueError("another size of the batch")
+        return self.attention(x if bias is None else x + bias)
+
+
+@pytest.mark.parametrize(
+    ("size", "bias", "expected"),
+    [
+        (0, None, {2, 6}),  # a survey takes two samples
+        (6, None, {2, 6}),  # but the whole batch if the model refuses them,
+        (0, torch.zeros(5, 16), {6}),  # or if it is not clear what the batch is
+        (0, torch.zeros(1, 5, 16), {2, 6}),
+    ],
+)
+def test_a_survey_takes_a_part_of_the_batch_where_it_can(size: int, bias: Tensor | None, expected: set[int]) -> None:
+    model, x = Picky(size), torch.randn(6, 5, 16)
+    with QKClip(model) as qk_clip:
+        model(x, bias)
+        assert qk_clip.layers == ["attention"]
+        inner = model.attention.inner(x if bias is None else x + bias).detach()
+        query, key = (part.unflatten(-1, (4, -1)).transpose(1, 2) for part in inner.chunk(3, -1)[:2])
+        maxima = (query @ key.mT / 2).masked_fill(torch.ones(5, 5).triu(1).bool(), -torch.inf).amax((0, 2, 3))
+        torch.testing.assert_close(qk_clip.max_logits[0], maxima)
+    assert set(model.sizes) == expected
+
+
+class Refused(nn.Module):
+    """Of two samples, it cannot be told; of more, it can."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain, self.clamped = Fused(), Clamped()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.plain(x) if len(x) > 2 else self.clamped(x)
+
+
+def test_what_a_part_of_the_batch_does_not_tell_the_whole_may() -> None:
+    model = Refused()
+    with QKClip(model) as qk_clip:
+        model(torch.randn(6, 5, 16))
+        assert qk_clip.layers == ["plain"]
+
+
 def test_evaluation_finds_nothing_and_says_so() -> None:
     model = Residual(SdpaAttention(16, 4)).eval()
     with QKClip(model) as qk_clip:
