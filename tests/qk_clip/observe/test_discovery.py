@@ -449,6 +449,7 @@ def attention_as_a_unit(rank_count: int) -> Any:
     with QKClip(model, threshold=1.0) as qk_clip:
         model(batches(1)[0])
         result = qk_clip.step()
+        assert max(proof.error for proof in qk_clip.verify(batches(1)[0]).proofs) < 1e-12
     return qk_clip.layers, result.max_logits, {n: p.full_tensor().detach() for n, p in model.named_parameters()}
 
 
