@@ -28,7 +28,7 @@ Each number is the largest error over all heads, layers and inputs:
 
 - **brute force**: error of the observed maximum logits against an oracle that reads them from the elementary operations of
   the same model in float64 (`tests/families/brute_force.py`), relative to the layer's largest.
-- **verify**: deviation from one half of a head's logits when `QKClip.verify` halves its queries or keys.
+- **verify**: largest deviation in the proof of `QKClip.verify`, relative to the largest element of a tensor.
 - **replay**: deviation of the same batch's maximum logits after a clip from min(S, threshold), relative to the threshold.
   Heads that were not clipped are bitwise unchanged. If all heads of a layer share one gain, they are scaled together, and
   the largest is compared with the threshold.
