@@ -14,7 +14,11 @@ from lightning_muonclip.optim.routing import split_params
 from lightning_muonclip.qk_clip.clip import ClipResult, QKClip
 from lightning_muonclip.qk_clip.describe.spec import AttentionSpec
 from lightning_muonclip.qk_clip.describe.split import matrix_parts
+from lightning_muonclip.qk_clip.rehearsal import is_rehearsal
 from lightning_muonclip.signatures import share_out, takes_keywords_of
+
+#: The entry of the first group that has the counts of QK-Clip in a saved state.
+_COUNTS = "qk_clip_counts"
 
 
 @takes_keywords_of(QKClip, Muon, but=("observer", "params", "parts"))
@@ -93,6 +97,7 @@ class MuonClip(Muon):
         except BaseException:
             qk_clip.close()  # it observes from construction
             raise
+        qk_clip.observer.owned.add(self)
         self.qk_clip: QKClip | None = qk_clip
         self._split = split
         self._split_attention = attention
@@ -118,6 +123,9 @@ class MuonClip(Muon):
                 " state_dict() of the original"
             )
         loss = evaluated(closure)
+        if is_rehearsal(self):
+            self._update()
+            return loss
         attention = self.qk_clip.settle()
         if attention is not self._split_attention:
             self.set_parts(matrix_parts(self.qk_clip.model, attention, self._split))
@@ -128,14 +136,21 @@ class MuonClip(Muon):
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the optimizer, with that of QK-Clip under ``"qk_clip"``."""
-        own = {} if self.qk_clip is None else {"qk_clip": self.qk_clip.state_dict()}
-        return super().state_dict() | own
+        state = super().state_dict()
+        if self.qk_clip is not None:
+            own = state["qk_clip"] = self.qk_clip.state_dict()
+            # In a group too, since torch.distributed.checkpoint knows states and groups alone; a list is one entry to it.
+            state["param_groups"][0][_COUNTS] = [own["layers"], own["clips"].tolist(), own["steps"]]
+        return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Loads the state of a MuonClip, or of a :class:`~lightning_muonclip.Muon` with the same groups."""
         state = dict(state_dict)
         clips = state.pop("qk_clip", None)
         super().load_state_dict(state)
+        counts = self.param_groups[0].pop(_COUNTS, None)
+        if clips is None and counts is not None:
+            clips = dict(zip(("layers", "clips", "steps"), counts))
         if clips is not None and self.qk_clip is not None:
             self.qk_clip.load_state_dict(clips)
 

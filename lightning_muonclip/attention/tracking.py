@@ -11,9 +11,11 @@ from lightning_muonclip.kernels.max_logits import max_logits
 
 
 class MaxLogitsRecorder(Protocol):
-    """Receives the maxima of a module, measured as ``logits`` says: ``"exact"`` or ``"lse"``."""
+    """Receives the maxima of a module, measured as ``logits`` says: ``"exact"``, ``"lse"``, or ``None`` for not at all."""
 
-    logits: str
+    @property
+    def logits(self) -> str | None:
+        """How the current forward is measured."""
 
     def record(self, maxima: Tensor) -> None:
         """Receives the maxima of one forward, shape ``(heads,)``."""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.optim import Optimizer
 
 from lightning_muonclip.qk_clip.describe.declared import AttentionModules, unwrapped
@@ -23,7 +24,10 @@ from lightning_muonclip.qk_clip.observe.capture import Capture
 from lightning_muonclip.qk_clip.observe.discovery import UNKNOWN_CHOICES
 from lightning_muonclip.qk_clip.observe.ledger import LateFlag, has_others, reduce_max
 from lightning_muonclip.qk_clip.observe.observer import LOGITS_CHOICES, Observer
+from lightning_muonclip.qk_clip.observe.recorder import Recorder
+from lightning_muonclip.qk_clip.observe.watch import watch_of
 from lightning_muonclip.qk_clip.plan import QK_NORM_CHOICES, ClipPlan
+from lightning_muonclip.qk_clip.rehearsal import after_steps
 from lightning_muonclip.qk_clip.rule import SHARED_KEYS, check_alpha, check_threshold, qk_clip_gamma
 from lightning_muonclip.qk_clip.summary import summary_table
 from lightning_muonclip.qk_clip.verify import Verification, verify_attention
@@ -37,15 +41,28 @@ class ClipResult:
         max_logits: Shape (layers, most heads), reduced over ranks; -inf where a layer has no such head or nothing was
             recorded, +inf where a logit was not finite.
         gamma: Same shape; 1 where nothing was clipped.
+        owned: Shape (layers, 1); whether the run trains the layer. ``None`` if it trains all.
     """
 
     max_logits: Tensor
     gamma: Tensor
+    owned: Tensor | None = None
 
     @property
     def max_logit(self) -> Tensor:
-        """The largest finite logit of the model, a scalar; -inf if none was recorded."""
-        return self.max_logits.masked_fill(self.max_logits.isposinf(), float("-inf")).max()
+        """The largest finite logit of the attention that the run trains, a scalar; -inf if none was recorded."""
+        return self._largest(self.owned)
+
+    @property
+    def unowned_max_logit(self) -> Tensor:
+        """The largest finite logit of all other attention, such as a teacher's, a scalar; -inf if none was recorded."""
+        return self._largest(None if self.owned is None else ~self.owned)
+
+    def _largest(self, rows: Tensor | None) -> Tensor:
+        hidden = self.max_logits.isposinf()
+        if rows is not None:
+            hidden = hidden | ~rows
+        return self.max_logits.masked_fill(hidden, float("-inf")).max()
 
     @property
     def min_gamma(self) -> Tensor:
@@ -143,6 +160,8 @@ class QKClip:
         self._steps = 0
         self._clips = torch.zeros(0, 0, dtype=torch.int64)
         self._plan: ClipPlan | None = None
+        self._owned: set[Tensor] | None = None
+        self._owned_rows: Tensor | None = None
         self._arranged: AttentionModules = {}
         #: Counts of a checkpoint whose layers have yet to be found.
         self._earlier: dict[str, Tensor] = {}
@@ -158,11 +177,14 @@ class QKClip:
 
     def _arrange(self) -> None:
         """Brings the plan and the counts up to date with the attention that is known."""
-        attention = self.observer.attention
-        if self._arranged is attention:
+        attention, owned = self.observer.attention, self.observer.owned.params()
+        if self._arranged is attention and self._owned == owned:
             return
         if self.threshold is not None and attention:
-            self._plan = ClipPlan(attention, self._alpha, self._shared_keys, self._qk_norm, self._lora)
+            self._plan = ClipPlan(attention, self._alpha, self._shared_keys, self._qk_norm, self._lora, owned)
+        self._owned = owned
+        of_run = [[self.observer.owned.has_part_of(module)] for module, _ in attention.values()]
+        self._owned_rows = None if all(own for (own,) in of_run) else torch.tensor(of_run)
         clips = torch.zeros_like(self.observer.ledger.values, dtype=torch.int64)
         for before, (name, (_, spec)) in enumerate(self._arranged.items()):
             row = list(attention).index(name)
@@ -196,15 +218,12 @@ class QKClip:
     @property
     def max_logits(self) -> Tensor:
         """Largest logits on this rank since the last step, shape (layers, most heads); -inf where nothing was recorded."""
-        return self.observer.ledger.values.clone()
+        return self.observer.ledger.values
 
     def attach(self, optimizer: Optimizer) -> None:
-        """Runs :meth:`step` after every step of ``optimizer``."""
-
-        def clip(*_: Any) -> None:
-            self.step()
-
-        self._handles.append(optimizer.register_step_post_hook(clip))
+        """Runs :meth:`step` after every step of ``optimizer``, and scales only what it, or another attached one, trains."""
+        self.observer.owned.add(optimizer)
+        self._handles += after_steps(optimizer, lambda _: self.step())
 
     @torch.no_grad()
     def step(self, max_logits: Tensor | Sequence[Sequence[float]] | None = None) -> ClipResult:
@@ -222,20 +241,45 @@ class QKClip:
         """
         with torch.profiler.record_function("muonclip::qk_clip"):
             self.settle()
+            self._forget_outdated()
             observed = self.observer.ledger.values if max_logits is None else self._as_table(max_logits)
             is_due = self.is_due
             if max_logits is None and self._steps == 0:
                 self._check_that_layers_were_seen()
             self._count(self._steps + 1)
             if not is_due:
-                return ClipResult(observed.clone(), torch.ones_like(observed))
+                return self._result(observed, torch.ones_like(observed))
             reduced = self._reduce(observed)
             self.observer.close_step()
             gamma = qk_clip_gamma(reduced, self.threshold)
             if self._plan is not None:
                 gamma = self._plan.apply(gamma)
                 self._clips = self._clips.to(gamma.device).add_(gamma < 1)
-            return ClipResult(reduced, gamma)
+                self._outdate_others()
+            return self._result(reduced, gamma)
+
+    def _result(self, max_logits: Tensor, gamma: Tensor) -> ClipResult:
+        if self._owned_rows is not None:
+            self._owned_rows = self._owned_rows.to(gamma.device)
+        return ClipResult(max_logits, gamma, self._owned_rows)
+
+    @property
+    def _clipping(self) -> list[Recorder]:
+        """The recorders of the layers that a clip scales."""
+        sides = [] if self._plan is None else self._plan.sides
+        return [own for own, side in zip(self.observer.recorders, sides) if not side.startswith("watched")]
+
+    def _outdate_others(self) -> None:
+        """The maxima that other QKClips have of layers that were clipped now are of the weights as they were."""
+        for recorder in self._clipping:
+            for other in watch_of(recorder.module).recorders:
+                other.outdated |= other is not recorder
+
+    def _forget_outdated(self) -> None:
+        for recorder in self._clipping:
+            if recorder.outdated:
+                recorder.ledger.forget(recorder.row)
+                recorder.outdated = False
 
     def settle(self) -> AttentionModules:
         """Lets all ranks agree on the attention that is known, if they may not; :meth:`step` does so too.
@@ -327,11 +371,17 @@ class QKClip:
             self._arrange()
         with Capture(self.observer) as capture:
             capture.run(self.model, *args, **kwargs)
+        for name in capture.attention:
+            if name not in capture.frames and not self.sides[name].startswith("watched"):
+                raise ValueError(
+                    f"attention {name!r} was not used in this forward, so its spec cannot be verified; pass inputs that use"
+                    f" it, or skip it with specs={{{name!r}: None}}"
+                )
         return self.verify_inputs(capture)
 
     @torch.no_grad()
     def verify_inputs(self, capture: Capture) -> Verification:
-        """:meth:`verify` on what was captured in a forward.
+        """:meth:`verify` on what was captured in a forward, of the modules that it used.
 
         Raises:
             ValueError: As :meth:`verify`.
@@ -367,44 +417,36 @@ class QKClip:
 
     def state_dict(self) -> dict[str, Any]:
         """The clip counts of every head, the number of steps and the specs of the layers, equal on every rank."""
-        state = {"clips": self.clips.cpu(), "steps": self._steps}
-        if self.observer.discovery.has_surveyed:
-            unseen = self.observer.discovery.unseen
-            state |= saved_attention(self.model, self.observer.attention) | {
-                "unseen": unseen,
-                "asked": self.observer.discovery.asked,
-            }
+        layers, counts = [*self.layers, *self._earlier], [*self.clips.cpu(), *self._earlier.values()]
+        state = {"layers": layers, "clips": pad_sequence(counts, batch_first=True) if counts else self.clips.cpu()}
+        state["steps"] = self._steps
+        discovery = self.observer.discovery
+        if discovery.has_surveyed:
+            state |= saved_attention(self.model, self.observer.attention)
+            state |= {"unseen": discovery.unseen, "asked": discovery.asked}
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restores the counts of :meth:`state_dict`; its specs save the search for attention in the first forward.
 
         Raises:
-            ValueError: If the counts are of a model with other layers or heads.
+            ValueError: If the counts are of layers that the model does not have.
         """
-        clips, discovery = state_dict["clips"], self.observer.discovery
-        if "specs" in state_dict:
-            is_same = not discovery.has_surveyed and state_dict["asked"] == discovery.asked
-            attention = restored_attention(self.model, state_dict) if is_same else None
-            strange = [name for name in state_dict["specs"] if name not in discovery.names.values()]
-            if strange:
-                raise ValueError(
-                    f"the saved clip counts are of layers that the model does not have: {', '.join(map(repr, strange))};"
-                    " load them into a model with the same attention layers"
-                )
-            if attention is None:  # found again; the counts follow by name
-                self._earlier = dict(zip(state_dict["specs"], clips))
-                self._arranged, self._clips = {}, self._clips[:0]
-                self._count(state_dict.get("steps", 0))
-                return
-            discovery.restore(attention, state_dict["unseen"])
-        if clips.shape != self.clips.shape:
+        layers, discovery = state_dict["layers"], self.observer.discovery
+        strange = [name for name in layers if name not in discovery.names.values()]
+        if strange:
             raise ValueError(
-                f"the saved clip counts have shape {tuple(clips.shape)} (layers, heads), but the model needs"
-                f" {tuple(self.clips.shape)}; load them into a model with the same attention layers"
+                f"the saved clip counts are of layers that the model does not have: {', '.join(map(repr, strange))};"
+                " load them into a model with the same attention layers"
             )
-        self._clips = clips.to(self.clips.device, copy=True)
-        self._count(state_dict.get("steps", 0))
+        if "specs" in state_dict and not discovery.has_surveyed and state_dict["asked"] == discovery.asked:
+            attention = restored_attention(self.model, state_dict)
+            if attention is not None:
+                discovery.restore(attention, state_dict["unseen"])
+        # By name: some may be found only later.
+        self._earlier = {name: torch.as_tensor(own, device="cpu") for name, own in zip(layers, state_dict["clips"])}
+        self._arranged, self._clips = {}, self._clips[:0]
+        self._count(state_dict["steps"])
 
     def __enter__(self) -> QKClip:
         return self

@@ -18,7 +18,6 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._guards import detect_fake_mode
 
 from lightning_muonclip.kernels.hidden import HIDDEN
 from lightning_muonclip.kernels.log_sum_exp import attention_log_sum_exp, supports_log_sum_exp
@@ -38,7 +37,9 @@ class Logits:
 class Listener(Protocol):
     """Receives the logits of an attention module, measured as ``logits`` says: ``"exact"`` or ``"lse"``."""
 
-    logits: str
+    @property
+    def logits(self) -> str | None:
+        """``None`` if the forward does not count."""
 
     def measure(self, source: str, logits: Logits) -> None:
         """Receives the queries and keys of one call."""
@@ -174,9 +175,7 @@ def _imported_places(scope: dict[str, Any]) -> Iterator[Place]:
 
 
 def _listener() -> Listener | None:
-    if not running or (not torch.compiler.is_dynamo_compiling() and detect_fake_mode() is not None):
-        return None  # fake tensors: torch.compile runs a function that it does not trace
-    return running[-1]
+    return running[-1] if running else None
 
 
 def unrecorded(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -229,7 +228,8 @@ def _patch_multi_head(original: Callable[..., Any]) -> Callable[..., Any]:
         if listener is None or not (asked.get("need_weights", True) or torch.compiler.is_compiling()):
             return original(*args, **kwargs)
         with torch.no_grad():
-            listener.measure("multi_head_attention_forward", _multi_head_logits(asked))
+            logits = _multi_head_logits(asked)
+        listener.measure("multi_head_attention_forward", logits)
         return unrecorded(original, *args, **kwargs)
 
     return multi_head_attention_forward

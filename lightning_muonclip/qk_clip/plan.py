@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Collection
 from typing import NamedTuple
 
 import torch
@@ -36,12 +37,21 @@ class ClipPlan:
         shared_keys: Rule for keys that several queries share.
         qk_norm: Policy for attention with QK-norm.
         lora: Policy for weights with LoRA adapters.
+        owned: What the run trains.
 
     Raises:
         ValueError: If a weight cannot be scaled, or if no single factor fits all uses of a tied weight.
     """
 
-    def __init__(self, attention: AttentionModules, alpha: float, shared_keys: str, qk_norm: str, lora: str) -> None:
+    def __init__(
+        self,
+        attention: AttentionModules,
+        alpha: float,
+        shared_keys: str,
+        qk_norm: str,
+        lora: str,
+        owned: Collection[Tensor] | None = None,
+    ) -> None:
         layers = len(attention)
         heads = max((spec.num_heads for _, spec in attention.values()), default=0)
         #: What a clip scales in each layer: "q and k", "q", "k", or "watched (...)".
@@ -53,12 +63,13 @@ class ClipPlan:
         for row, (name, (module, spec)) in enumerate(attention.items()):
             weights, watched = clipped_weights(name, module, spec, qk_norm, lora)
             own, is_tied = _own_params(module, name, weights)
-            trained = _trained_sides(weights)
+            ours = [weight for weight in weights if weight.trained and _is_owned(module, weight, owned)]
+            trained = _trained_sides(weights, ours)
             # A weight that computes both is scaled as both. The shared key of a rotated query cannot be scaled.
             is_rotated = any(weight.has_kind(("qr",)) for weight in weights)
             needed = {"q", "k"} if is_tied else {"q"} if is_rotated else set()
             if not watched and (not trained or not needed <= set(trained)):
-                watched = "not trained"
+                watched = "in no optimizer" if any(weight.trained for weight in weights) and not ours else "not trained"
             self.sides.append(f"watched ({watched})" if watched else " and ".join(trained))
             if watched:
                 continue
@@ -162,10 +173,16 @@ def _aligned(factor: Tensor, param: Tensor, dims: tuple[int, ...]) -> Tensor:
     return factor
 
 
-def _trained_sides(weights: list[Weight]) -> list[str]:
-    """The sides whose weights exist and are all trained."""
+def _is_owned(module: nn.Module, weight: Weight, owned: Collection[Tensor] | None) -> bool:
+    """Whether the run trains a weight; of a LoRA layer, only the adapters are in an optimizer, and the base follows them."""
+    param = module.get_parameter(weight.path)
+    return owned is None or param in owned or not param.requires_grad
+
+
+def _trained_sides(weights: list[Weight], ours: list[Weight]) -> list[str]:
+    """The sides whose weights exist and are all trained by this run."""
     own = {side: [weight for weight in weights if weight.has_kind(kinds)] for side, kinds in _SIDES.items()}
-    return [side for side, members in own.items() if members and all(weight.trained for weight in members)]
+    return [side for side, members in own.items() if members and all(weight in ours for weight in members)]
 
 
 def _factor_index(weight: Weight, layers: int, row: int, heads: int) -> Tensor:

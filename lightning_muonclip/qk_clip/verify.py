@@ -67,11 +67,11 @@ def verify_attention(
     *,
     scales: bool = True,
 ) -> Verification:
-    """Proves every spec.
+    """Proves the specs of the modules that have run.
 
     Args:
         attention: The modules and their specs.
-        frames: The inputs of each module.
+        frames: The inputs of each module that has run.
         root: The model and its inputs.
         qk_norm: As in :class:`~lightning_muonclip.QKClip`.
         lora: As in :class:`~lightning_muonclip.QKClip`.
@@ -84,7 +84,8 @@ def verify_attention(
     watched: dict[str, str] = {}
     failures: list[str] = []
     proven: list[Found] = []
-    for name, (module, spec) in attention.items():
+    for name, frame in frames.items():
+        module, spec = attention[name]
         try:
             weights, reason = clipped_weights(name, module, spec, qk_norm, lora)
         except UnscalableError as error:
@@ -94,12 +95,7 @@ def verify_attention(
         if reason or not weights:
             watched[name] = reason or "its spec names no weight"
             continue
-        if name not in frames:
-            raise ValueError(
-                f"attention {name!r} was not used in this forward, so its spec cannot be verified; pass inputs that use it,"
-                f" or skip it with specs={{{name!r}: None}}"
-            )
-        layout, worst, wrong = _prove(name, frames[name], spec, weights)
+        layout, worst, wrong = _prove(name, frame, spec, weights)
         proofs.append(Proof(name, spec.num_heads, " and ".join(layout.sides), worst))
         failures += [f"{name or '(model)'}: {line}" for line in wrong]
         if not wrong:

@@ -24,6 +24,7 @@ from lightning_muonclip.qk_clip.describe.spec import AttentionSpec
 from lightning_muonclip.qk_clip.describe.split import check_split, matrix_parts
 from lightning_muonclip.qk_clip.observe.capture import Capture
 from lightning_muonclip.qk_clip.observe.observer import Observer
+from lightning_muonclip.qk_clip.rehearsal import after_steps
 from lightning_muonclip.signatures import share_out, takes_keywords_of
 from lightning_muonclip.trainer.checkpoints import (
     WITHOUT_CALLBACK,
@@ -49,7 +50,8 @@ class MuonClipCallback(Callback):
     clipped together if the Trainer clips, Muon steps, and QK-Clip runs once all query and key weights are updated.
     Attention is found and read before the first forward in training (see :class:`~lightning_muonclip.QKClip`).
 
-    Logs ``muonclip/max_logit``, ``muonclip/min_gamma``, ``muonclip/clipped_heads`` and ``muonclip/nonfinite``.
+    Logs ``muonclip/max_logit``, ``muonclip/min_gamma``, ``muonclip/clipped_heads`` and ``muonclip/nonfinite``; and
+    ``muonclip/unowned_max_logit``, the largest logit of attention that no optimizer trains, such as a teacher's.
 
     Args:
         threshold: Attention logits above this are clipped; ``None`` only monitors.
@@ -125,6 +127,8 @@ class MuonClipCallback(Callback):
         self._restored_clips: dict[str, Any] | None = None
         self._handles: list[Any] = []
         self._capture: Capture | None = None
+        self._verified: set[str] = set()
+        self._logged: dict[str, Tensor] = {}
         self._last_step = 0
         self._has_started = False
 
@@ -185,13 +189,14 @@ class MuonClipCallback(Callback):
                 " exclude some parameters (exclude=[...]), or train in bf16-mixed"
             )
         trainer.optimizers = [*trainer.optimizers, self.muon]
+        self._observer.owned.add(*trainer.optimizers)
         if restores_optimizers(trainer.strategy):
             warn_of_emptied_groups(optimizer)
         if self._clip_options["logits"] != "off":
             self.qk_clip = QKClip(pl_module, specs=self.specs, observer=self._observer, **self._clip_options)
             self._restore_clips()
             for own in (self.muon, optimizer):
-                self._handles.append(own.register_step_post_hook(self._apply_qk_clip))
+                self._handles += after_steps(own, self._apply_qk_clip)
         rank_zero_info(f"MuonClip routes the parameters as follows\n{routing_table(routes)}")
         self._tell_sides()
 
@@ -219,6 +224,7 @@ class MuonClipCallback(Callback):
         if self.muon is not None:
             warn_of_other_settings(self.muon)
         if self.verify and self.qk_clip is not None:
+            self._verified.clear()
             self._capture = Capture(self.qk_clip.observer)
         if trainer.gradient_clip_val and is_overridden("configure_gradient_clipping", pl_module):
             rank_zero_warn(
@@ -273,12 +279,16 @@ class MuonClipCallback(Callback):
             self.muon.step()
 
     def _verify(self) -> None:
-        """Proves the specs on the inputs of the first forward, before anything is updated."""
-        if self._capture is None or self.qk_clip is None:
-            return
+        """Proves the specs before anything is updated, each on the inputs of the first forward that used its module."""
         capture, self._capture = self._capture, None
+        if capture is None or self.qk_clip is None:
+            return
         capture.close()
-        rank_zero_info(f"QK-Clip verified\n{self.qk_clip.verify_inputs(capture)}")
+        if capture.frames:
+            self._verified |= capture.frames.keys()
+            rank_zero_info(f"QK-Clip verified\n{self.qk_clip.verify_inputs(capture)}")
+        if not self._verified.issuperset(capture.attention):
+            self._capture = Capture(self.qk_clip.observer, but=self._verified)
 
     def _take_up_attention(self, pl_module: pl.LightningModule) -> None:
         """Splits fused weights of attention that was found since the last step, and says what QK-Clip will scale."""
@@ -307,10 +317,8 @@ class MuonClipCallback(Callback):
         else:
             clip_grad_norm_(params, trainer.gradient_clip_val)
 
-    def _apply_qk_clip(self, optimizer: Optimizer, *_: Any) -> None:
+    def _apply_qk_clip(self, optimizer: Optimizer) -> None:
         """Clips after the last update of a query or key weight; the user's optimizer steps after Muon."""
-        if not self._has_started:
-            return  # FSDP2 steps the optimizers once to initialize their state before it restores it
         assert self.qk_clip is not None
         assert self.muon is not None
         of_muon = set(_params(self.muon))
@@ -340,16 +348,29 @@ class MuonClipCallback(Callback):
 
     def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule, result: ClipResult) -> None:
         assert self.qk_clip is not None
-        pl_module.log("muonclip/max_logit", result.max_logit, prog_bar=True)
+        self._log_largest(pl_module, "muonclip/max_logit", result.max_logit, prog_bar=True)
+        if result.owned is not None:
+            self._log_largest(pl_module, "muonclip/unowned_max_logit", result.unowned_max_logit)
         pl_module.log("muonclip/clipped_heads", result.clipped_heads.float(), prog_bar=True)
         pl_module.log("muonclip/min_gamma", result.min_gamma)
         pl_module.log("muonclip/nonfinite", result.nonfinite.float())
         every = self.log_heads_every_n_steps
         if every and trainer.global_step % every == 0:
             rows = zip(self.qk_clip.layers, self.qk_clip.observer.ledger.heads, result.max_logits.tolist())
-            heads = {f"max_logits/{name}/{h}": row[h] for name, heads, row in rows for h in range(heads)}
+            heads = {
+                f"max_logits/{name}/{h}": row[h]
+                for name, heads, row in rows
+                for h in range(heads)
+                if row[h] > float("-inf")
+            }
             for logger in trainer.loggers:
                 logger.log_metrics(heads, step=trainer.global_step - 1)
+
+    def _log_largest(self, pl_module: pl.LightningModule, name: str, value: Tensor, **options: Any) -> None:
+        """Logs a maximum; that of the last step, if none was recorded in this one."""
+        before = self._logged.get(name, torch.full_like(value, float("nan")))
+        self._logged[name] = torch.where(value.isneginf(), before, value)
+        pl_module.log(name, self._logged[name], **options)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Stops observing; the optimizers stay in the Trainer so that checkpoints can still be saved."""

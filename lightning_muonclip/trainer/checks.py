@@ -30,6 +30,8 @@ def check_fit(trainer: pl.Trainer, pl_module: pl.LightningModule, own: type[Call
     for callback in callbacks:
         for cls in type(callback).__mro__:
             if reason := _INCOMPATIBLE_CALLBACKS.get(cls.__name__):
+                if getattr(callback, "_early_exit", False):  # a Tuner has added it, and leaves it behind
+                    callbacks.remove(callback)
                 raise ValueError(f"{cls.__name__} does not work with MuonClipCallback: {reason}, or remove one of them")
 
 

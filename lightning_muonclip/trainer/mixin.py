@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_muonclip.optim.muon import Muon
 from lightning_muonclip.qk_clip.describe.spec import AttentionSpec
 from lightning_muonclip.qk_clip.observe.observer import Observer
+from lightning_muonclip.qk_clip.rehearsal import after_steps
 
 
 class MaxLogitsMixin(pl.LightningModule):
@@ -71,7 +72,7 @@ class MaxLogitsMixin(pl.LightningModule):
         observer = self.observe()
         for optimizer in self.trainer.optimizers:
             if not isinstance(optimizer, Muon):  # steps first, and QK-Clip may run after the user's optimizer
-                optimizer.register_step_post_hook(lambda *_: observer.close_step())
+                after_steps(optimizer, lambda _: observer.close_step())
 
     def teardown(self, stage: str) -> None:
         """Stops observing. Call ``super()`` if you override it."""

@@ -12,11 +12,21 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_muonclip.kernels.hidden import HIDDEN
 from lightning_muonclip.qk_clip.describe.locate import MATMULS, SOFTMAXES, without_addend, without_sinks
+from lightning_muonclip.qk_clip.describe.spec import Softmax
 from lightning_muonclip.qk_clip.intercept import Place, running, unrecorded
-from lightning_muonclip.qk_clip.observe.recorder import Recorder
+from lightning_muonclip.qk_clip.observe.watch import Watch
 
 
-def forward_of(cls: type[nn.Module]) -> Iterator[Place]:
+def measure_by_hand(watch: Watch, module: nn.Module, *, is_entered: bool) -> None:
+    """Measures the forwards of a module; also the one that is about to run, too late for a patch, if it is entered."""
+    watch.patches.add(_forward_of(type(module)))
+    torch.compiler.reset()  # code compiled earlier would not call the patched forward
+    if is_entered and watch.logits is not None:
+        watch.mode = Measure(watch)
+        watch.mode.__enter__()
+
+
+def _forward_of(cls: type[nn.Module]) -> Iterator[Place]:
     """Where to patch the forward of a class, so that its recorded modules run it under :class:`Measure`."""
     yield next(base for base in cls.__mro__ if "forward" in vars(base)), "forward", _patch_forward
 
@@ -24,10 +34,10 @@ def forward_of(cls: type[nn.Module]) -> Iterator[Place]:
 def _patch_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        recorder = running[-1] if running else None
-        if not isinstance(recorder, Recorder) or recorder.module is not module or not recorder.spec.softmaxes:
+        watch: Any = running[-1] if running else None
+        if watch is None or not watch.is_of(module) or not watch.softmaxes:
             return original(module, *args, **kwargs)
-        with Measure(recorder):
+        with Measure(watch):
             return unrecorded(original, module, *args, **kwargs)
 
     return forward
@@ -36,9 +46,9 @@ def _patch_forward(original: Callable[..., Any]) -> Callable[..., Any]:
 class Measure(TorchFunctionMode):
     """Counts products and softmaxes, and records the logits of those that the spec names."""
 
-    def __init__(self, recorder: Recorder) -> None:
+    def __init__(self, watch: Watch) -> None:
         super().__init__()
-        self.recorder = recorder
+        self.watch = watch
         self.products: dict[int, Tensor] = {}
         self.number_of_products = 0
         self.number_of_softmaxes = 0
@@ -50,7 +60,7 @@ class Measure(TorchFunctionMode):
             self.number_of_softmaxes += 1
         out = func(*args, **kwargs)
         if func in MATMULS:
-            for softmax in self.recorder.spec.softmaxes:
+            for softmax in self.watch.softmaxes:
                 if softmax.product == self.number_of_products:
                     product = without_addend(func, args, kwargs, out.detach())
                     self.products[softmax.product] = product.clone() if softmax.is_overwritten else product
@@ -58,14 +68,18 @@ class Measure(TorchFunctionMode):
         return out
 
 
-@torch.no_grad()
 def _measure(mode: Measure, logits: Tensor) -> None:
     # Not a method of the mode: torch.compile cannot trace a bound one.
-    for softmax in mode.recorder.spec.softmaxes:
+    for softmax in mode.watch.softmaxes:
         if softmax.number == mode.number_of_softmaxes:
-            visible, logits = logits > HIDDEN, logits.detach()
-            if softmax.scale is not None:
-                product = mode.products[softmax.product]
-                visible = without_sinks(visible, product, softmax.sinks)
-                logits = softmax.scale * product.reshape(visible.shape)
-            mode.recorder.record_all(logits.masked_fill(~visible, float("-inf")).amax((-2, -1)), "softmax")
+            mode.watch.record_all(_maxima(mode, softmax, logits.detach()), "softmax")
+
+
+@torch.no_grad()
+def _maxima(mode: Measure, softmax: Softmax, logits: Tensor) -> Tensor:
+    visible = logits > HIDDEN
+    if softmax.scale is not None:
+        product = mode.products[softmax.product]
+        visible = without_sinks(visible, product, softmax.sinks)
+        logits = softmax.scale * product.reshape(visible.shape)
+    return logits.masked_fill(~visible, float("-inf")).amax((-2, -1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -18,6 +19,10 @@ class Capture:
 
     Inputs are captured before the forward modifies them (a cache, for example). Also a context manager.
 
+    Args:
+        observer: The observer of the model.
+        but: Names of modules to leave out.
+
     Attributes:
         attention: The modules and their specs.
         frames: Their inputs by name.
@@ -25,8 +30,8 @@ class Capture:
         autocast: The dtype of autocast then, if it was enabled.
     """
 
-    def __init__(self, observer: Observer) -> None:
-        self.attention = observer.attention
+    def __init__(self, observer: Observer, but: Collection[str] = ()) -> None:
+        self.attention = {name: own for name, own in observer.attention.items() if name not in but}
         self.frames: dict[str, Frame] = {}
         self.root: Frame | None = None
         self.autocast: torch.dtype | None = None

@@ -29,6 +29,8 @@ from lightning_muonclip.qk_clip.describe.describe import Found
 from lightning_muonclip.qk_clip.describe.find import Example, find_attention, spec_of, watched_spec
 from lightning_muonclip.qk_clip.intercept import attends_by_interface
 from lightning_muonclip.qk_clip.observe.recorder import ReportsMaxLogits
+from lightning_muonclip.qk_clip.owned import Owned
+from lightning_muonclip.qk_clip.values import has_values
 
 UNKNOWN_CHOICES = ("error", "monitor")
 
@@ -39,7 +41,8 @@ class Discovery:
     Args:
         model: The model.
         specs: The user's specs by module name; what they name is not inferred.
-        unknown: What to do with attention that cannot be read and has trainable parameters: ``"error"`` or ``"monitor"``.
+        unknown: What to do with attention that cannot be read and that the run trains: ``"error"`` or ``"monitor"``.
+        owned: What the run trains.
         add: Receives attention that was found, and the module whose forward is about to run.
     """
 
@@ -48,11 +51,13 @@ class Discovery:
         model: nn.Module,
         specs: Specs | None,
         unknown: str,
+        owned: Owned,
         add: Callable[[AttentionModules, nn.Module | None], None],
     ) -> None:
         #: Attention that is neither scaled nor measured, and why.
         self.unmeasured: dict[str, str] = {}
         self._unknown = unknown
+        self._owned = owned
         self._add = add
         #: The display names of all modules.
         self.names = {module: name for name, module in named_modules(model).items()}
@@ -159,7 +164,7 @@ class Discovery:
         forward = vars(module).get("forward")  # Lightning puts the bound method back, which was not there before
         is_own = forward is self._forwards[module] or getattr(forward, "__self__", None) is module
         is_trained = module.training and not torch.is_inference_mode_enabled()
-        if is_trained and is_own and not self._is_surveying:
+        if is_trained and is_own and not self._is_surveying and has_values((args, kwargs, list(module.parameters()))):
             self.survey(module, (args, kwargs), is_entered=True)
 
     def _understood(self, found: list[Found]) -> AttentionModules:
@@ -172,13 +177,12 @@ class Discovery:
         refused: dict[str, Found] = {}
         for own in found:
             name = self.names.get(own.module, own.name)
-            is_trained = any(param.requires_grad for param in own.module.parameters())
             if name in new or name in refused:
                 new.pop(name, None)
                 own.layout, own.reason = None, "it computes several attentions, with weights of their own"
             if own.layout is not None:
                 new[name] = own.module, spec_of(own)
-            elif is_trained and self._unknown == "error":
+            elif self._unknown == "error" and self._owned.has_part_of(own.module):
                 refused[name] = own
             elif own.is_measurable:
                 new[name] = own.module, watched_spec(own)
@@ -202,7 +206,7 @@ class _Entered:
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         discovery = self._discovery()
-        if discovery is not None and module.training:
+        if discovery is not None and module.training and not torch.compiler.is_exporting():
             discovery.entered(module, args, kwargs)
 
     def __reduce__(self) -> tuple[type, tuple[()]]:

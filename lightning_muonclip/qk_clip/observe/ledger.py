@@ -12,7 +12,8 @@ from torch import Tensor
 class Ledger:
     """Maximum logit of every head since the last optimizer step.
 
-    Not a module, since its buffers would be saved in checkpoints and overwritten by DDP's broadcast.
+    A forward without gradients, such as the evaluation of averaged weights, counts for a layer only if none with gradients
+    ran there. Not a module, since its buffers would be saved in checkpoints and overwritten by DDP's broadcast.
 
     Args:
         heads: Number of heads of each layer.
@@ -21,12 +22,17 @@ class Ledger:
 
     def __init__(self, heads: Sequence[int], device: torch.device) -> None:
         self.heads = tuple(heads)
-        #: Shape (layers, max heads); -inf where there is no such head or nothing was seen since the last step.
-        self.values = torch.full(
-            (len(self.heads), max(self.heads, default=0)), float("-inf"), dtype=torch.float32, device=device
-        )
+        empty = torch.full((len(self.heads), max(self.heads, default=0)), float("-inf"), device=device)
+        self._with_gradients = empty
+        self._without = empty.clone()
         #: The values of the last completed step.
-        self.last_step = self.values.clone()
+        self.last_step = empty.clone()
+
+    @property
+    def values(self) -> Tensor:
+        """Shape (layers, max heads), float32; -inf where there is no such head or nothing was seen since the last step."""
+        is_untrained = (self._with_gradients == float("-inf")).all(-1, keepdim=True)
+        return torch.where(is_untrained, self._without, self._with_gradients)
 
     def rearranged(self, heads: Sequence[int], rows: Sequence[int | None]) -> Ledger:
         """A ledger of other layers.
@@ -35,29 +41,45 @@ class Ledger:
             heads: Number of heads of each layer.
             rows: The row of each layer in this ledger; ``None`` for a new one.
         """
-        new = Ledger(heads, self.values.device)
+        new = Ledger(heads, self._without.device)
         for row, before in enumerate(rows):
             if before is not None:
-                new.values[row, : heads[row]] = self.values[before, : heads[row]]
-                new.last_step[row, : heads[row]] = self.last_step[before, : heads[row]]
+                for target, source in zip(new._tables, self._tables):
+                    target[row, : heads[row]] = source[before, : heads[row]]
         return new
 
     def record(self, row: int, maxima: Tensor, first: int = 0) -> None:
         """Updates a row with the ``maxima`` of its heads, or of some of them, starting at ``first``."""
-        if maxima.device != self.values.device:
-            self.values, self.last_step = self.values.to(maxima.device), self.last_step.to(maxima.device)
-        seen = self.values[row, first : first + maxima.shape[0]]
+        if maxima.device != self._without.device:
+            self._with_gradients, self._without, self.last_step = (table.to(maxima.device) for table in self._tables)
+        table = self._with_gradients if torch.is_grad_enabled() else self._without
+        seen = table[row, first : first + maxima.shape[0]]
         seen.copy_(torch.maximum(seen, maxima))
+
+    def forget(self, row: int) -> None:
+        """Drops what was seen of one layer since the last step."""
+        self._with_gradients[row].fill_(float("-inf"))
+        self._without[row].fill_(float("-inf"))
+
+    def discard(self) -> None:
+        """Drops what was seen since the last step."""
+        self._with_gradients.fill_(float("-inf"))
+        self._without.fill_(float("-inf"))
 
     def close_step(self) -> None:
         """Ends the step: later records belong to the next one."""
         self.last_step = self.latest  # an empty step keeps the previous values, so ending a step twice is harmless
-        self.values.fill_(float("-inf"))
+        self.discard()
 
     @property
     def latest(self) -> Tensor:
         """Maxima of the current step or, before its first forward, of the last one."""
-        return torch.where((self.values == float("-inf")).all(), self.last_step, self.values)
+        values = self.values
+        return torch.where((values == float("-inf")).all(), self.last_step, values)
+
+    @property
+    def _tables(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self._with_gradients, self._without, self.last_step
 
 
 def reduce_max(values: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:

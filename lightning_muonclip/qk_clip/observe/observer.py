@@ -7,10 +7,9 @@ own are measured between the two (see :mod:`~lightning_muonclip.qk_clip.observe.
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
-from weakref import WeakSet
 
-import torch
 import torch.distributed as dist
 from torch import nn
 
@@ -23,11 +22,13 @@ from lightning_muonclip.qk_clip.describe.declared import (
 )
 from lightning_muonclip.qk_clip.describe.find import Example
 from lightning_muonclip.qk_clip.describe.isolate import device_of
-from lightning_muonclip.qk_clip.intercept import Patches, attention_calls, running
-from lightning_muonclip.qk_clip.observe.by_hand import Measure, forward_of
+from lightning_muonclip.qk_clip.intercept import running
+from lightning_muonclip.qk_clip.observe.by_hand import measure_by_hand
 from lightning_muonclip.qk_clip.observe.discovery import Discovery
 from lightning_muonclip.qk_clip.observe.ledger import Ledger, has_others
-from lightning_muonclip.qk_clip.observe.recorder import Recorder, ReportsMaxLogits
+from lightning_muonclip.qk_clip.observe.recorder import Recorder
+from lightning_muonclip.qk_clip.observe.watch import watch_of
+from lightning_muonclip.qk_clip.owned import Owned
 
 LOGITS_CHOICES = ("exact", "lse", "off")
 
@@ -37,7 +38,9 @@ class Observer:
 
     Attention that the user describes is observed from the beginning, all other from its first forward in training, before
     which it is found and inferred. Only modules in training mode record. Recomputation under activation checkpointing
-    changes nothing, since taking a maximum twice has no effect. Concurrent forwards in several threads are not supported.
+    changes nothing, since taking a maximum twice has no effect. Several observers of one module share its hooks, and each
+    has its own ledger. Observation ends with :meth:`close`, or when nothing refers to the observer. Concurrent forwards in
+    several threads are not supported.
 
     Args:
         model: The model.
@@ -48,7 +51,7 @@ class Observer:
         example: Arguments of the model, ``(args, kwargs)``, on which its attention is found at once.
 
     Raises:
-        ValueError: If another observer already observes a module, or attention cannot be read.
+        ValueError: If attention cannot be read.
     """
 
     def __init__(
@@ -70,9 +73,11 @@ class Observer:
         self._logits = logits
         self._agreed: AttentionModules | None = None
         self._order = {name: number for number, name in enumerate(named_modules(model))}
-        self._handles: list[Any] = []
-        self._patches = Patches()
-        self.discovery = Discovery(model, specs, unknown, self.add)
+        self._watched: list[Recorder] = []
+        weakref.finalize(self, _stop, self._watched)  # what nobody holds does not observe
+        #: What the run trains.
+        self.owned = Owned()
+        self.discovery = Discovery(model, specs, unknown, self.owned, self.add)
         try:
             self.add(declared_attention(model, specs))
             if example is not None:
@@ -88,13 +93,8 @@ class Observer:
             found: The modules and their specs.
             entered: A module whose forward is about to run, too late for another hook.
 
-        Raises:
-            ValueError: If another observer already observes one.
         """
         new = {name: own for name, own in found.items() if name not in self.attention}
-        for name, (module, _) in new.items():
-            if self._logits != "off" and module in _observed:
-                raise ValueError(f"attention {name!r} is observed already; call close() on the other QKClip first")
         before = dict(zip(self.attention, self.recorders))
         attention = sorted({**self.attention, **found}.items(), key=lambda item: self._order[item[0]])
         self.attention = dict(attention)
@@ -107,13 +107,16 @@ class Observer:
         ]
         for row, (recorder, (_, (_, spec))) in enumerate(zip(self.recorders, attention)):
             recorder.row, recorder.ledger, recorder.spec = row, self.ledger, spec
+            recorder.active = self.active
         if self._logits == "off":
             return
         for recorder in self.recorders:
+            watch, is_entered = watch_of(recorder.module), recorder.module is entered
             if recorder.name in new:
-                self._watch(recorder, entered)
+                watch.add(recorder, is_entered=is_entered)
+                self._watched.append(recorder)
             if recorder.name in found and recorder.spec.softmaxes:
-                self._measure_by_hand(recorder, entered)
+                measure_by_hand(watch, recorder.module, is_entered=is_entered)
 
     def settle(self, group: dist.ProcessGroup | None = None, *, again: bool = False) -> AttentionModules:
         """The attention that all ranks know, the same on each. A collective call the first time, if they may differ.
@@ -145,14 +148,7 @@ class Observer:
             return
         self.closed = True
         self.discovery.close()
-        for module, _ in self.attention.values():
-            _observed.discard(module)
-            if isinstance(module, ReportsMaxLogits):
-                _report_to(module, None)
-        self._patches.remove()
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        _stop(self._watched)
 
     def close_step(self) -> None:
         """Ends a step of the ledger and drops forwards that were interrupted."""
@@ -163,80 +159,21 @@ class Observer:
     def discard(self) -> None:
         """Discards what was recorded since the last step."""
         self.discovery.close_step()
-        self.ledger.values.fill_(float("-inf"))
+        self.ledger.discard()
         running.clear()
 
     def pause(self, active: bool) -> None:
         """Turns recording on or off."""
         self.active = active
-        if self.closed or self._logits == "off":
-            return
         for recorder in self.recorders:
-            if isinstance(recorder.module, ReportsMaxLogits):
-                _report_to(recorder.module, recorder if active else None)
+            recorder.active = active
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
-        return type(None), ()  # a copy observes nothing, as with Recorder
-
-    def _watch(self, recorder: Recorder, entered: nn.Module | None) -> None:
-        module = recorder.module
-        _observed.add(module)
-        if isinstance(module, ReportsMaxLogits):
-            _report_to(module, recorder if self.active else None)
-            return
-        enter = _Enter(self, recorder)
-        self._handles.append(module.register_forward_pre_hook(enter))
-        self._handles.append(module.register_forward_hook(_Leave(self), always_call=True))
-        self._patches.add(attention_calls(type(module)))
-        if module is entered:
-            enter(module, ())
-
-    def _measure_by_hand(self, recorder: Recorder, entered: nn.Module | None) -> None:
-        self._patches.add(forward_of(type(recorder.module)))
-        torch.compiler.reset()  # code compiled earlier would not call the patched forward
-        if recorder.module is entered and self.active:  # too late for the patch
-            recorder.mode = Measure(recorder)
-            recorder.mode.__enter__()
+        return type(None), ()  # a copy observes nothing
 
 
-#: Attention modules that are being observed. A copy of one is not observed.
-_observed: WeakSet[nn.Module] = WeakSet()
-
-
-def _report_to(module: Any, recorder: Recorder | None) -> None:
-    module.max_logits_recorder = recorder
-
-
-class _Enter:
-    def __init__(self, observer: Observer, recorder: Recorder) -> None:
-        self.observer: Observer | None = observer  # None in a copy of the module
-        self.recorder: Recorder | None = recorder
-
-    def __call__(self, module: nn.Module, args: Any) -> None:
-        if self.observer is None:
-            return
-        recorder = self.recorder if module.training and self.observer.active else None
-        if recorder is not None and recorder in running:  # the previous forward was interrupted, which skips the hooks
-            del running[running.index(recorder) :]
-        running.append(recorder)
-
-
-class _Leave:
-    def __init__(self, observer: Observer) -> None:
-        self.observer: Observer | None = observer  # None in a copy of the module
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self.observer is None:
-            return
-        recorder = running.pop() if running else None  # empty if another hook raised before _Enter ran
-        if isinstance(recorder, Recorder) and recorder.mode is not None:
-            recorder.mode.__exit__(None, None, None)
-            recorder.mode = None
-        # No output: an error, or a recomputation under checkpointing that stopped early.
-        if isinstance(recorder, Recorder) and output is not None and recorder.source is None:
-            raise RuntimeError(
-                f"the logits of attention {recorder.name!r} ({type(module).__name__}) cannot be measured: it called neither"
-                " torch.nn.functional.scaled_dot_product_attention nor another function that can be intercepted."
-                " Let it call that function (Hugging Face: attn_implementation='sdpa'), or"
-                f" skip it with specs={{{recorder.name!r}: None}}"
-            )
+def _stop(recorders: list[Recorder]) -> None:
+    """Ends what an observer has begun; not a method, since it outlives the observer."""
+    for recorder in recorders:
+        watch_of(recorder.module).remove(recorder)
+    recorders.clear()

@@ -1,17 +1,14 @@
-"""Records the maximum logits of one attention module in the ledger."""
+"""Records the maximum logits of one attention module in the ledger of one observer."""
 
 from __future__ import annotations
 
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from lightning_muonclip.kernels.max_logits import max_logits
 from lightning_muonclip.parallel.heads import first_head
 from lightning_muonclip.qk_clip.describe.spec import AttentionSpec, HeadAxis
 from lightning_muonclip.qk_clip.describe.weights import query_weight
-from lightning_muonclip.qk_clip.intercept import Logits
 from lightning_muonclip.qk_clip.observe.ledger import Ledger
 
 
@@ -36,29 +33,10 @@ class Recorder:
         self.logits = logits
         #: Where the maxima come from; ``None`` until some are recorded.
         self.source: str | None = None
-        #: What measures the current forward, if its module is too late for a patch.
-        self.mode: TorchFunctionMode | None = None
-
-    def measure(self, source: str, logits: Logits) -> None:
-        """Measures the logits of one call."""
-        query, key = logits.query, logits.key
-        scale = query.shape[-1] ** -0.5 if logits.scale is None else logits.scale
-        if query.ndim == 2:
-            query, key = query[None], key[None]
-        if self.spec.head_axes or query.ndim != 4:
-            lead = query.shape[:-2]
-            mask = logits.mask
-            if mask is not None:
-                mask = mask.expand(*lead, *mask.shape[-2:]).flatten(0, -3)
-            if key.shape[:-2] != lead:
-                key = key.repeat_interleave(lead[-1] // key.shape[-3], -3).expand(*lead, *key.shape[-2:])
-            maxima = max_logits(
-                query.flatten(0, -3), key.flatten(0, -3), scale=scale, is_causal=logits.is_causal, mask=mask
-            )
-            self.record_all(maxima.view(lead), source)
-            return
-        maxima = max_logits(query, key, scale=scale, is_causal=logits.is_causal, mask=logits.mask)
-        self.record(maxima, source)
+        #: Whether the observer currently records.
+        self.active = True
+        #: Whether another QKClip has clipped the module since, so that the maxima are of other weights.
+        self.outdated = False
 
     def record_all(self, maxima: Tensor, source: str) -> None:
         """Records the maxima of every leading index, of which :attr:`AttentionSpec.head_axes` count the heads."""
@@ -72,7 +50,7 @@ class Recorder:
         others = [dim for dim in range(maxima.ndim) if dim - maxima.ndim not in heads]
         self.record(maxima.amax(others).flatten(), source)
 
-    def record(self, maxima: Tensor, source: str = "the module") -> None:
+    def record(self, maxima: Tensor, source: str) -> None:
         """Records the maxima of one forward, shape ``(heads,)``.
 
         Under tensor parallelism, these are the heads of this rank.
@@ -87,8 +65,7 @@ class Recorder:
                 f"attention {self.name!r} computed {local} heads, but its spec says {heads}; correct num_heads in the spec"
             )
         self.source = source
+        if self.outdated:
+            self.ledger.forget(self.row)
+            self.outdated = False
         self.ledger.record(self.row, maxima, first)
-
-    def __reduce__(self) -> tuple[type, tuple[()]]:
-        # A copy of an observed module, by deepcopy or pickle, is not observed: its recorder is None.
-        return type(None), ()

@@ -234,6 +234,39 @@ def test_what_a_part_of_the_batch_does_not_tell_the_whole_may() -> None:
         assert qk_clip.layers == ["plain"]
 
 
+class Handing(nn.Module):
+    """The second attention has the keys of the first, as layers that share a cache do."""
+
+    class First(SdpaAttention):
+        def forward(self, x: Tensor) -> Any:
+            return super().forward(x), self.k_proj(x)
+
+    class Second(SdpaAttention):
+        def forward(self, x: Tensor, keys: Tensor) -> Tensor:
+            parts = self.q_proj(x), keys, self.v_proj(x)
+            heads = (part.unflatten(-1, (4, -1)).transpose(1, 2) for part in parts)
+            return F.scaled_dot_product_attention(*heads, is_causal=True).transpose(1, 2).flatten(2)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = self.First(16, 4), self.Second(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, keys = self.first(x)
+        return self.second(x + y, keys)
+
+
+def test_keys_that_a_later_layer_uses_too_are_left_alone() -> None:
+    model = large(Handing())
+    before = copy.deepcopy(model)
+    with QKClip(model, threshold=1.0) as qk_clip:
+        model(torch.randn(2, 5, 16))
+        assert set(qk_clip.sides.values()) == {"q"}
+        assert qk_clip.step().clipped_heads > 0
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before.get_parameter(name))}
+    assert changed and all("q_proj" in name for name in changed)
+
+
 def test_evaluation_finds_nothing_and_says_so() -> None:
     model = Residual(SdpaAttention(16, 4)).eval()
     with QKClip(model) as qk_clip:

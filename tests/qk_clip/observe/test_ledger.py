@@ -58,12 +58,18 @@ def test_the_latest_step_is_the_one_under_way_or_else_the_last() -> None:
     assert book.latest.tolist() == [[-INF] * 3, [0.0] * 3]
 
 
-def test_the_ledger_keeps_its_memory() -> None:
+def test_a_forward_without_gradients_counts_if_there_is_no_other() -> None:
     book = ledger()
-    address = book.values.data_ptr()
+    with torch.no_grad():
+        book.record(0, torch.tensor([7.0, 8.0]))
+    assert book.values[0, :2].tolist() == [7.0, 8.0]
     book.record(0, torch.tensor([1.0, 2.0]))
+    assert book.values[0, :2].tolist() == [1.0, 2.0]
+    with torch.no_grad():
+        book.record(0, torch.tensor([7.0, 8.0]))
+    assert book.latest[0, :2].tolist() == [1.0, 2.0]
     book.close_step()
-    assert book.values.data_ptr() == address
+    assert book.values[0, :2].tolist() == [-INF, -INF] and book.last_step[0, :2].tolist() == [1.0, 2.0]
 
 
 def test_half_precision_maxima_are_kept_in_float32() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 from collections.abc import Callable
 from typing import Any
@@ -365,19 +366,39 @@ def test_two_models_are_observed_side_by_side(make: Callable[[], Any]) -> None:
 
 
 @either
-def test_a_model_is_observed_once_at_a_time(make: Callable[[], Any]) -> None:
+def test_several_observers_of_a_module_share_what_they_see(make: Callable[[], Any]) -> None:
     model = Residual(third_party(), make())
     x = torch.randn(2, 9, 16)
-    with QKClip(model) as qk_clip:
-        model(x)
-        qk_clip.discard()
-        with pytest.raises(ValueError, match=r"attention 'layers.\d' is observed already; call close\(\) on the other"):
-            QKClip(model, example=((x,), {}))
-        with pytest.raises(ValueError, match="attention '' is observed already"):
-            QKClip(model.layers[1], example=((x,), {}))
-        model(x)
-        close(qk_clip.max_logits[0], true_maxima(model.layers[0], x))
-    QKClip(model).close()
+    first, second = QKClip(model, threshold=1e-3), QKClip(model, threshold=None)
+    model(x)
+    seen = first.max_logits
+    close(seen[0], true_maxima(model.layers[0], x))
+    assert torch.equal(second.max_logits, seen)
+    first.step()
+    assert first.max_logits.isneginf().all() and torch.equal(second.max_logits, seen)  # each has its own ledger
+    inner = QKClip(model.layers[1], threshold=None)
+    first.close()
+    model(x / 2)
+    assert torch.equal(second.max_logits, seen)
+    assert inner.max_logits.isfinite().all() and first.max_logits.isneginf().all()
+    second.close()
+    inner.close()
+    assert F.scaled_dot_product_attention is TORCHS_OWN
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+@either
+def test_what_nobody_holds_does_not_observe(make: Callable[[], Any]) -> None:
+    model = Residual(third_party(), make())
+    before = {module: set(vars(module)) for module in model.modules()}
+    qk_clip = QKClip(model)
+    model(torch.randn(2, 9, 16))
+    assert F.scaled_dot_product_attention is not TORCHS_OWN
+    del qk_clip
+    gc.collect()
+    assert F.scaled_dot_product_attention is TORCHS_OWN
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert {module: set(vars(module)) for module in model.modules()} == before
 
 
 @either

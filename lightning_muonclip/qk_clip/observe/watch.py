@@ -1,0 +1,176 @@
+"""Watches one attention module for all its observers: each call is measured once, and recorded in the ledger of each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from lightning_muonclip.kernels.max_logits import max_logits
+from lightning_muonclip.qk_clip.describe.spec import Softmax
+from lightning_muonclip.qk_clip.intercept import Logits, Patches, attention_calls, running
+from lightning_muonclip.qk_clip.observe.recorder import Recorder, ReportsMaxLogits
+from lightning_muonclip.qk_clip.values import has_values
+
+#: The attribute of a module that holds its watch, so that neither outlives the other.
+_ATTRIBUTE = "_max_logits_watch"
+
+
+class Watch:
+    """Hooks and patches of one module, from its first recorder to its last.
+
+    Attributes:
+        recorders: One for each observer.
+        called: Whether any attention call has been seen.
+        patches: Of the functions that the module may call.
+        mode: What measures the current forward, if its module is too late for a patch.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.recorders: list[Recorder] = []
+        self.called = False
+        self.mode: TorchFunctionMode | None = None
+        self._module = module
+        self.patches = Patches()
+        self._handles: list[Any] = []
+
+    @property
+    def logits(self) -> str | None:
+        """How the current forward is measured: ``"exact"`` if some recorder asks for it, ``None`` if it does not count."""
+        kinds = [recorder.logits for recorder in self.recorders if recorder.active]
+        return None if not kinds else "exact" if "exact" in kinds else "lse"
+
+    @property
+    def softmaxes(self) -> tuple[Softmax, ...]:
+        """Where a module that calls no attention function has its logits."""
+        for recorder in self.recorders:
+            if recorder.spec.softmaxes:
+                return recorder.spec.softmaxes
+        return ()
+
+    def is_of(self, module: nn.Module) -> bool:
+        """Whether it watches this module."""
+        return self._module is module
+
+    def measure(self, source: str, logits: Logits) -> None:
+        """Measures the logits of one call."""
+        query, key = logits.query, logits.key
+        self.called = True
+        if not has_values((query, key)):
+            return
+        scale = query.shape[-1] ** -0.5 if logits.scale is None else logits.scale
+        if query.ndim == 2:
+            query, key = query[None], key[None]
+        lead = query.shape[:-2]
+        if query.ndim == 4 and not any(recorder.spec.head_axes for recorder in self.recorders):
+            self.record(max_logits(query, key, scale=scale, is_causal=logits.is_causal, mask=logits.mask), source)
+            return
+        mask = logits.mask
+        if mask is not None:
+            mask = mask.expand(*lead, *mask.shape[-2:]).flatten(0, -3)
+        if key.shape[:-2] != lead:
+            key = key.repeat_interleave(lead[-1] // key.shape[-3], -3).expand(*lead, *key.shape[-2:])
+        query, key = query.flatten(0, -3), key.flatten(0, -3)
+        maxima = max_logits(query, key, scale=scale, is_causal=logits.is_causal, mask=mask)
+        self.record_all(maxima.view(lead), source)
+
+    def record(self, maxima: Tensor, source: str = "the module") -> None:
+        """Records the maxima of one call, shape ``(heads,)``."""
+        self.called = True
+        if has_values(maxima):
+            for recorder in self.recorders:
+                if recorder.active:
+                    recorder.record(maxima, source)
+
+    def record_all(self, maxima: Tensor, source: str) -> None:
+        """Records the maxima of one call, one for every leading index of the queries."""
+        self.called = True
+        if has_values(maxima):
+            for recorder in self.recorders:
+                if recorder.active:
+                    recorder.record_all(maxima, source)
+
+    def add(self, recorder: Recorder, *, is_entered: bool = False) -> None:
+        """Records for one more observer.
+
+        Args:
+            recorder: Its recorder.
+            is_entered: Whether the forward of the module is about to run, too late for another hook.
+        """
+        if not self.recorders:
+            setattr(self._module, _ATTRIBUTE, self)
+            self._hook(is_entered)
+        self.recorders.append(recorder)
+
+    def remove(self, recorder: Recorder) -> None:
+        """Stops recording for one observer; after the last, the module is as it was."""
+        self.recorders.remove(recorder)
+        if self.recorders:
+            return
+        module: Any = self._module
+        if isinstance(module, ReportsMaxLogits):
+            module.max_logits_recorder = None
+        for handle in self._handles:
+            handle.remove()
+        self.patches.remove()
+        delattr(module, _ATTRIBUTE)
+
+    def _hook(self, is_entered: bool) -> None:
+        module: Any = self._module
+        if isinstance(module, ReportsMaxLogits):
+            module.max_logits_recorder = self
+            return
+        enter = _Enter(self)
+        self._handles = [
+            module.register_forward_pre_hook(enter),
+            module.register_forward_hook(_Leave(self), always_call=True),
+        ]
+        self.patches.add(attention_calls(type(module)))
+        if is_entered:
+            running.append(self)
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return type(None), ()  # a copy of an observed module, by deepcopy or pickle, is not observed
+
+
+def watch_of(module: nn.Module) -> Watch:
+    """The watch of a module, which its observers share."""
+    return vars(module).get(_ATTRIBUTE) or Watch(module)
+
+
+class _Enter:
+    def __init__(self, watch: Watch) -> None:
+        self.watch: Watch | None = watch  # None in a copy of the module
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        watch = self.watch
+        if watch is None:
+            return
+        if watch in running:  # the previous forward was interrupted, which skips the hooks
+            del running[running.index(watch) :]
+        running.append(watch if module.training and watch.logits is not None else None)
+
+
+class _Leave:
+    def __init__(self, watch: Watch) -> None:
+        self.watch: Watch | None = watch  # None in a copy of the module
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self.watch is None:
+            return
+        watch = running.pop() if running else None  # empty if another hook raised before _Enter ran
+        if not isinstance(watch, Watch):
+            return
+        if watch.mode is not None:
+            watch.mode.__exit__(None, None, None)
+            watch.mode = None
+        # No output: an error, or a recomputation under checkpointing that stopped early.
+        if output is not None and not watch.called:
+            name = watch.recorders[0].name
+            raise RuntimeError(
+                f"the logits of attention {name!r} ({type(module).__name__}) cannot be measured: it called neither"
+                " torch.nn.functional.scaled_dot_product_attention nor another function that can be intercepted."
+                " Let it call that function (Hugging Face: attn_implementation='sdpa'), or"
+                f" skip it with specs={{{name!r}: None}}"
+            )

@@ -1,0 +1,22 @@
+"""Tensors that have numbers, and those that only stand for some."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._guards import detect_fake_mode
+from torch.utils._pytree import tree_leaves
+
+
+def has_values(tree: Any) -> bool:
+    """Whether no tensor is fake (as in torch.export), on the meta device, or inside a transform of ``torch.func``."""
+    if torch.compiler.is_exporting():
+        return False
+    if torch.compiler.is_dynamo_compiling():
+        return True  # the numbers come when the graph runs
+    tensors = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+    if detect_fake_mode(tensors) is not None:
+        return False
+    return not any(x.is_meta or torch._C._functorch.is_functorch_wrapped_tensor(x) for x in tensors)
