@@ -163,7 +163,7 @@ class Parametrization:
                 for key in ("params", "param_names"):
                     if key in group:
                         own[key] = [group[key][i] for i in indices]
-                name = "-".join(filter(None, (group.get("name"), scale.kind.name)))
+                name = "-".join(dict.fromkeys((*group.get("name", "").split("-"), scale.kind.name))).lstrip("-")
                 own["name"] = name if name not in taken else f"{name}-{len(groups)}"
                 taken.add(own["name"])
                 groups.append(own)
