@@ -90,8 +90,7 @@ def route_params(
     for option, patterns in (("exclude", exclude), ("include", include)):
         if isinstance(patterns, str):
             raise ValueError(f"{option} must be a list of patterns, got {patterns!r}; use [{patterns!r}]")
-    if router not in ROUTERS:
-        raise ValueError(f"router must be one of {', '.join(map(repr, ROUTERS))}, got {router!r}")
+    check_router(router)
     places = _places(module)
     for pattern in (*exclude, *include):
         if not any(place.matches([pattern]) for place in places):
@@ -111,6 +110,12 @@ def route_params(
         )
         routes.append(Route(place.names[0], place.param, algorithm, reason, place.kind or "matrix"))
     return routes
+
+
+def check_router(router: str) -> None:
+    """Raises ValueError unless routers of experts may go there."""
+    if router not in ROUTERS:
+        raise ValueError(f"router must be one of {', '.join(map(repr, ROUTERS))}, got {router!r}")
 
 
 def split_params(
