@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -211,18 +212,20 @@ class _Place:
 
 
 def _places(module: nn.Module) -> list[_Place]:
-    modules = dict(module.named_modules(remove_duplicate=False))
+    modules = dict(module.named_modules())
+    owners: dict[Parameter, list[nn.Module]] = defaultdict(list)
+    for path, owner in modules.items():
+        user = modules[re.sub(r"\.?parametrizations\.\w+$", "", path)] if "parametrizations" in path else owner
+        for param in owner.parameters(recurse=False):
+            owners[param].append(user)  # a parametrized weight belongs to the module that uses it
     places = []
     for param, names in all_names(module).items():
         if isinstance(param, UninitializedParameter):
             raise ValueError(
-                f"{names[0]} is an UninitializedParameter: its lazy module has no shape yet, which decides where it goes;"
-                " run a forward first"
+                f"{names[0]} is an UninitializedParameter of a lazy module and has no shape yet, which decides where it"
+                " goes; run a forward first"
             )
-        # A parametrized weight belongs to the module that uses it.
-        paths = [re.sub(r"\.?parametrizations\.\w+\.original\d*$|\.?\w+$", "", name) for name in names]
-        owners = [modules[path] for path in dict.fromkeys(paths) if path in modules]
-        places.append(_Place(param, names, owners))
+        places.append(_Place(param, names, owners[param]))
     return places
 
 
@@ -272,8 +275,10 @@ def _by_nature(
         return "muon", "LoRA factor"
     if any(isinstance(owner, _PROJECTIONS) for owner in place.owners) and "weight" in own_name:
         return "muon", "hidden matrix"
-    is_multiplied = _MULTIPLIED.search(own_name) and not _NOT_MULTIPLIED.search(classes[0])
-    return "muon" if is_multiplied else "adamw", f"guess: {own_name} of {classes[0]}"
+    guess = f"guess: {own_name} of {classes[0]} is"
+    if _MULTIPLIED.search(own_name) and not _NOT_MULTIPLIED.search(classes[0]):
+        return "muon", f"{guess} a matrix"
+    return "adamw", f"{guess} no matrix"
 
 
 def _in_block(path: Sequence[str]) -> bool:
