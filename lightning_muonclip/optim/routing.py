@@ -32,7 +32,8 @@ _HEAD = re.compile(
     r"|seq_relationship)(\.\d+)*(\.[^\W\d]\w*)*(\.\d+)?",
     re.IGNORECASE,
 )
-#: Common names of a last layer, which say little: only at the top of a model, and of a layer that changes the width.
+#: Common names of a last layer, which say little: only at the top of a model, beside its blocks, and of a layer that changes
+#: the width.
 _LAST = {"fc", "fc_out", "out", "output", "output_layer", "final_layer", "last_layer"}
 
 # Names of classes and of parameters, by which a parameter that torch does not know is guessed to be a matrix.
@@ -101,13 +102,12 @@ def route_params(
     embeddings = [m.weight for m in module.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))]
     looked_up = {id(weight) for weight in embeddings}
     shapes = {weight.shape for weight in embeddings}
-    depths = enumerate(zip(*(place.paths[0] for place in places)))
-    top = next((depth for depth, parts in depths if len(set(parts)) > 1), 0)  # of the module that holds all parameters
+    tops = _tops([place.paths[0] for place in places])
     experts = _numbers_of_experts(module, places)
     routes = []
     for place in places:
         algorithm, reason = _by_request(place, exclude, include) or _by_nature(
-            place, id(place.param) in looked_up, shapes, top, experts, router
+            place, id(place.param) in looked_up, shapes, tops, experts, router
         )
         routes.append(Route(place.names[0], place.param, algorithm, reason, place.kind or "matrix"))
     return routes
@@ -249,7 +249,7 @@ def _by_nature(
     place: _Place,
     is_looked_up: bool,
     embeddings: set[Any],
-    top: int,
+    tops: set[tuple[str, ...]],
     experts: dict[tuple[str, ...], int],
     router: str,
 ) -> tuple[str, str]:
@@ -267,7 +267,7 @@ def _by_nature(
             return "muon", "expert stack"
     if kind != "matrix" or min(param.shape) == 1:
         return "adamw", "vector" if sum(size > 1 for size in param.shape) < 2 else f"{param.ndim}-D tensor"
-    if any(_is_head(path, top, param, embeddings) for path in paths):
+    if any(_is_head(path, tops, param, embeddings) for path in paths):
         return "adamw", "output head"
     if any(_is_router(path, classes, param, experts) for path in paths):
         return router, "router of experts"
@@ -286,14 +286,22 @@ def _in_block(path: Sequence[str]) -> bool:
     return any(part.isdigit() for part in path)
 
 
-def _is_head(path: list[str], top: int, param: Parameter, embeddings: set[Any]) -> bool:
+def _tops(paths: Sequence[list[str]]) -> set[tuple[str, ...]]:
+    """The paths of whole models: of the module that holds all parameters, and of those that hold repeated blocks."""
+    depths = enumerate(zip(*paths))
+    whole = next((depth for depth, parts in depths if len(set(parts)) > 1), 0)
+    blocks = (next((i for i, part in enumerate(path) if part.isdigit()), 0) for path in paths)
+    return {tuple(paths[0][:whole])} | {tuple(path[: i - 1]) for path, i in zip(paths, blocks) if i} if paths else set()
+
+
+def _is_head(path: list[str], tops: set[tuple[str, ...]], param: Parameter, embeddings: set[Any]) -> bool:
     modules = path[:-1]
     if _HEAD.fullmatch(".".join(modules)):
         return True
     if _in_block(modules[:-1]):
         return False
-    last = [part for part in modules[top:] if not part.isdigit()]
-    is_last = len(last) == 1 and last[0] in _LAST and param.shape[0] != param.shape[1]
+    *outer, last = [part for part in modules if not part.isdigit()] or [""]
+    is_last = last in _LAST and tuple(outer) in tops and param.shape[0] != param.shape[1]
     return param.shape in embeddings or modules[-1:] == ["output"] or is_last
 
 

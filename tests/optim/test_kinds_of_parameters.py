@@ -153,6 +153,16 @@ def test_output_heads_in_lists_and_by_plainer_names(path: str) -> None:
     assert routes(lightning)[f"model.{path}.weight"] == ("adamw", "output head")
 
 
+@pytest.mark.parametrize("name", ["fc", "out", "final_layer"])
+def test_a_last_layer_is_beside_the_blocks_of_its_model(name: str) -> None:
+    blocks = nn.ModuleList([nn.Linear(16, 16), nn.Linear(16, 16)])
+    student = nn.ModuleDict({"layers": blocks, name: linear()})
+    model = nn.ModuleDict({"student": student, "attention": nn.ModuleDict({"qkv": nn.Linear(8, 9), name: linear()})})
+    found = routes(model)
+    assert found[f"student.{name}.weight"] == ("adamw", "output head")
+    assert found[f"attention.{name}.weight"] == ("muon", "hidden matrix")
+
+
 @pytest.mark.parametrize(
     "path", ["layers.0.fc", "blocks.2.head", "flow_head.layers.0.fc1", "attn.multihead.proj", "mlp.fc", "stage.1.se.fc"]
 )
