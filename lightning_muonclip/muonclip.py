@@ -29,16 +29,22 @@ class MuonClip(Muon):
 
     Args:
         model: The model; frozen parameters are left out.
-        lr: Learning rate of all groups.
-        weight_decay: Decoupled weight decay of all groups.
+        lr: Learning rate.
+        weight_decay: Decoupled weight decay.
         adjust_lr_fn: Scale of Muon's update; with ``"match_rms_adamw"`` AdamW's learning rate and weight decay carry over.
-        betas: Betas of AdamW.
+        adamw_lr: AdamW's own learning rate; ``None`` is ``lr``.
+        adamw_weight_decay: AdamW's own weight decay, of embeddings, output heads and other tensors; ``None`` is
+            ``weight_decay``.
+        adamw_betas: Betas of AdamW.
         adamw_eps: Epsilon of AdamW.
+        decay_vectors: Whether AdamW also decays biases and parameters of one dimension, such as the gains of norms.
         specs: Layouts of attention modules by name, as :class:`~lightning_muonclip.QKClip` takes them.
         split: What Muon orthogonalizes of a fused projection: queries, keys and values apart (``"qkv"``), every head
             (``"heads"``), or all of it together (``"none"``).
         exclude: Shell-style patterns of parameter names to give to AdamW.
-        include: Patterns of parameter names to give to Muon although they look like an embedding or an output head.
+        include: Patterns of parameter names to give to Muon that it would not get by default.
+        router: The optimizer of the routers of experts: ``"muon"`` or ``"adamw"`` (see
+            :func:`~lightning_muonclip.optim.routing.route_params`, which also tells where every parameter goes and why).
         process_group: The ranks that train this model, if they are not all (see :class:`~lightning_muonclip.Muon`).
         **options: Any other keyword of :class:`~lightning_muonclip.QKClip` (``threshold``, ``alpha``, ``shared_keys``,
             ``qk_norm``, ``logits``, ``lora``, ``every_n_steps``, ``unknown``, ``example``) and of
@@ -67,20 +73,34 @@ class MuonClip(Muon):
         weight_decay: float = 0.1,
         *,
         adjust_lr_fn: str | None = "match_rms_adamw",
-        betas: tuple[float, float] = (0.9, 0.95),
+        adamw_lr: float | Tensor | None = None,
+        adamw_weight_decay: float | None = None,
+        adamw_betas: tuple[float, float] = (0.9, 0.95),
         adamw_eps: float = 1e-8,
+        decay_vectors: bool = False,
         specs: Mapping[str, AttentionSpec | None] | None = None,
         split: str = "qkv",
         exclude: Sequence[str] = (),
         include: Sequence[str] = (),
+        router: str = "muon",
         process_group: dist.ProcessGroup | None = None,
         **options: Any,
     ) -> None:
         clip_options, muon_options = share_out(options, QKClip, Muon)
-        groups = split_params(model, exclude, include)
-        for group in groups:
-            if group["algorithm"] == "adamw":
-                group.update(betas=tuple(betas), eps=adamw_eps)
+        adamw = {
+            "lr": lr if adamw_lr is None else adamw_lr,
+            "weight_decay": weight_decay if adamw_weight_decay is None else adamw_weight_decay,
+            "betas": tuple(adamw_betas),
+            "eps": adamw_eps,
+        }
+        groups = []
+        for group in split_params(model, exclude, include, router):
+            if group["algorithm"] == "muon":
+                groups.append(group)
+            elif decay_vectors:
+                groups.append(group | adamw)
+            else:
+                groups += _without_decay_of_vectors(group | adamw)
         qk_clip = QKClip(model, specs=specs, process_group=process_group, **clip_options)
         try:
             attention = qk_clip.observer.attention
@@ -161,3 +181,12 @@ class MuonClip(Muon):
         """Stops observing."""
         if self.qk_clip is not None:
             self.qk_clip.close()
+
+
+def _without_decay_of_vectors(group: dict[str, Any]) -> list[dict[str, Any]]:
+    """AdamW's group, split into what weight decay is for, and vectors: biases, and whatever has one dimension."""
+    vectors = [(name, p) for name, p in group["params"] if p.ndim < 2 or "bias" in name.rpartition(".")[2]]
+    names = {name for name, _ in vectors}
+    others = [(name, p) for name, p in group["params"] if name not in names]
+    own = (group | {"params": others}, group | {"params": vectors, "name": "adamw-vector", "weight_decay": 0.0})
+    return [each for each in own if each["params"]]

@@ -163,7 +163,8 @@ class Parametrization:
                 for key in ("params", "param_names"):
                     if key in group:
                         own[key] = [group[key][i] for i in indices]
-                name = "-".join(filter(None, (group.get("name"), scale.kind.name)))
+                own_name = group.get("name", "").removesuffix(f"-{scale.kind.name}")
+                name = "-".join(filter(None, (own_name, scale.kind.name)))
                 own["name"] = name if name not in taken else f"{name}-{len(groups)}"
                 taken.add(own["name"])
                 groups.append(own)

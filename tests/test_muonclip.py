@@ -72,14 +72,16 @@ Make = Callable[..., tuple[GPT, MuonClip]]
 @pytest.mark.parametrize("alpha", [0.5, 0.25])
 def test_equals_muon_adamw_and_qk_clip_by_hand(muon_clip: Make, alpha: float) -> None:
     threshold = 0.02
-    model, optimizer = muon_clip(weight_decay=0.2, betas=(0.8, 0.9), threshold=threshold, alpha=alpha)
+    model, optimizer = muon_clip(weight_decay=0.2, adamw_betas=(0.8, 0.9), threshold=threshold, alpha=alpha)
     train(model, optimizer, range(6))
 
     reference = gpt()
     hidden = {name: p for name, p in reference.named_parameters() if name.endswith("_proj.weight")}
     rest = [p for name, p in reference.named_parameters() if name not in hidden]
     muon = Muon(hidden.values(), LR, 0.2, adjust_lr_fn="match_rms_adamw")
-    adamw = torch.optim.AdamW(rest, LR, betas=(0.8, 0.9), weight_decay=0.2)
+    vectors = {"params": [p for p in rest if p.ndim == 1], "weight_decay": 0.0}
+    tables = {"params": [p for p in rest if p.ndim > 1]}
+    adamw = torch.optim.AdamW([tables, vectors], LR, betas=(0.8, 0.9), weight_decay=0.2)
     with QKClip(reference, threshold, alpha) as qk_clip:
         for step in range(6):
             reference.zero_grad()
@@ -164,7 +166,7 @@ def test_resume_is_exact(muon_clip: Make) -> None:
 
     file.seek(0)
     saved = torch.load(file, weights_only=True)
-    resumed, other = muon_clip(threshold=0.02, lr=0.5, weight_decay=0.9, betas=(0.1, 0.2))
+    resumed, other = muon_clip(threshold=0.02, lr=0.5, weight_decay=0.9, adamw_betas=(0.1, 0.2))
     resumed.load_state_dict(saved["model"])
     other.load_state_dict(saved["optimizer"])
     train(resumed, other, range(3, 6))
@@ -191,7 +193,7 @@ def test_closure(muon_clip: Make) -> None:
 def test_groups() -> None:
     model = gpt()
     with closing(MuonClip(model, lr=LR, adamw_eps=1e-5, exclude=["*.up_proj.weight"])) as optimizer:
-        muon, adamw = optimizer.param_groups
+        muon, adamw, vectors = optimizer.param_groups
     assert muon["algorithm"] == "muon"
     assert muon["adjust_lr_fn"] == "match_rms_adamw"
     assert len(muon["params"]) == 2 * 5
@@ -199,7 +201,50 @@ def test_groups() -> None:
     assert adamw["betas"] == (0.9, 0.95)
     assert adamw["eps"] == 1e-5
     assert "layers.0.mlp.up_proj.weight" in adamw["param_names"]
-    assert len(muon["params"]) + len(adamw["params"]) == len(list(model.parameters()))
+    assert {p.ndim for p in vectors["params"]} == {1}
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
+
+
+class Mixed(nn.Module):
+    """Biases of every kind, gains, an embedding, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(9, 4)
+        self.norm = nn.LayerNorm(4)
+        self.experts = nn.ParameterDict({"up": torch.randn(3, 4, 4), "up_bias": torch.randn(3, 4)})
+        self.hidden = nn.Linear(4, 4)
+        self.lm_head = nn.Linear(4, 7)
+
+
+VECTORS = {"norm.weight", "norm.bias", "experts.up_bias", "hidden.bias", "lm_head.bias"}
+TABLES = {"tokens.weight", "lm_head.weight"}
+
+
+@pytest.mark.parametrize(
+    ("options", "tables", "vectors", "lr"),
+    [
+        ({}, 0.1, 0.0, 0.5),
+        ({"weight_decay": 0.3}, 0.3, 0.0, 0.5),
+        ({"weight_decay": 0.3, "adamw_weight_decay": 0.0}, 0.0, 0.0, 0.5),
+        ({"weight_decay": 0.0, "adamw_weight_decay": 0.2, "adamw_lr": 0.25}, 0.2, 0.0, 0.25),
+        ({"decay_vectors": True}, 0.1, 0.1, 0.5),
+        ({"adamw_weight_decay": 0.2, "adamw_lr": 0.0, "decay_vectors": True}, 0.2, 0.2, 0.0),
+    ],
+)
+def test_adamw_has_its_own_rate_and_decays_no_vector_unless_asked(
+    options: dict[str, Any], tables: float, vectors: float, lr: float
+) -> None:
+    model = Mixed()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with closing(MuonClip(model, lr=0.5, **options)) as optimizer:
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        optimizer.step()  # of AdamW without a gradient, only its decay is left
+    expected = {name: tables for name in TABLES} | {name: vectors for name in VECTORS}
+    after = dict(model.named_parameters())
+    for name, decay in expected.items():
+        torch.testing.assert_close(after[name], before[name] * (1 - lr * decay), msg=name)
 
 
 def test_close_may_be_called_twice_and_frees_the_model() -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import difflib
 import inspect
 import operator
+import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, fields, make_dataclass
+from importlib.resources import files
 from typing import Any, Optional
 
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -123,6 +125,8 @@ _SCHEMAS: tuple[tuple[str, type], ...] = (
 
 #: Config groups that only override others and have no key of their own.
 _GROUPS = ("experiment", "hparams_search")
+#: Config groups without which a run works.
+_OPTIONAL = ("logger", "callbacks", *_GROUPS)
 
 
 class ConfigError(ValueError):
@@ -170,3 +174,18 @@ def unknown_key(path: str, known: Iterable[str]) -> str:
     nearest = difflib.get_close_matches(key, known, n=1)
     hint = f"did you mean {nearest[0]!r}?" if nearest else f"known: {', '.join(known)}"
     return f"unknown key {path!r}; {hint}"
+
+
+def check_choices(arguments: Iterable[str]) -> None:
+    """Checks that each config group on the command line is given a choice; Hydra only says that null is no string.
+
+    Raises:
+        ConfigError: With the choices.
+    """
+    groups = {each.name: each for each in files("lightning_muonclip.conf").iterdir() if each.is_dir()}
+    for argument in arguments:
+        match = re.fullmatch(r"\+{0,2}(\w+)=(null|true|false|[-+\d.]*)", argument, re.IGNORECASE)
+        if match and match[1] in groups:
+            known = sorted(f.name.removesuffix(".yaml") for f in groups[match[1]].iterdir() if f.name.endswith(".yaml"))
+            without = f"; ~{match[1]} is a run without" if match[1] in _OPTIONAL else ""
+            raise ConfigError(f"{argument} is no choice; known: {', '.join(known)}{without}")

@@ -12,14 +12,16 @@ from typing import Any
 import hydra
 import lightning.pytorch as pl
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, InstantiationException
+from hydra.errors import HydraException, InstantiationException, MissingConfigException
 from hydra.types import RunMode
 from hydra.utils import instantiate
+from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from lightning_muonclip.experiment.config import ConfigError, check_config, unknown_key
+from lightning_muonclip.experiment.config import ConfigError, check_choices, check_config, unknown_key
+from lightning_muonclip.experiment.finish import ValidateAtEnd
 from lightning_muonclip.experiment.gpt import GPT
 from lightning_muonclip.experiment.interrupt import StopOnInterrupt
 from lightning_muonclip.experiment.lit import LitGPT
@@ -45,8 +47,12 @@ def train(config: DictConfig) -> float:
         lit = _build_module(config, data.vocab_size)
     except (ValueError, OSError, ImportError) as error:  # the corpus is read here
         raise ConfigError(str(error)) from error
+    loggers, callbacks = _build_all(config.get("logger")), _build_all(config.get("callbacks"))
+    if not loggers:  # without which Lightning refuses it
+        callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
+    root = config.trainer.get("default_root_dir") or str(output_dir())  # of checkpoints, where nothing else says so
     trainer: pl.Trainer = _build(
-        _validated_once(config.trainer), logger=_build_all(config.logger), callbacks=_build_all(config.callbacks)
+        config.trainer, logger=loggers, callbacks=[*callbacks, ValidateAtEnd()], default_root_dir=root
     )
     for logger in trainer.loggers:
         logger.log_hyperparams(OmegaConf.to_container(config, resolve=True))  # type: ignore[arg-type]
@@ -76,14 +82,6 @@ def _check_checkpoint(path: str | None) -> None:
 
 def _is_interrupted(trainer: pl.Trainer) -> bool:
     return any(isinstance(callback, StopOnInterrupt) and callback.interrupted for callback in trainer.callbacks)  # type: ignore[attr-defined]
-
-
-def _validated_once(trainer: DictConfig) -> DictConfig:
-    """Makes a run that is shorter than the validation interval validate, and thus save, at its end."""
-    steps, interval = trainer.get("max_steps"), trainer.get("val_check_interval")
-    if isinstance(steps, int) and isinstance(interval, int) and 0 < steps < interval:
-        trainer = OmegaConf.merge(trainer, {"val_check_interval": steps})  # type: ignore[assignment]
-    return trainer
 
 
 def _build_all(nodes: DictConfig | None) -> list[Any]:
@@ -137,6 +135,7 @@ def run_command(name: str, command: Callable[[], Any]) -> None:
     for message in ("Experiment logs directory", r".*treespec, LeafSpec"):  # raised in every run
         warnings.filterwarnings("ignore", message)
     try:
+        check_choices(sys.argv[1:])
         command()
     except KeyboardInterrupt:
         sys.exit(f"{name}: interrupted")
@@ -147,6 +146,8 @@ def run_command(name: str, command: Callable[[], Any]) -> None:
 def _explain(error: Exception) -> str:
     if isinstance(error, InstantiationException) and error.__cause__ is not None:
         return str(error.__cause__)
+    if isinstance(error, MissingConfigException) and error.options:
+        return f"could not find {error.missing_cfg_file!r}; known: {', '.join(error.options)}"
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, (ConfigKeyError, ConfigAttributeError)) and cause.parent_node is not None:

@@ -19,7 +19,10 @@ from lightning_muonclip.optim.options import (
     as_dtype,
     check_matrices,
     check_muon_options,
+    check_params,
     check_state,
+    for_torch,
+    from_torch,
 )
 from lightning_muonclip.optim.parts import intern_parts
 from lightning_muonclip.optim.stacking import KINDS
@@ -99,6 +102,7 @@ class Muon(Optimizer):
         process_group: dist.ProcessGroup | None = None,
         shard_momentum: bool = False,
     ) -> None:
+        check_params(params)
         schedule = resolve_schedule(ns_coefficients, ns_steps)
         self.process_group = process_group
         self.shard_momentum = shard_momentum
@@ -128,6 +132,9 @@ class Muon(Optimizer):
             schedule = resolve_schedule(param_group["ns_coefficients"], param_group.get("ns_steps"))
             param_group.update(ns_coefficients=schedule.plain(), ns_steps=len(schedule.polynomials))
         check_muon_options(**{key: param_group.get(key, value) for key, value in self.defaults.items()})
+        param_group["schedule"] = (
+            None  # its place in a state that torch can load; torch flattens the keys of live groups
+        )
         if algorithm == "adamw":
             for key, value in ADAMW_DEFAULTS.items():
                 param_group.setdefault(key, value)
@@ -248,7 +255,9 @@ class Muon(Optimizer):
             self._consolidated = shared.collect(momenta, to)
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of the optimizer, in the format of ``torch.optim.Muon``.
+        """The state of the optimizer, which ``torch.optim.Muon`` can load for the same matrices.
+
+        It has torch's own coefficients then, if this optimizer has none of its kind, and ours under ``"schedule"``.
 
         Raises:
             RuntimeError: If the momentum is sharded and :meth:`consolidate_state_dict` was not called since the last step.
@@ -259,6 +268,7 @@ class Muon(Optimizer):
                 " consolidate_state_dict() on every rank first"
             )
         state_dict: dict[str, Any] = super().state_dict()
+        state_dict["param_groups"] = [for_torch(group) for group in state_dict["param_groups"]]
         if self._consolidated:
             numbers = {p: i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
             momenta = {numbers[p]: {"momentum_buffer": momentum} for p, momentum in self._consolidated.items()}
@@ -272,7 +282,8 @@ class Muon(Optimizer):
             ValueError: If it is the state of another optimizer or of other parameters.
         """
         check_state(state_dict, self.param_groups)
-        super().load_state_dict(state_dict)
+        groups = [from_torch(group) for group in state_dict["param_groups"]]
+        super().load_state_dict({**state_dict, "param_groups": groups})
         self._consolidated = None
         self._drop_others_momentum()
 

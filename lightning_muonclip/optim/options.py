@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
-from lightning_muonclip.optim.coefficients import resolve_schedule
+from lightning_muonclip.optim.coefficients import SCHEDULES, resolve_schedule
 
 #: Update scale by shape (m, n) of the weight, m being fan-out. Names are those of torch.optim.Muon.
 LR_ADJUSTMENTS: dict[str, Callable[[int, int], float]] = {
@@ -58,11 +59,25 @@ def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return found
 
 
+def check_params(params: Any) -> None:
+    """Raises TypeError if a model was given instead of its parameters."""
+    if isinstance(params, nn.Module):
+        raise TypeError(
+            f"Muon expects parameters, named parameters, or groups of them, got the model {type(params).__name__}; use"
+            " Muon(split_params(model), ...), or MuonClip(model, ...)"
+        )
+
+
 def check_matrices(group: dict[str, Any]) -> None:
     """Raises ValueError if a parameter of a group is not a matrix of the group's kind."""
     names = group.get("param_names") or [f"parameter {i}" for i in range(len(group["params"]))]
     fits = {"matrix": lambda p: p.ndim == 2, "experts": lambda p: p.ndim >= 3, "convolution": lambda p: p.ndim >= 3}
     for name, p in zip(names, group["params"]):
+        if isinstance(p, UninitializedParameter):
+            raise ValueError(
+                f"{name} is an UninitializedParameter of a lazy module and has no shape yet; run a forward first, then"
+                " create the optimizer"
+            )
         if p.is_complex() or not fits[group["kind"]](p):
             raise ValueError(
                 f"{name} is not a real matrix: it has shape {tuple(p.shape)} and dtype {p.dtype} in a group of kind"
@@ -85,3 +100,21 @@ def check_state(state_dict: dict[str, Any], param_groups: Sequence[dict[str, Any
                     " of another optimizer, or its groups are in another order. Load it into an optimizer with the same"
                     " groups, or start from the weights alone"
                 )
+
+
+def for_torch(group: dict[str, Any]) -> dict[str, Any]:
+    """A group as it is saved, which ``torch.optim.Muon`` can step.
+
+    A schedule that is no ``(a, b, c)`` is kept under ``"schedule"``; torch then goes on with its own coefficients.
+    """
+    own = {key: group[key] for key in ("ns_coefficients", "ns_steps")}
+    coefficients = own["ns_coefficients"]
+    if len(coefficients) == 3 and all(isinstance(c, (int, float)) for c in coefficients):
+        return group
+    jordan = SCHEDULES["jordan"].first(None)
+    return group | {"ns_coefficients": jordan.plain(), "ns_steps": len(jordan.polynomials), "schedule": own}
+
+
+def from_torch(group: dict[str, Any]) -> dict[str, Any]:
+    """A saved group, with its own schedule (see :func:`for_torch`)."""
+    return group | {"schedule": None} | (group.get("schedule") or {})

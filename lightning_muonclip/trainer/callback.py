@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from lightning_muonclip.optim.muon import Muon
 from lightning_muonclip.optim.options import check_muon_options
-from lightning_muonclip.optim.routing import route_params, routes_under, routing_table
+from lightning_muonclip.optim.routing import check_router, route_params, routes_under, routing_table
 from lightning_muonclip.parallel.grad_norm import clip_grad_norm_, total_norm
 from lightning_muonclip.parallel.shards import to_local
 from lightning_muonclip.qk_clip.clip import ClipResult, QKClip, check_clip_options
@@ -57,7 +57,8 @@ class MuonClipCallback(Callback):
         threshold: Attention logits above this are clipped; ``None`` only monitors.
         alpha: Share of a clip that the query weight takes, in [0, 1].
         lr: Base learning rate of Muon, under the schedule of the user's groups, relative to their initial rate
-            (``max_lr / div_factor`` for OneCycleLR). ``None`` follows the user's groups.
+            (``max_lr / div_factor`` for OneCycleLR). ``None`` follows the user's groups, whose rate should be one for
+            AdamW: there is a warning with the rate if no class of the optimizer has Adam in its name, or if it is 1 or more.
         weight_decay: Muon's own weight decay; ``None`` follows the user's groups.
         adjust_lr_fn: Scale of Muon's update; with ``"match_rms_adamw"`` AdamW's learning rate and weight decay carry over.
         specs: Layouts of attention modules by name, as :class:`~lightning_muonclip.QKClip` takes them.
@@ -66,7 +67,9 @@ class MuonClipCallback(Callback):
         split: What Muon orthogonalizes of a fused projection: queries, keys and values apart (``"qkv"``), every head
             (``"heads"``), or all of it together (``"none"``).
         exclude: Shell-style patterns of parameter names that stay with the user's optimizer.
-        include: Patterns of parameter names to give to Muon although they look like an embedding or an output head.
+        include: Patterns of parameter names to give to Muon that it would not get by default.
+        router: The optimizer of the routers of experts: ``"muon"``, or ``"adamw"`` for the user's (see
+            :func:`~lightning_muonclip.optim.routing.route_params`, which also tells where every parameter goes and why).
         log_heads_every_n_steps: Logs every head's maximum at this interval; ``None`` never does.
         **options: Any other keyword of :class:`~lightning_muonclip.QKClip` (``shared_keys``, ``qk_norm``, ``logits``,
             ``lora``, ``every_n_steps``, ``unknown``) and of :class:`~lightning_muonclip.Muon` (``momentum``, ``nesterov``,
@@ -97,6 +100,7 @@ class MuonClipCallback(Callback):
         split: str = "qkv",
         exclude: Sequence[str] = (),
         include: Sequence[str] = (),
+        router: str = "muon",
         log_heads_every_n_steps: int | None = None,
         **options: Any,
     ) -> None:
@@ -106,6 +110,7 @@ class MuonClipCallback(Callback):
         check_clip_options(**self._clip_options)
         check_muon_options(lr=lr or 0.0, weight_decay=weight_decay or 0.0, **self._muon_options)
         check_split(split)
+        check_router(router)
         if verify and self._clip_options["logits"] == "off":
             raise ValueError("verify=True needs QK-Clip, which logits='off' turns off; drop one of them")
         self.lr = lr
@@ -115,6 +120,7 @@ class MuonClipCallback(Callback):
         self.split = split
         self.exclude = tuple(exclude)
         self.include = tuple(include)
+        self.router = router
         self.log_heads_every_n_steps = log_heads_every_n_steps
         self.muon: Muon | None = None
         self.qk_clip: QKClip | None = None
@@ -176,8 +182,8 @@ class MuonClipCallback(Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Moves the hidden matrices to Muon and starts observing, before any optimizer is restored."""
         optimizer = users_optimizer(trainer)
-        routes = routes_under(optimizer, route_params(pl_module, self.exclude, self.include))
-        self._groups = FollowingGroups(optimizer, routes)
+        routes = routes_under(optimizer, route_params(pl_module, self.exclude, self.include, self.router))
+        self._groups = FollowingGroups(optimizer, routes, self.lr)
         self._observer = self._observe(pl_module)
         self._attention = self._observer.attention
         parts = matrix_parts(pl_module, self._attention, self.split)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import os
 import runpy
 import signal
@@ -21,9 +22,11 @@ from lightning.pytorch.callbacks import Callback
 from omegaconf import OmegaConf
 from processes import start
 
+import lightning_muonclip.experiment.train as command
 from lightning_muonclip import Attention, MultiheadLatentAttention, MuonClipCallback
 from lightning_muonclip.experiment import config as schemas
 from lightning_muonclip.experiment.gpt import GPT
+from lightning_muonclip.experiment.lit import LitGPT
 from lightning_muonclip.experiment.train import main
 
 TINY = [
@@ -185,6 +188,73 @@ def test_every_model_clips(train: Any, model: str) -> None:
     largest = [float(row["muonclip/max_logit"]) for row in rows if row["muonclip/max_logit"]]
     assert clipped[0] == 4  # 2 layers of 2 heads: every one starts above the threshold
     assert max(largest[1:]) < 0.1 * largest[0]
+
+
+SMALL = [own for own in TINY if not own.startswith(("callbacks.", "~callbacks", "trainer.", "+trainer."))]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "checkpoint"),
+    [
+        (["~logger"], "best"),
+        (["logger=none", "trainer.max_steps=2"], "best"),
+        (["callbacks=none", "trainer.val_check_interval=2"], "epoch=0-step=3"),
+        (["~callbacks", "logger=none"], "epoch=0-step=3"),
+        (["~experiment", "~logger", "callbacks.summary=null"], "best"),
+        (["trainer.max_epochs=1", "+trainer.limit_train_batches=3", "trainer.max_steps=-1"], "best"),
+        (["trainer.max_epochs=2", "+trainer.limit_train_batches=2", "trainer.max_steps=-1"], "best"),
+        (["trainer.accumulate_grad_batches=2", "trainer.val_check_interval=4"], "best"),
+    ],
+)
+def test_every_run_is_validated_at_its_end_and_saved(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, overrides: list[str], checkpoint: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    losses: list[float] = []
+    validated: list[int] = []
+
+    def trained(config: Any, run: Any = command.train) -> float:
+        losses.append(run(config))
+        return losses[-1]
+
+    def noted(module: LitGPT) -> None:
+        validated.append(module.trainer.fit_loop.total_batch_idx)
+
+    monkeypatch.setattr(command, "train", trained)
+    monkeypatch.setattr(LitGPT, "on_validation_end", noted)
+    arguments = [*SMALL, "hydra.run.dir=run", "trainer.max_steps=3", *overrides]
+    monkeypatch.setattr(sys, "argv", ["muonclip-train", *arguments])
+    main()
+    batches = 4 if "trainer.max_epochs=2" in overrides else 3
+    batches *= 2 if "trainer.accumulate_grad_batches=2" in overrides else 1
+    batches = 2 if "trainer.max_steps=2" in overrides else batches
+    assert math.isfinite(losses[0])
+    assert validated[-1] == batches - 1
+    assert len(validated) == len(set(validated))
+    assert any(path.stem == checkpoint for path in (tmp_path / "run").rglob("*.ckpt"))
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("value", ["null", "false", "3", ""])
+@pytest.mark.parametrize(
+    ("group", "known"),
+    [
+        ("logger", "csv, none, tensorboard, wandb; ~logger is a run without"),
+        ("callbacks", "default, none; ~callbacks is a run without"),
+        ("experiment", "adamw_baseline, demo, explosion, kimi_mla, mu_transfer; ~experiment is a run without"),
+        ("model", "gqa, mha, mla"),
+    ],
+)
+def test_a_group_that_is_given_no_choice_names_its_choices(train: Any, group: str, value: str, known: str) -> None:
+    with pytest.raises(SystemExit, match=rf"^muonclip-train: {group}={value} is no choice; known: {known}$"):
+        train(f"{group}={value}")
+
+
+def test_a_choice_that_does_not_exist_is_one_line(train: Any) -> None:
+    with pytest.raises(
+        SystemExit, match=r"^muonclip-train: could not find 'optimizer/none'; known: adamw, muon, muonclip$"
+    ):
+        train("optimizer=none")
 
 
 def test_an_existing_run_is_not_overwritten(train: Any) -> None:

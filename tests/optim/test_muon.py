@@ -11,6 +11,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -426,6 +431,43 @@ class TestCheckpoints:
         assert_all_equal(states(resumed, hidden_2), states(optimizer, hidden))
         assert_all_equal(states(resumed, rest_2, "exp_avg_sq"), states(optimizer, rest, "exp_avg_sq"))
 
+    @pytest.mark.parametrize("ns_coefficients", [None, "polar_express", "cubic5", "jordan", (3.0, -3.2, 1.2)])
+    def test_torch_goes_on_with_what_it_can_load(self, ns_coefficients: Any) -> None:
+        ours = matrices()
+        optimizer = Muon(ours, LR, momentum=0.9, ns_coefficients=ns_coefficients)
+        train(optimizer, ours, range(3))
+        theirs = [nn.Parameter(p.detach().clone()) for p in ours]
+        loaded = torch.optim.Muon(theirs, 0.5)
+        loaded.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+        twins = [nn.Parameter(p.detach().clone()) for p in ours]
+        own = {"ns_coefficients": ns_coefficients} if isinstance(ns_coefficients, tuple) else {}
+        oracle = torch.optim.Muon(twins, LR, momentum=0.9, **own)
+        for p, twin in zip(ours, twins):
+            oracle.state[twin]["momentum_buffer"] = optimizer.state[p]["momentum_buffer"].clone()
+        train(loaded, theirs, range(3, 6))
+        train(oracle, twins, range(3, 6))
+        assert_all_equal(theirs, twins)
+
+        back = Muon([nn.Parameter(p.detach().clone()) for p in ours], 0.5)
+        back.load_state_dict(loaded.state_dict())  # torch has kept what it does not know
+        for key in ("ns_coefficients", "ns_steps", "lr"):
+            assert back.param_groups[0][key] == optimizer.param_groups[0][key]
+
+    @pytest.mark.parametrize("flat", [False, True])
+    @pytest.mark.parametrize("ns_coefficients", [None, "cubic5", "jordan"])
+    def test_a_schedule_survives_a_distributed_checkpoint(self, ns_coefficients: Any, flat: bool) -> None:
+        layer = nn.Linear(4, 3, bias=False)
+        optimizers = [Muon(layer.parameters(), LR, ns_coefficients=own) for own in (ns_coefficients, "you")]
+        options = StateDictOptions(flatten_optimizer_state_dict=flat)
+        set_optimizer_state_dict(
+            layer, optimizers[1], get_optimizer_state_dict(layer, optimizers[0], options=options), options=options
+        )
+        first, second = (optimizer.param_groups[0] for optimizer in optimizers)
+        assert {key: second[key] for key in first if key != "params"} == {
+            key: first[key] for key in first if key != "params"
+        }
+
     @pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
     def test_a_copy_goes_on_equally(self, copied: Callable[[Any], Any]) -> None:
         # A dtype that no CPU takes by default: its loss would show in the result.
@@ -698,6 +740,18 @@ class TestErrors:
             Muon([("ok", nn.Parameter(torch.ones(2, 2))), ("blocks.0.w", nn.Parameter(torch.ones(shape)))])
         with pytest.raises(ValueError, match="parameter 1 is not a real matrix"):
             Muon([nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(shape))])
+
+    @pytest.mark.parametrize("model", [nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2)), nn.ModuleDict()])
+    def test_a_model_is_not_its_parameters(self, model: nn.Module) -> None:
+        with pytest.raises(TypeError, match=rf"got the model {type(model).__name__}; use Muon\(split_params\(model\)"):
+            Muon(model)
+
+    @pytest.mark.parametrize("kind", ["matrix", "experts", "convolution"])
+    def test_a_lazy_parameter_has_no_shape_yet(self, kind: str) -> None:
+        lazy = nn.LazyLinear(3)
+        for given, name in ((lazy.weight, "parameter 0"), (("head.weight", lazy.weight), "head.weight")):
+            with pytest.raises(ValueError, match=rf"^{name} is an UninitializedParameter .* run a forward first"):
+                Muon([{"params": [given], "kind": kind}])
 
     def test_complex_matrices(self) -> None:
         with pytest.raises(

@@ -626,7 +626,7 @@ def test_split_reaches_muon_as_in_a_plain_loop(split: str) -> None:
     twin = copy.deepcopy(model)
     callback = MuonClipCallback(threshold=1.0, split=split)
     trainer([callback]).fit(LitTiny(model, lambda p: torch.optim.AdamW(p, lr=3e-3, weight_decay=0.1)), loader(tokens))
-    optimizer = MuonClip(twin, lr=3e-3, betas=(0.9, 0.999), threshold=1.0, split=split)
+    optimizer = MuonClip(twin, lr=3e-3, adamw_betas=(0.9, 0.999), decay_vectors=True, threshold=1.0, split=split)
     assert_stepped_alike(model, twin, optimizer, tokens)
 
 
@@ -658,7 +658,8 @@ def test_experts_and_convolutions_step_as_in_a_plain_loop() -> None:
         ("all-experts", "experts"),
         ("all-convolution", "convolution"),
     ]
-    optimizer = MuonClip(twin, lr=3e-3, betas=(0.9, 0.999), threshold=1.0, include=["conv.weight"])
+    options = {"adamw_betas": (0.9, 0.999), "decay_vectors": True, "include": ["conv.weight"]}
+    optimizer = MuonClip(twin, lr=3e-3, threshold=1.0, **options)
     assert_stepped_alike(model, twin, optimizer, tokens)
 
 
