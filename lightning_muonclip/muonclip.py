@@ -160,7 +160,12 @@ class MuonClip(Muon):
         if self.qk_clip is not None:
             own = state["qk_clip"] = self.qk_clip.state_dict()
             # In a group too, since torch.distributed.checkpoint knows states and groups alone; a list is one entry to it.
-            state["param_groups"][0][_COUNTS] = [own["layers"], own["clips"].tolist(), own["steps"]]
+            state["param_groups"][0][_COUNTS] = [
+                own["layers"],
+                own["clips"].tolist(),
+                own["stopped"].tolist(),
+                own["steps"],
+            ]
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -170,7 +175,7 @@ class MuonClip(Muon):
         super().load_state_dict(state)
         counts = self.param_groups[0].pop(_COUNTS, None)
         if clips is None and counts is not None:
-            clips = dict(zip(("layers", "clips", "steps"), counts))
+            clips = dict(zip(("layers", "clips", "stopped", "steps"), counts))
         if clips is not None and self.qk_clip is not None:
             self.qk_clip.load_state_dict(clips)
 

@@ -20,6 +20,7 @@ from lightning_muonclip.qk_clip.describe.isolate import device_of
 from lightning_muonclip.qk_clip.describe.saved import restored_attention, saved_attention
 from lightning_muonclip.qk_clip.describe.spec import AttentionSpec
 from lightning_muonclip.qk_clip.describe.weights import LORA_CHOICES
+from lightning_muonclip.qk_clip.effect import Effect
 from lightning_muonclip.qk_clip.observe.capture import Capture
 from lightning_muonclip.qk_clip.observe.discovery import UNKNOWN_CHOICES
 from lightning_muonclip.qk_clip.observe.ledger import LateFlag, has_others, reduce_max
@@ -159,6 +160,8 @@ class QKClip:
         self._lora = lora
         self._steps = 0
         self._clips = torch.zeros(0, 0, dtype=torch.int64)
+        self._stopped = torch.zeros(0, 0, dtype=torch.bool)
+        self._effect: Effect | None = None
         self._plan: ClipPlan | None = None
         self._owned: set[Tensor] | None = None
         self._owned_rows: Tensor | None = None
@@ -185,15 +188,21 @@ class QKClip:
         self._owned = owned
         of_run = [[self.observer.owned.has_part_of(module)] for module, _ in attention.values()]
         self._owned_rows = None if all(own for (own,) in of_run) else torch.tensor(of_run)
-        clips = torch.zeros_like(self.observer.ledger.values, dtype=torch.int64)
-        for before, (name, (_, spec)) in enumerate(self._arranged.items()):
-            row = list(attention).index(name)
-            clips[row, : spec.num_heads] = self._clips[before, : spec.num_heads]
+        rows = {**self._earlier, **self._counts()}
+        self._earlier = {name: own for name, own in rows.items() if name not in attention}
+        counts = torch.zeros(2, *self.observer.ledger.values.shape, dtype=torch.int64, device=self._clips.device)
         for row, (name, (_, spec)) in enumerate(attention.items()):
-            if name in self._earlier:
-                own = self._earlier.pop(name)[: spec.num_heads]
-                clips[row, : len(own)] = own
-        self._clips, self._arranged = clips, attention
+            if name in rows:
+                own = rows[name][:, : spec.num_heads].to(counts.device)
+                counts[:, row, : own.shape[1]] = own
+        self._clips, self._stopped = counts[0], counts[1].bool()
+        self._arranged, self._effect = attention, None
+
+    def _counts(self) -> dict[str, Tensor]:
+        """For every layer, how often each head was clipped, and whether it is no longer clipped; shape (2, most heads)."""
+        stopped = self._stopped if self._effect is None else self._effect.stopped
+        counts = torch.stack([self._clips, stopped.to(self._clips)])
+        return {name: counts[:, row] for row, name in enumerate(self._arranged)}
 
     @property
     def clips(self) -> Tensor:
@@ -249,14 +258,25 @@ class QKClip:
             self._count(self._steps + 1)
             if not is_due:
                 return self._result(observed, torch.ones_like(observed))
-            reduced = self._reduce(observed)
+            effect = self._follow_effect()
+            reduced, measured = self._reduce(observed, effect)
             self.observer.close_step()
             gamma = qk_clip_gamma(reduced, self.threshold)
             if self._plan is not None:
-                gamma = self._plan.apply(gamma)
+                gamma = self._plan.possible(gamma)
+                gamma = gamma if effect is None else effect.judge(measured, reduced, gamma)
+                self._plan.apply(gamma)
                 self._clips = self._clips.to(gamma.device).add_(gamma < 1)
                 self._outdate_others()
             return self._result(reduced, gamma)
+
+    def _follow_effect(self) -> Effect | None:
+        """What follows the effect of clips, from the first step on; says what the last step has found."""
+        if self._effect is None and self._plan is not None and self._plan.scaled:
+            self._effect = Effect(self._plan, self._stopped)
+        if self._effect is not None:
+            self._effect.tell(self.layers)
+        return self._effect
 
     def _result(self, max_logits: Tensor, gamma: Tensor) -> ClipResult:
         if self._owned_rows is not None:
@@ -291,21 +311,28 @@ class QKClip:
         self._arrange()
         return attention
 
-    def _reduce(self, observed: Tensor) -> Tensor:
-        """The maxima over all ranks, of the layers that all know; and whether one knows more, read a step later."""
-        if not has_others(self.process_group) or not self.observer.discovery.may_differ:
-            return reduce_max(observed, self.process_group)
+    def _reduce(self, observed: Tensor, effect: Effect | None) -> tuple[Tensor, Tensor]:
+        """The maxima over all ranks of the logits, and of what is measured of their effect, in one exchange.
+
+        Of the layers that all ranks know; whether one knows more is read a step later.
+        """
+        count = 0 if self.threshold is None else 3  # on all ranks alike, whatever each has found
+        measured = observed.new_full((count, *observed.shape), float("-inf")) if effect is None else effect.measure()
+        if not has_others(self.process_group):
+            return reduce_max(observed, self.process_group), measured
+        tables = torch.cat([observed[None], measured.to(observed.device)])
         agreed = self.observer.settle(self.process_group)
         rows = [row for row, name in enumerate(self.layers) if name in agreed]
         heads = max((spec.num_heads for _, spec in agreed.values()), default=1)
         is_alone = observed.new_full((1, heads), float(len(rows) < len(self.layers)))
-        known = [observed[row : row + 1, :heads] for row in rows]  # by numbers: a mask would wait for the device
+        # By numbers: a mask would wait for the device.
+        known = [tables[:, row, :heads] for row in rows]
         reduced = reduce_max(torch.cat([*known, is_alone]), self.process_group)
         self._is_alone.write(reduced[-1, 0])
-        maxima = torch.full_like(observed, float("-inf"))
-        for row, own in zip(rows, reduced):
-            maxima[row, :heads] = own
-        return maxima
+        tables = torch.full_like(tables, float("-inf"))
+        for row, own in zip(rows, reduced.split(len(tables))):
+            tables[:, row, :heads] = own
+        return tables[0], tables[1:]
 
     @property
     def sides(self) -> dict[str, str]:
@@ -417,9 +444,15 @@ class QKClip:
 
     def state_dict(self) -> dict[str, Any]:
         """The clip counts of every head, the number of steps and the specs of the layers, equal on every rank."""
-        layers, counts = [*self.layers, *self._earlier], [*self.clips.cpu(), *self._earlier.values()]
-        state = {"layers": layers, "clips": pad_sequence(counts, batch_first=True) if counts else self.clips.cpu()}
-        state["steps"] = self._steps
+        self._arrange()
+        counts = {name: own.cpu() for name, own in {**self._counts(), **self._earlier}.items()}
+        # Shape (layers, most heads, 2): clips, and whether a head is no longer clipped.
+        table = (
+            pad_sequence([own.T for own in counts.values()], batch_first=True)
+            if counts
+            else torch.zeros(0, 0, 2).long()
+        )
+        state = {"layers": list(counts), "clips": table[..., 0], "stopped": table[..., 1], "steps": self._steps}
         discovery = self.observer.discovery
         if discovery.has_surveyed:
             state |= saved_attention(self.model, self.observer.attention)
@@ -444,8 +477,9 @@ class QKClip:
             if attention is not None:
                 discovery.restore(attention, state_dict["unseen"])
         # By name: some may be found only later.
-        self._earlier = {name: torch.as_tensor(own, device="cpu") for name, own in zip(layers, state_dict["clips"])}
-        self._arranged, self._clips = {}, self._clips[:0]
+        counts = zip(*(torch.as_tensor(state_dict[key]) for key in ("clips", "stopped")))
+        self._earlier = {name: torch.stack(own) for name, own in zip(layers, counts)}
+        self._arranged = {}
         self._count(state_dict["steps"])
 
     def __enter__(self) -> QKClip:

@@ -25,6 +25,14 @@ _SIDES = {"q": QUERY_KINDS, "k": KEY_KINDS}
 _FACTOR = {"q": _QUERY, "qn": _QUERY, "k": _KEY, "kn": _KEY, "qr": _WHOLE, "*": 0}
 
 
+class Scaled(NamedTuple):
+    """A weight that a clip scales, and its layer."""
+
+    module: nn.Module
+    weight: Weight
+    row: int
+
+
 class ClipPlan:
     """Maps the gammas of all heads to factors on the weights of their layers.
 
@@ -56,7 +64,12 @@ class ClipPlan:
         heads = max((spec.num_heads for _, spec in attention.values()), default=0)
         #: What a clip scales in each layer: "q and k", "q", "k", or "watched (...)".
         self.sides: list[str] = []
-        self._weights: list[tuple[nn.Module, Weight]] = []
+        #: The weights that a clip scales, each once.
+        self.scaled: list[Scaled] = []
+        #: For each layer, the first that it shares weights with.
+        self.tied = torch.arange(layers)
+        #: For each layer and query head, the key head that it attends to.
+        self.key_heads = torch.zeros(layers, heads, dtype=torch.int64)
         indices: list[Tensor] = []
         rules: dict[_Rule, list[int]] = defaultdict(list)
         ties = _Ties(layers)
@@ -75,52 +88,58 @@ class ClipPlan:
                 continue
             rule = _Rule(spec.num_heads, spec.sizes["G"], *_share(weights, trained, is_tied, alpha, shared_keys))
             rules[rule].append(row)
+            self.key_heads[row, : rule.heads] = torch.arange(rule.heads) * rule.groups // rule.heads
             for param, weight in own.items():
                 if not any(weight.has_kind(_SIDES[side]) for side in trained):
                     continue
                 if ties.is_first(param, _Use(row, name, weight, rule)):
-                    self._weights.append((module, weight))
+                    self.scaled.append(Scaled(module, weight, row))
                     indices.append(_factor_index(weight, layers, row, heads))
         self._index = torch.cat(indices) if indices else torch.empty(0, dtype=torch.int64)
         self._lengths = [len(index) for index in indices]
         self._rules = {rule: torch.tensor(rows) for rule, rows in rules.items()}
         self._watched = torch.tensor([side.startswith("watched") for side in self.sides], dtype=torch.bool)[:, None]
-        self._tied = ties.rows() if ties.joined else None
+        self._has_ties = bool(ties.joined)
+        self.tied = ties.rows()
 
     @property
     def params(self) -> list[Tensor]:
         """The parameters that a clip scales."""
         # Looked up each time: FSDP2 and Module.to may replace a parameter after construction.
-        return [module.get_parameter(weight.path) for module, weight in self._weights]
+        return [own.module.get_parameter(own.weight.path) for own in self.scaled]
 
-    def apply(self, gamma: Tensor) -> Tensor:
-        """Scales the weights. Returns the gamma applied: 1 for watched heads, equal for tied heads."""
+    def possible(self, gamma: Tensor) -> Tensor:
+        """What can be applied of some gammas: 1 for watched heads, and the smallest of tied heads for each of them."""
         self._follow(gamma.device)
         gamma = gamma.masked_fill(self._watched, 1.0)
-        if not self._weights:
-            return gamma
-        if self._tied is not None:
-            rows = self._tied[:, None].expand_as(gamma)
+        if self._has_ties:
+            rows = self.tied[:, None].expand_as(gamma)
             gamma = torch.ones_like(gamma).scatter_reduce(0, rows, gamma, "amin").gather(0, rows)
+        return gamma
+
+    def apply(self, gamma: Tensor) -> None:
+        """Scales the weights by gammas that are :meth:`possible`."""
+        self._follow(gamma.device)
+        if not self.scaled:
+            return
         # All factors in one flat vector, ordered (kind of factor, layer, head), after a 1 for unscaled channels.
         flat = torch.cat([gamma.new_ones(1), self._factors(gamma).flatten()])
         params = self.params
         factors = [
             _aligned(factor, param, weight.dims)
-            for factor, param, (_, weight) in zip(flat[self._index].split(self._lengths), params, self._weights)
+            for factor, param, (_, weight, _) in zip(flat[self._index].split(self._lengths), params, self.scaled)
         ]
         local = [to_local(param) for param in params]
         torch._foreach_mul_(local, factors)
-        for param, factor, (_, weight) in zip(local, factors, self._weights):
+        for param, factor, (_, weight, _) in zip(local, factors, self.scaled):
             if weight.offset:  # scale (w + offset)
                 param.add_(factor - 1, alpha=weight.offset)
-        return gamma
 
     def _follow(self, device: torch.device) -> None:
         if self._index.device != device:
             self._index, self._watched = self._index.to(device), self._watched.to(device)
             self._rules = {rule: rows.to(device) for rule, rows in self._rules.items()}
-            self._tied = None if self._tied is None else self._tied.to(device)
+            self.tied = self.tied.to(device)
 
     def _factors(self, gamma: Tensor) -> Tensor:
         """All factors, shape (kinds of factor, layers, heads)."""
