@@ -65,7 +65,7 @@ def test_a_clip_of_no_use_ends(kind: str, every_n_steps: int) -> None:
     said = messages(run)
     sizes = model.layers[0].q_proj.weight.norm(dim=-1)
     assert len(said) == 1 and "QK-Clip no longer clips attention 'layers.0', head" in said[0]
-    assert qk_clip.clips[0].max() <= 2  # some heads of clamped queries have no positive logit
+    assert qk_clip.clips[0].max() <= 8  # of 40
     run()
     assert torch.equal(model.layers[0].q_proj.weight.norm(dim=-1), sizes)
     qk_clip.close()

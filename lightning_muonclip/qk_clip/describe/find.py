@@ -91,10 +91,19 @@ def _search(
 
 def _part(example: Example) -> Example | None:
     """The first samples, which cost less and mostly tell as much, if all tensors agree on the size of the batch."""
-    sizes = {leaf.shape[0] for leaf in tree_leaves(example) if isinstance(leaf, Tensor) and leaf.ndim} - {1}
-    if len(sizes) != 1 or max(sizes) <= _SAMPLES:
+    tensors = [leaf for leaf in tree_leaves(example) if isinstance(leaf, Tensor) and leaf.ndim]
+    is_nested = any(leaf.is_nested for leaf in tensors)
+    samples = 1 if is_nested else _SAMPLES
+    sizes = {leaf.shape[0] for leaf in tensors} - {1}
+    if len(sizes) != 1 or max(sizes) <= samples:
         return None
-    return tree_map(lambda leaf: leaf[:_SAMPLES] if isinstance(leaf, Tensor) and leaf.ndim else leaf, example)
+
+    def part(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or not leaf.ndim:
+            return leaf
+        return leaf.unbind()[0][None] if leaf.is_nested else leaf[:samples]  # one sequence need not be nested
+
+    return tree_map(part, example)
 
 
 def _opaque(survey: Survey, calls: Sequence[Sequence[Frame]], known: Collection[nn.Module]) -> list[Found]:

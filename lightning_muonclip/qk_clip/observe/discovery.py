@@ -30,7 +30,7 @@ from lightning_muonclip.qk_clip.describe.find import Example, find_attention, sp
 from lightning_muonclip.qk_clip.intercept import attends_by_interface
 from lightning_muonclip.qk_clip.observe.recorder import ReportsMaxLogits
 from lightning_muonclip.qk_clip.owned import Owned
-from lightning_muonclip.qk_clip.values import has_values
+from lightning_muonclip.values import has_values
 
 UNKNOWN_CHOICES = ("error", "monitor")
 
@@ -79,6 +79,8 @@ class Discovery:
         self._is_surveying = False
         self._forwards = {module: vars(module).get("forward") for module in self.names}
         self._handles: dict[nn.Module, RemovableHandle] = {}
+        self._all_handles: list[RemovableHandle] = []
+        weakref.finalize(self, _remove, self._all_handles)
         self._watch(self.names)
         #: Whether ranks may find different attention.
         self.may_differ = bool(self._handles.keys() - self._inside(described))
@@ -125,6 +127,7 @@ class Discovery:
             ):
                 # Before the hooks of FSDP2, which then see a whole forward at a time.
                 self._handles[module] = module.register_forward_pre_hook(_Entered(self), prepend=True, with_kwargs=True)
+                self._all_handles.append(self._handles[module])
 
     @property
     def unseen(self) -> list[str]:
@@ -153,8 +156,7 @@ class Discovery:
     def close(self) -> None:
         """Removes all hooks. May be called twice."""
         _eager.release(self)
-        for handle in self._handles.values():
-            handle.remove()
+        _remove(self._all_handles)
         self._handles = {}
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -196,6 +198,12 @@ class Discovery:
         """The modules of these names, and all inside them."""
         roots = list(outer)
         return {m for m, name in self.names.items() if any(is_inside(name, root) for root in roots)}
+
+
+def _remove(handles: list[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
+    handles.clear()
 
 
 class _Entered:

@@ -27,7 +27,7 @@ from lightning_muonclip.qk_clip.observe.by_hand import measure_by_hand
 from lightning_muonclip.qk_clip.observe.discovery import Discovery
 from lightning_muonclip.qk_clip.observe.ledger import Ledger, has_others
 from lightning_muonclip.qk_clip.observe.recorder import Recorder
-from lightning_muonclip.qk_clip.observe.watch import watch_of
+from lightning_muonclip.qk_clip.observe.watch import Watch, watch_of
 from lightning_muonclip.qk_clip.owned import Owned
 
 LOGITS_CHOICES = ("exact", "lse", "off")
@@ -73,7 +73,8 @@ class Observer:
         self._logits = logits
         self._agreed: AttentionModules | None = None
         self._order = {name: number for number, name in enumerate(named_modules(model))}
-        self._watched: list[Recorder] = []
+        # Weak, since a module may hold an optimizer that holds this.
+        self._watched: list[tuple[weakref.ref[Watch], weakref.ref[Recorder]]] = []
         weakref.finalize(self, _stop, self._watched)  # what nobody holds does not observe
         #: What the run trains.
         self.owned = Owned()
@@ -114,7 +115,7 @@ class Observer:
             watch, is_entered = watch_of(recorder.module), recorder.module is entered
             if recorder.name in new:
                 watch.add(recorder, is_entered=is_entered)
-                self._watched.append(recorder)
+                self._watched.append((weakref.ref(watch), weakref.ref(recorder)))
             if recorder.name in found and recorder.spec.softmaxes:
                 measure_by_hand(watch, recorder.module, is_entered=is_entered)
 
@@ -172,8 +173,9 @@ class Observer:
         return type(None), ()  # a copy observes nothing
 
 
-def _stop(recorders: list[Recorder]) -> None:
+def _stop(watched: list[tuple[weakref.ref[Watch], weakref.ref[Recorder]]]) -> None:
     """Ends what an observer has begun; not a method, since it outlives the observer."""
-    for recorder in recorders:
-        watch_of(recorder.module).remove(recorder)
-    recorders.clear()
+    for watch, recorder in ((of(), own()) for of, own in watched):
+        if watch is not None and recorder is not None:
+            watch.remove(recorder)
+    watched.clear()

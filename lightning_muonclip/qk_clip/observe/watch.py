@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -11,7 +12,7 @@ from lightning_muonclip.kernels.max_logits import max_logits
 from lightning_muonclip.qk_clip.describe.spec import Softmax
 from lightning_muonclip.qk_clip.intercept import Logits, Patches, attention_calls, running
 from lightning_muonclip.qk_clip.observe.recorder import Recorder, ReportsMaxLogits
-from lightning_muonclip.qk_clip.values import has_values
+from lightning_muonclip.values import has_values
 
 #: The attribute of a module that holds its watch, so that neither outlives the other.
 _ATTRIBUTE = "_max_logits_watch"
@@ -60,6 +61,9 @@ class Watch:
         if not has_values((query, key)):
             return
         scale = query.shape[-1] ** -0.5 if logits.scale is None else logits.scale
+        if query.is_nested:
+            self.record(_nested_max_logits(query, key, scale, logits.is_causal), source)
+            return
         if query.ndim == 2:
             query, key = query[None], key[None]
         lead = query.shape[:-2]
@@ -132,6 +136,20 @@ class Watch:
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return type(None), ()  # a copy of an observed module, by deepcopy or pickle, is not observed
+
+
+def _nested_max_logits(query: Any, key: Any, scale: float, is_causal: bool) -> Tensor:
+    """The maxima of jagged sequences, of shape (batch, heads, length, channels)."""
+    query, key = query.transpose(1, 2), key.transpose(1, 2)
+    if query.offsets() is not key.offsets() or query.lengths() is not None:  # attention to other sequences, or holes
+        pairs = [(q.transpose(0, 1), k.transpose(0, 1)) for q, k in zip(query.unbind(), key.unbind())]
+        return torch.stack([max_logits(q, k, scale=scale, is_causal=is_causal) for q, k in pairs]).amax(0)
+    packed = [x.values().transpose(0, 1)[None] for x in (query, key)]
+    counts = query.offsets().diff()
+    documents = torch.arange(len(counts), device=counts.device).repeat_interleave(
+        counts, output_size=packed[0].shape[-2]
+    )
+    return max_logits(*packed, scale=scale, is_causal=is_causal, documents=documents[None])
 
 
 def watch_of(module: nn.Module) -> Watch:

@@ -22,6 +22,8 @@ from oracles import (
     true_maxima,
 )
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaModel
 
@@ -385,6 +387,78 @@ def test_several_observers_of_a_module_share_what_they_see(make: Callable[[], An
     inner.close()
     assert F.scaled_dot_product_attention is TORCHS_OWN
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+class Sequences(nn.Module):
+    """Self-attention, or attention to something else, over dense or jagged sequences."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(16, 16) for _ in range(3))
+
+    def forward(self, x: Tensor, memory: Tensor | None = None) -> Tensor:
+        memory = x if memory is None else memory
+        parts = self.q_proj(x), self.k_proj(memory), self.v_proj(memory)
+        heads = (part.unflatten(-1, (4, 4)).transpose(1, 2) for part in parts)
+        return F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(-2)
+
+
+@pytest.mark.parametrize("case", ["self", "cross"])
+def test_of_jagged_sequences_each_counts_for_itself(case: str) -> None:
+    model = Sequences()
+    own, other = ([4 * torch.randn(n, 16) for n in lengths] for lengths in ((3, 7, 1), (2, 4, 5)))
+    nested = [torch.nested.nested_tensor(x, layout=torch.jagged) for x in (own, other)]
+    with QKClip(model) as qk_clip, QKClip(copy.deepcopy(model)) as expected:
+        model(*nested[: 2 if case == "cross" else 1])
+        for x, memory in zip(own, other):
+            expected.model(x[None], *([memory[None]] if case == "cross" else []))
+        assert qk_clip.layers == [""]
+        torch.testing.assert_close(qk_clip.max_logits, expected.max_logits, rtol=1e-6, atol=0)
+
+
+def valueless(model: nn.Module, x: Tensor) -> dict[str, Callable[[], Any]]:
+    """Forwards in training whose tensors have no values, or are inside a transform."""
+    params = dict(model.named_parameters())
+
+    def loss(params: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(model, params, (x,)).square().mean()
+
+    def fake() -> None:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            model(x)
+
+    def each(x: Tensor) -> Tensor:
+        return torch.func.vmap(torch.func.grad(loss), (None, 0))(params, x[:, None])["layers.0.q_proj.weight"]
+
+    def forward_mode() -> None:
+        with sdpa_kernel(SDPBackend.MATH):
+            torch.func.jvp(model, (x,), (x,))
+
+    return {
+        "fake": fake,
+        "export": lambda: torch.export.export(model, (x,)),
+        "strict export": lambda: torch.export.export(model, (x,), strict=True),
+        "meta": lambda: copy.deepcopy(model).to("meta")(x.to("meta")),
+        "grad": lambda: torch.func.grad(loss)(params, x),
+        "vmap": lambda: each(x),
+        "jvp": forward_mode,
+    }
+
+
+@either
+@pytest.mark.parametrize("is_found", [False, True])
+@pytest.mark.parametrize("kind", ["fake", "export", "strict export", "meta", "grad", "vmap", "jvp"])
+@pytest.mark.filterwarnings("ignore:There is a performance drop", "ignore:While compiling")
+def test_of_tensors_without_values_nothing_is_recorded(make: Callable[[], Any], is_found: bool, kind: str) -> None:
+    model, x = Residual(make()), torch.randn(2, 9, 16)
+    with QKClip(model, example=((x,), {}) if is_found else None) as qk_clip:
+        if is_found:
+            qk_clip.step([[1.0] * 4])  # torch.compile acts from then on
+        layers = qk_clip.layers
+        valueless(model, x)[kind]()
+        assert qk_clip.layers == layers and qk_clip.max_logits.isneginf().all()
+        model(x)
+        close(qk_clip.max_logits[0], true_maxima(model.layers[0], x))
 
 
 @either
