@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from lightning_muonclip.optim.options import (
     check_muon_options,
     check_state,
 )
-from lightning_muonclip.optim.parts import intern_parts
+from lightning_muonclip.optim.parts import Parts, intern_parts
 from lightning_muonclip.optim.stacking import KINDS
 from lightning_muonclip.optim.step import Matrix, MatrixStep, gain_momentum, scalar
 from lightning_muonclip.parallel.holders import share_key
@@ -113,8 +113,10 @@ class Muon(Optimizer):
             "adjust_lr_fn": adjust_lr_fn,
         }
         check_muon_options(**defaults, dtype=dtype, stack_numel=stack_numel)
-        self._matrix_step = MatrixStep(as_dtype(dtype), stack_numel, intern_parts(parts or {}))
+        self._matrix_step = MatrixStep(as_dtype(dtype), stack_numel)
+        self._parts: list[list[Parts | None]] = []
         super().__init__(params, defaults)
+        self.set_parts(parts or {})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; ``algorithm`` is ``"muon"`` (default) or ``"adamw"`` (any shape), ``kind`` one of :data:`KINDS`."""
@@ -137,12 +139,14 @@ class Muon(Optimizer):
                 " momentum of the matrices that it owns; add the group before the first step, or pass shard_momentum=False"
             )
         super().add_param_group(param_group)
+        self._parts.append([None] * len(self.param_groups[-1]["params"]))
         self._shared = None
         if algorithm == "muon":
             try:
                 check_matrices(self.param_groups[-1])
             except ValueError:
                 self.param_groups.pop()
+                self._parts.pop()
                 raise
 
     def set_parts(self, parts: Mapping[Tensor, tuple[int, Sequence[Tensor]]]) -> None:
@@ -151,12 +155,15 @@ class Muon(Optimizer):
         Raises:
             ValueError: If they do not cover their weights.
         """
-        self._matrix_step.parts = intern_parts(parts)
+        # By place in the groups, where another tensor may take the place of a weight: fully_shard, to_empty.
+        own = intern_parts(parts)
+        self._parts = [[own.get(p) for p in group["params"]] for group in self.param_groups]
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {
             "shard_momentum": self.shard_momentum,
             "_matrix_step": self._matrix_step,
+            "_parts": self._parts,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -185,22 +192,37 @@ class Muon(Optimizer):
                 adamw_step(self.state, group, params)
             elif params:
                 with torch.profiler.record_function("muonclip::muon"):  # torch 2.11 compiles no decorator of this kind
-                    matrices += self._matrices(number, params)
+                    matrices += self._matrices(number)
         with torch.profiler.record_function("muonclip::muon"):
             self._matrix_step.step(matrices, shared)
 
-    def _matrices(self, number: int, params: list[Tensor]) -> list[Matrix]:
+    def _matrices(self, number: int) -> list[Matrix]:
         """Decays the weights of one group and updates their momentum, each on the shard of this rank."""
         group, elsewhere = self.param_groups[number], self._kept_elsewhere()
+        params, parts = zip(*((p, own) for p, own in self._with_parts(number) if p.grad is not None))
         grads = [gradient(p) for p in params]
         buffers = [None if p in elsewhere else self._momentum_buffer(p, grad) for p, grad in zip(params, grads)]
         matrices = [
-            Matrix(p, to_local(p), to_local(grad), None if buffer is None else to_local(buffer), number, group)
-            for p, grad, buffer in zip(params, grads, buffers)
+            Matrix(p, to_local(p), to_local(grad), None if buffer is None else to_local(buffer), number, group, own)
+            for p, grad, buffer, own in zip(params, grads, buffers, parts)
         ]
         gain_momentum(matrices, group["momentum"])
         torch._foreach_mul_([m.weight for m in matrices], 1 - scalar(group["lr"]) * group["weight_decay"])
         return matrices
+
+    def _with_parts(self, number: int) -> Iterator[tuple[Tensor, Parts | None]]:
+        """The weights of one group, each with its parts."""
+        params = self.param_groups[number]["params"]
+        if not any(map(any, self._parts)):
+            return ((p, None) for p in params)
+        places = [len(own) for own in self._parts]
+        fit = places == [len(group["params"]) for group in self.param_groups]
+        if not fit or any(own and own.count != p.shape[own.dim] for p, own in zip(params, self._parts[number])):
+            raise RuntimeError(
+                f"parameter group {number} has other weights than when the parts of its fused weights were set; call"
+                " set_parts() after changing param_groups, or replace each weight by one of the same shape"
+            )
+        return zip(params, self._parts[number])
 
     def _momentum_buffer(self, param: Tensor, grad: Tensor) -> Tensor:
         state = self.state[param]
@@ -215,11 +237,11 @@ class Muon(Optimizer):
         if self._shared is None:
             costs: dict[Tensor, float] = {}
             local_costs: dict[Tensor, float] = {}
-            for group in self.param_groups:
-                for p in group["params"] if group["algorithm"] == "muon" else ():
+            for number, group in enumerate(self.param_groups):
+                for p, parts in self._with_parts(number) if group["algorithm"] == "muon" else ():
                     if share_key(p, self.process_group) is not None:
                         own = local_costs if _has_whole_matrices(p, group["kind"]) else costs
-                        own[p] = self._matrix_step.flops(p, group)
+                        own[p] = self._matrix_step.flops(p, group, parts)
             self._shared = SharedWeights(costs, local_costs, self.process_group)
             self._drop_others_momentum()
         return self._shared

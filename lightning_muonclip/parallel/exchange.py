@@ -6,6 +6,7 @@ replicated dimensions of a mesh). Each direction is one all-to-all that moves on
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -80,7 +81,7 @@ class Exchange:
         self, weights: Sequence[Tensor], costs: Sequence[float], loads: Sequence[float], group: dist.ProcessGroup
     ) -> None:
         self.group = group
-        self.rank = dist.get_rank(group)
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self.shapes = [weight.shape for weight in weights]
         self.owners = assign_owners(costs, loads)
         self._costs = costs
@@ -93,8 +94,8 @@ class Exchange:
     def run(
         self,
         indices: Sequence[int],
-        updates: Callable[[Sequence[int]], list[Tensor]],
-        work: Callable[[Mapping[int, Tensor]], dict[int, Tensor]],
+        updates: Callable[[Sequence[int]], list[tuple[Tensor, Tensor]]],
+        work: Callable[[Mapping[int, tuple[Tensor, Tensor]]], dict[int, Tensor]],
         use: Callable[[Mapping[int, Tensor]], None],
         out: torch.dtype,
         back: torch.dtype,
@@ -103,8 +104,9 @@ class Exchange:
 
         Args:
             indices: The weights that take part, the same on every rank.
-            updates: Returns this rank's parts of the updates of the given weights.
-            work: Maps the whole updates that this rank owns to results.
+            updates: Returns this rank's parts of the updates of the given weights, each with its marks: a vector, of which
+                the owner gets the maximum over the ranks that hold the weight.
+            work: Maps the whole updates that this rank owns, with their marks, to results.
             use: Consumes this rank's parts of the results.
             out: The dtype in which updates are sent.
             back: The dtype in which results are sent.
@@ -151,21 +153,34 @@ class Exchange:
                 collected[i] = collected[i].cpu()  # all of them may not fit into the memory of one device
         return collected
 
-    def _gather(self, round: _Round, parts: Mapping[int, Tensor], wire: torch.dtype) -> Callable[[], dict[int, Tensor]]:
+    def _gather(
+        self, round: _Round, parts: Mapping[int, tuple[Tensor, Tensor]], wire: torch.dtype
+    ) -> Callable[[], dict[int, tuple[Tensor, Tensor]]]:
         """Starts gathering matrices to their owners; the returned function waits for those that this rank owns."""
-        sends = [parts[piece.number] for piece in round.to_owners.sends]
-        finish = self._all_to_all(round.to_owners, sends, wire) if round.is_sharded else None
+        if not round.is_sharded:
+            return lambda: {i: parts[i] for i in round.owned}
+        leg = round.to_owners
+        sends = [(piece.peer, tensor) for piece in leg.sends for tensor in parts[piece.number]]
+        receives = [
+            (piece.peer, shape)
+            for piece in leg.receives
+            for shape in (extent(piece.box), parts[piece.number][1].shape)
+        ]
+        finish = self._all_to_all(sends, receives, wire)
 
-        def wait() -> dict[int, Tensor]:
-            if finish is None:
-                return {i: parts[i] for i in round.owned}
-            whole = {i: parts[i].new_empty(self.shapes[i]) for i in round.owned}
+        def wait() -> dict[int, tuple[Tensor, Tensor]]:
+            whole = {i: parts[i][0].new_empty(self.shapes[i]) for i in round.owned}
+            marks = {i: parts[i][1].new_zeros(self.size, len(parts[i][1])) for i in round.owned}
             own = [_Piece(self.rank, i, self._boxes[i][self.rank]) for i in round.owned]
-            targets = [whole[piece.number][piece.box] for piece in (*own, *round.to_owners.receives)]
+            targets = [
+                target
+                for piece in (*own, *leg.receives)
+                for target in (whole[piece.number][piece.box], marks[piece.number][piece.peer])
+            ]
             arrived = finish()
             if targets:
-                torch._foreach_copy_(targets, [*(parts[i] for i in round.owned), *arrived])
-            return whole
+                torch._foreach_copy_(targets, [*(tensor for i in round.owned for tensor in parts[i]), *arrived])
+            return {i: (update, marks[i].amax(0)) for i, update in whole.items()}
 
         return wait
 
@@ -173,8 +188,9 @@ class Exchange:
         self, round: _Round, results: Mapping[int, Tensor], wire: torch.dtype
     ) -> Callable[[], dict[int, Tensor]]:
         """Starts scattering results to all holders; the returned function waits for this rank's parts."""
-        sends = [results[piece.number][piece.box] for piece in round.to_holders.sends]
-        finish = self._all_to_all(round.to_holders, sends, wire, self._dtype)
+        sends = [(piece.peer, results[piece.number][piece.box]) for piece in round.to_holders.sends]
+        receives = [(piece.peer, extent(piece.box)) for piece in round.to_holders.receives]
+        finish = self._all_to_all(sends, receives, wire, self._dtype)
 
         def wait() -> dict[int, Tensor]:
             parts = {i: result[self._boxes[i][self.rank]] for i, result in results.items()}
@@ -229,20 +245,30 @@ class Exchange:
         return _Round(indices, owned, sources, is_sharded, to_owners, to_holders)
 
     def _all_to_all(
-        self, leg: _Leg, parts: Sequence[Tensor], wire: torch.dtype, dtype: torch.dtype | None = None
+        self,
+        sends: Sequence[tuple[int, Tensor]],
+        receives: Sequence[tuple[int, Sequence[int]]],
+        wire: torch.dtype,
+        dtype: torch.dtype | None = None,
     ) -> Callable[[], list[Tensor]]:
-        """Starts one collective; the returned function waits for what ``leg`` receives."""
-        ranks, device = dist.get_world_size(self.group), self._device
-        lengths = [[part.numel() for part in parts], [_numel(piece.box) for piece in leg.receives]]
-        outgoing, incoming = (torch.empty(sum(own), dtype=wire, device=device) for own in lengths)
-        if parts:
-            slots = [slot.view(part.shape) for slot, part in zip(outgoing.split(lengths[0]), parts)]
-            torch._foreach_copy_(slots, list(parts))
+        """Starts one collective; the returned function waits for what arrives.
+
+        Args:
+            sends: Tensors with their destinations, sorted by these.
+            receives: Shapes with their sources, sorted by these.
+            wire: The dtype in which all are sent.
+            dtype: The dtype of what arrives; ``None`` is that of the wire.
+        """
+        lengths = [[part.numel() for _, part in sends], [math.prod(shape) for _, shape in receives]]
+        outgoing, incoming = (torch.empty(sum(own), dtype=wire, device=self._device) for own in lengths)
+        if sends:
+            slots = [slot.view(part.shape) for slot, (_, part) in zip(outgoing.split(lengths[0]), sends)]
+            torch._foreach_copy_(slots, [part for _, part in sends])
         work = dist.all_to_all_single(
             incoming,
             outgoing,
-            _by_peer(leg.receives, ranks),
-            _by_peer(leg.sends, ranks),
+            self._by_peer([peer for peer, _ in receives], lengths[1]),
+            self._by_peer([peer for peer, _ in sends], lengths[0]),
             group=self.group,
             async_op=True,
         )
@@ -250,9 +276,16 @@ class Exchange:
         def finish() -> list[Tensor]:
             work.wait()
             arrived = incoming.to(dtype or wire).split(lengths[1])
-            return [part.view(extent(piece.box)) for part, piece in zip(arrived, leg.receives)]
+            return [part.view(shape) for part, (_, shape) in zip(arrived, receives)]
 
         return finish
+
+    def _by_peer(self, peers: Sequence[int], lengths: Sequence[int]) -> list[int]:
+        """Number of elements sent to or received from every rank."""
+        sizes = [0] * self.size
+        for peer, length in zip(peers, lengths):
+            sizes[peer] += length
+        return sizes
 
     def _check_gradients(self, indices: tuple[int, ...]) -> None:
         # Only for a new set of weights. Without it, a layer that one rank never uses would deadlock the collective.
@@ -323,15 +356,3 @@ def _problem(weight: Tensor) -> str:
     except ValueError as error:
         return str(error)
     return ""
-
-
-def _by_peer(pieces: Sequence[_Piece], ranks: int) -> list[int]:
-    """Number of elements sent to or received from every rank."""
-    sizes = [0] * ranks
-    for piece in pieces:
-        sizes[piece.peer] += _numel(piece.box)
-    return sizes
-
-
-def _numel(box: Box) -> int:
-    return torch.Size(extent(box)).numel()
