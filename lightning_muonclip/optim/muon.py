@@ -24,6 +24,7 @@ from lightning_muonclip.optim.options import (
 from lightning_muonclip.optim.parts import Parts, intern_parts
 from lightning_muonclip.optim.stacking import KINDS
 from lightning_muonclip.optim.step import Matrix, MatrixStep, gain_momentum, scalar
+from lightning_muonclip.parallel.agreement import check_models
 from lightning_muonclip.parallel.holders import share_key
 from lightning_muonclip.parallel.shards import sharded_dims, to_local
 from lightning_muonclip.parallel.shared import SharedWeights
@@ -183,6 +184,9 @@ class Muon(Optimizer):
     def _update(self) -> None:
         # What a subclass's step() calls: torch wraps the step() of every class in the optimizer's hooks.
         shared = self._share()
+        if not shared.are_proven:
+            params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+            shared.check_gradients({p: gradient(p) for p in params if shared.place(p)})
         if self._consolidated is not None:  # of the step before; torch.compile sets no attribute up to torch 2.11
             self._consolidated = None
         matrices: list[Matrix] = []
@@ -242,6 +246,7 @@ class Muon(Optimizer):
                     if share_key(p, self.process_group) is not None:
                         own = local_costs if _has_whole_matrices(p, group["kind"]) else costs
                         own[p] = self._matrix_step.flops(p, group, parts)
+            check_models(self.param_groups, list(costs), self.process_group)
             self._shared = SharedWeights(costs, local_costs, self.process_group)
             self._drop_others_momentum()
         return self._shared

@@ -16,8 +16,8 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
+from lightning_muonclip.parallel.agreement import REMEDY, extremes, gradients_agree
 from lightning_muonclip.parallel.holders import boxes_by_rank, replicas_by_rank
 from lightning_muonclip.parallel.owners import assign_owners
 from lightning_muonclip.parallel.shards import Box, extent, local_box
@@ -89,7 +89,23 @@ class Exchange:
         self._replicas = [replicas_by_rank(weight, group) for weight in weights]
         self._rounds: dict[tuple[int, ...], list[_Round]] = {}
         self._dtype, self._device = weights[0].dtype, weights[0].device
+        self._held = [str([own[rank] for own in self._boxes]) for rank in range(self.size)]
+        #: Whether no two ranks hold the same, or those that do have had equal gradients.
+        self.is_proven = len(set(self._held)) == self.size
         self._check_agreement(weights)
+
+    def check_gradients(self, grads: Mapping[int, Tensor]) -> None:
+        """Compares the gradients of ranks that hold the same weights, until there was something to compare.
+
+        Args:
+            grads: Those of the weights that have one.
+
+        Raises:
+            RuntimeError: If ranks have gradients of different weights, or different ones.
+        """
+        if not self.is_proven:
+            self._check_indices(tuple(grads))
+            self.is_proven = gradients_agree(grads, self.shapes, self._held, self.group)
 
     def run(
         self,
@@ -112,7 +128,7 @@ class Exchange:
             back: The dtype in which results are sent.
         """
 
-        def send(round: _Round) -> Callable[[], dict[int, Tensor]]:
+        def send(round: _Round) -> Callable[[], dict[int, tuple[Tensor, Tensor]]]:
             return self._gather(round, dict(zip(round.sources, updates(round.sources))), out)
 
         rounds = self._rounds_of(tuple(indices))
@@ -162,9 +178,7 @@ class Exchange:
         leg = round.to_owners
         sends = [(piece.peer, tensor) for piece in leg.sends for tensor in parts[piece.number]]
         receives = [
-            (piece.peer, shape)
-            for piece in leg.receives
-            for shape in (extent(piece.box), parts[piece.number][1].shape)
+            (piece.peer, shape) for piece in leg.receives for shape in (extent(piece.box), parts[piece.number][1].shape)
         ]
         finish = self._all_to_all(sends, receives, wire)
 
@@ -203,7 +217,7 @@ class Exchange:
         if indices not in self._rounds:
             if len(self._rounds) == MOST_PLANS:
                 self._rounds.clear()
-            self._check_gradients(indices)
+            self._check_indices(indices)
             self._rounds[indices] = [self._round(members) for members in self._split(indices) if members]
         return self._rounds[indices]
 
@@ -287,7 +301,7 @@ class Exchange:
             sizes[peer] += length
         return sizes
 
-    def _check_gradients(self, indices: tuple[int, ...]) -> None:
+    def _check_indices(self, indices: tuple[int, ...]) -> None:
         # Only for a new set of weights. Without it, a layer that one rank never uses would deadlock the collective.
         [(least, largest)] = self._ranges(zlib.crc32(str(indices).encode()))
         if least != largest:
@@ -295,17 +309,14 @@ class Exchange:
             raise RuntimeError(
                 f"ranks have gradients for different matrices: rank {dist.get_rank()} has {len(indices)} of"
                 f" {len(self.shapes)} and lacks those of shapes {', '.join(absent[:8]) or '(none)'}. Give unused weights a"
-                " zero gradient, for example by adding 0 * weight.sum() to the loss"
+                f" zero gradient, for example by adding 0 * weight.sum() to the loss. {REMEDY}"
             )
 
     def _check_agreement(self, weights: Sequence[Tensor]) -> None:
-        """Compares the weights of all ranks once, since a mismatch would deadlock later. Also sets up the connections."""
+        """Compares the plans of all ranks once, since a mismatch would deadlock later. Also sets up the connections."""
         problem = next(filter(None, map(_problem, weights)), "")
         digest = zlib.crc32(f"{self.shapes}{self.owners}{self._costs}{self._boxes}".encode())
-        # For plain weights, only their values show whether these ranks train the same model.
-        plain = [weight.detach() for weight in weights if not isinstance(weight, DTensor) and weight.numel()]
-        size = float(torch.stack(torch._foreach_norm(plain)).double().sum()) if plain else 0.0
-        (_, has_problem), (least, largest), (smallest, biggest) = self._ranges(bool(problem), digest, size)
+        (_, has_problem), (least, largest) = self._ranges(bool(problem), digest)
         if has_problem:
             raise ValueError(
                 problem or "another rank holds a weight with unsupported sharding; see the error of that rank"
@@ -314,21 +325,13 @@ class Exchange:
             shapes = ", ".join(str(tuple(shape)) for shape in self.shapes[:8]) + (", ..." if len(weights) > 8 else "")
             raise RuntimeError(
                 f"ranks have different matrices for Muon: rank {dist.get_rank()} has {len(weights)} of shapes {shapes}. Give"
-                " all ranks of a group the same parameters in the same order, on the same type of device"
-            )
-        if abs(biggest - smallest) > 1e-6 * abs(biggest):
-            raise RuntimeError(
-                f"ranks have different weight values, so they do not train the same model: on rank {dist.get_rank()} the sum"
-                f" of the weights' norms is {size:.8g}, across ranks {smallest:.8g} to {biggest:.8g}. Pass Muon the"
-                " process_group of the ranks that train one model, or broadcast the weights first, as DDP does"
+                f" all ranks of a group the same parameters in the same order, on the same type of device. {REMEDY}"
             )
 
     def _ranges(self, *values: float) -> list[tuple[float, float]]:
         """The minimum and maximum of every value over the ranks. Synchronizes with the host."""
-        extremes = torch.tensor([[-value for value in values], values], dtype=torch.float64, device=self._device)
-        dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=self.group)
-        least, largest = extremes.tolist()
-        return [(-low, high) for low, high in zip(least, largest)]
+        found = extremes(torch.tensor(values, dtype=torch.float64, device=self._device), self.group)
+        return list(zip(*found))
 
 
 def wires(working: torch.dtype, dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
