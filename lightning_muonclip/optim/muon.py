@@ -80,6 +80,7 @@ class Muon(Optimizer):
     """
 
     _shared: SharedWeights | None = None
+    _known: frozenset[Tensor] = frozenset()
     _consolidated: dict[Tensor, Tensor] | None = None
 
     def __init__(
@@ -237,7 +238,9 @@ class Muon(Optimizer):
     # Several ranks --------------------------------------------------------------------------------------------------
 
     def _share(self) -> SharedWeights:
-        """Finds the weights that other ranks hold too and assigns each an owner rank; once."""
+        """Finds the weights that other ranks hold too and assigns each an owner rank; once for each set of weights."""
+        if self._shared is not None and self._are_replaced():
+            self._shared = None
         if self._shared is None:
             costs: dict[Tensor, float] = {}
             local_costs: dict[Tensor, float] = {}
@@ -248,8 +251,21 @@ class Muon(Optimizer):
                         own[p] = self._matrix_step.flops(p, group, parts)
             check_models(self.param_groups, list(costs), self.process_group)
             self._shared = SharedWeights(costs, local_costs, self.process_group)
+            self._known = frozenset(p for group in self.param_groups for p in group["params"])
             self._drop_others_momentum()
         return self._shared
+
+    def _are_replaced(self) -> bool:
+        """Whether a group has parameters that it did not have at the last step."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        if torch.compiler.is_compiling() or self._known.issuperset(params):
+            return False
+        if lost := self.state.keys() - set(params):
+            raise RuntimeError(
+                f"{len(lost)} of {len(self.state)} parameters were replaced in param_groups after they were stepped, which"
+                " loses their momentum. Replace them before the first step, or save state_dict() before and load it after"
+            )
+        return True
 
     def _kept_elsewhere(self) -> set[Tensor]:
         """Weights whose momentum only another rank keeps."""
