@@ -134,11 +134,11 @@ class MuonClip(Muon):
         named = [pair for group in self.param_groups for pair in zip(group.get("param_names", ()), group["params"])]
         replaced = [name for name, p in named if current.get(name, p) is not p]
         if replaced:
+            listed = ", ".join(replaced[:3]) + (", ..." if len(replaced) > 3 else "")
             raise RuntimeError(
-                f"{len(replaced)} parameters of the {type(self.qk_clip.model).__name__} were replaced after this MuonClip was"
-                f" created, so that it does not train them: {', '.join(replaced[:3])}{', ...' if len(replaced) > 3 else ''}. Create"
-                " MuonClip after to_empty, fully_shard or resize_token_embeddings, or put the new parameters into the places"
-                " of the old ones in param_groups"
+                f"{len(replaced)} parameters of the model were replaced after this MuonClip was created, so that it does not"
+                f" train them: {listed}. Create MuonClip after to_empty, fully_shard or resize_token_embeddings, or put the"
+                " new parameters into the places of the old ones in param_groups"
             )
 
     def state_dict(self) -> dict[str, Any]:
