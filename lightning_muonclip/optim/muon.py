@@ -38,6 +38,9 @@ class Muon(Optimizer):
         U_t = \mu B_t + (1 - \mu) G_t, \quad
         W_t = (1 - \eta\lambda) W_{t-1} - \eta\, s(m, n)\, \mathrm{orthogonalize}(U_t)
 
+    A matrix, an expert or a part whose gradient is all zero is only decayed by :math:`\eta\lambda`, and its momentum by
+    :math:`\mu`: orthogonalization would move it at full speed along what is left of its momentum, for ever.
+
     Matrices of the same shape are orthogonalized in one batched call. A group with ``algorithm="adamw"`` is stepped exactly
     as :class:`torch.optim.AdamW` would, so that one optimizer can own a whole model (see
     :func:`~lightning_muonclip.split_params`).
@@ -63,12 +66,14 @@ class Muon(Optimizer):
             together cover all channels once. Each matrix is orthogonalized and scaled as if it were a separate parameter.
         process_group: The data-parallel ranks that replicate the plain weights, as under DDP: each matrix has one owner
             rank, which orthogonalizes it. ``None`` is the default group, if torch.distributed is initialized. DTensors use
-            their own mesh.
+            their own mesh. Ranks that train apart need it: a group of one rank, or of those that train together.
         shard_momentum: Whether only the owner rank of a replicated weight keeps its momentum, as in ZeRO-1. Call
             :meth:`consolidate_state_dict` on every rank before ``state_dict()``; Lightning does.
 
     Raises:
         ValueError: If a hyperparameter is out of range, a parameter is not a matrix, or parts do not cover their weight.
+        RuntimeError: At the first step, if ranks have different weights, gradients or settings; at a later one, if other
+            weights are in a group, so that their parts or their momentum would be lost.
 
     Source: Keller Jordan (2024); Kimi K2, arXiv 2507.20534, algorithm 1.
 
@@ -171,6 +176,7 @@ class Muon(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("process_group", None)  # cannot be pickled
+        self.__dict__.setdefault("_parts", [])
         for group in self.param_groups:
             group.setdefault("algorithm", "muon")  # absent in a checkpoint of torch.optim.Muon
             group.setdefault("kind", "matrix")

@@ -126,7 +126,7 @@ def extremes(values: Tensor, group: dist.ProcessGroup | None) -> tuple[list[floa
         dist.all_reduce(both, op=dist.ReduceOp.MAX, group=group)
     except RuntimeError as error:  # a rank has ended, or has sent something else
         raise RuntimeError(
-            f"ranks could not be compared at the first step of Muon, which all ranks of its group must reach. {REMEDY}"
+            f"ranks could not be compared before a step of Muon, which all ranks of its group must take. {REMEDY}"
         ) from error
     least, largest = both.tolist()
     return [-low for low in least], largest

@@ -132,3 +132,11 @@ def test_a_gradient_that_is_not_finite_is_no_idle_one(bad: float) -> None:
     Muon(params, dtype=torch.float32).step()
     assert not params[0].isfinite().any()
     assert torch.equal(params[1], torch.zeros(3, 4))
+
+
+def test_empty_weights_are_idle() -> None:
+    params = [nn.Parameter(torch.zeros(shape)) for shape in ((0, 4), (3, 4), (2, 0))]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    Muon([*params], dtype=torch.float32).step()
+    assert params[1].count_nonzero() == 12
