@@ -62,10 +62,9 @@ class MatrixStep:
                 there[exchange][i] = matrix
             else:
                 here.append(matrix)
-        moving = with_gradient(here, is_shared=False)
         for stack in self._stacks(here, [matrix.weight.shape for matrix in here]):  # needs memory for itself alone
             own = [here[i] for i in stack]
-            self._subtract(own, self._directions(own, updates(own), [moving[i] for i in stack]))
+            self._subtract(own, self._directions(own, updates(own), with_gradient(own, is_shared=False)))
         for exchange, own_of_it in there.items():
             if own_of_it:
                 self._step_shared(exchange, own_of_it)
@@ -179,14 +178,14 @@ def with_gradient(matrices: Sequence[Matrix], is_shared: bool) -> list[Tensor]:
     would restore the scale of what is left of it for ever.
 
     Args:
-        matrices: The weights.
+        matrices: The weights, of one dtype and device.
         is_shared: Whether this rank may have a part of each matrix only.
     """
     single = [i for i, m in enumerate(matrices) if m.parts is None and m.group["kind"] != "experts"]
     found: dict[int, Tensor] = {}
     if single:  # a sum of absolute values, since squares underflow
-        sums = torch._foreach_norm([matrices[i].grad for i in single], 1)
-        found = {i: (size != 0).reshape(1) for i, size in zip(single, sums)}
+        sums = torch.stack(torch._foreach_norm([matrices[i].grad for i in single], 1))
+        found = dict(zip(single, (sums != 0).to(sums.dtype).split(1)))
     for i, m in enumerate(matrices):
         if i in found:
             continue
@@ -194,12 +193,12 @@ def with_gradient(matrices: Sequence[Matrix], is_shared: bool) -> list[Tensor]:
         if m.parts is not None:
             channels = m.grad.new_zeros(shape[m.parts.dim], dtype=torch.bool)
             channels[box[m.parts.dim]] = m.grad.any(1 - m.parts.dim)
-            found[i] = m.parts.where_any(channels)
+            found[i] = m.parts.where_any(channels).to(m.grad.dtype)
         else:
             experts = m.grad.new_zeros(shape[:-2], dtype=torch.bool)
             experts[box[:-2]] = m.grad.any(-1).any(-1)
-            found[i] = experts.flatten()
-    return [found[i].to(m.grad.dtype) for i, m in enumerate(matrices)]
+            found[i] = experts.flatten().to(m.grad.dtype)
+    return [found[i] for i in range(len(matrices))]
 
 
 def scalar(lr: float | Tensor) -> float | Tensor:
