@@ -138,7 +138,7 @@ UNLIKE: dict[str, tuple[Callable[[int], Any], str]] = {
     "sweep over weight decay": (lambda rank: trial(weight_decay=0.1 * rank), "weight_decay"),
     "sweep over momentum": (lambda rank: trial(momentum=0.9 + 0.05 * rank), "momentum"),
     "sweep over schedules": (lambda rank: trial(ns_coefficients=("jordan", "polar_express")[rank]), "ns_coefficients"),
-    "sweep over AdamW": (lambda rank: clip_trial(betas=(0.9, 0.95 + 0.01 * rank)), "betas"),
+    "sweep over AdamW": (lambda rank: other_betas((0.9, 0.95 + 0.01 * rank)), "betas"),
     "sweep after a warm-up": (lambda rank: warm_up(0.1 * (1 + rank)), "initial_lr"),
     "sides of a GAN": (sides_of_a_gan, "different matrices"),
     "one side without matrices": (one_side_without_matrices, "different matrices"),
@@ -161,9 +161,13 @@ def trial(**options: Any) -> None:
     train(model, Muon(matrices(model), **options), seed=0)
 
 
-def clip_trial(**options: Any) -> None:
+def other_betas(betas: tuple[float, float]) -> None:
     model = network()
-    train(model, MuonClip(model, LR, **options), seed=0)
+    optimizer = MuonClip(model, LR)
+    for group in optimizer.param_groups:
+        if group["algorithm"] == "adamw":
+            group["betas"] = betas
+    train(model, optimizer, seed=0)
 
 
 def warm_up(lr: float) -> None:
