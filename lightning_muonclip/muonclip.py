@@ -147,12 +147,27 @@ class MuonClip(Muon):
             self._update()
             return loss
         attention = self.qk_clip.settle()
+        if self._shared is None:
+            self._check_that_params_are_the_models()
         if attention is not self._split_attention:
             self.set_parts(matrix_parts(self.qk_clip.model, attention, self._split))
             self._split_attention = attention
         self._update()
         self.last = self.qk_clip.step(max_logits)
         return loss
+
+    def _check_that_params_are_the_models(self) -> None:
+        assert self.qk_clip is not None
+        current = dict(self.qk_clip.model.named_parameters())
+        named = [pair for group in self.param_groups for pair in zip(group.get("param_names", ()), group["params"])]
+        replaced = [name for name, p in named if current.get(name, p) is not p]
+        if replaced:
+            listed = ", ".join(replaced[:3]) + (", ..." if len(replaced) > 3 else "")
+            raise RuntimeError(
+                f"{len(replaced)} parameters of the model were replaced after this MuonClip was created, so that it does not"
+                f" train them: {listed}. Create MuonClip after to_empty, fully_shard or resize_token_embeddings, or put the"
+                " new parameters into the places of the old ones in param_groups"
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the optimizer, with that of QK-Clip under ``"qk_clip"``."""

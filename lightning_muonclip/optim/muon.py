@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,9 +24,10 @@ from lightning_muonclip.optim.options import (
     for_torch,
     from_torch,
 )
-from lightning_muonclip.optim.parts import intern_parts
+from lightning_muonclip.optim.parts import Parts, intern_parts
 from lightning_muonclip.optim.stacking import KINDS
 from lightning_muonclip.optim.step import Matrix, MatrixStep, gain_momentum, scalar
+from lightning_muonclip.parallel.agreement import check_models
 from lightning_muonclip.parallel.holders import share_key
 from lightning_muonclip.parallel.shards import sharded_dims, to_local
 from lightning_muonclip.parallel.shared import SharedWeights
@@ -39,6 +40,9 @@ class Muon(Optimizer):
         B_t = \mu B_{t-1} + (1 - \mu) G_t, \quad
         U_t = \mu B_t + (1 - \mu) G_t, \quad
         W_t = (1 - \eta\lambda) W_{t-1} - \eta\, s(m, n)\, \mathrm{orthogonalize}(U_t)
+
+    A matrix, an expert or a part whose gradient is all zero is only decayed by :math:`\eta\lambda`, and its momentum by
+    :math:`\mu`: orthogonalization would move it at full speed along what is left of its momentum, for ever.
 
     Matrices of the same shape are orthogonalized in one batched call. A group with ``algorithm="adamw"`` is stepped exactly
     as :class:`torch.optim.AdamW` would, so that one optimizer can own a whole model (see
@@ -65,12 +69,14 @@ class Muon(Optimizer):
             together cover all channels once. Each matrix is orthogonalized and scaled as if it were a separate parameter.
         process_group: The data-parallel ranks that replicate the plain weights, as under DDP: each matrix has one owner
             rank, which orthogonalizes it. ``None`` is the default group, if torch.distributed is initialized. DTensors use
-            their own mesh.
+            their own mesh. Ranks that train apart need it: a group of one rank, or of those that train together.
         shard_momentum: Whether only the owner rank of a replicated weight keeps its momentum, as in ZeRO-1. Call
             :meth:`consolidate_state_dict` on every rank before ``state_dict()``; Lightning does.
 
     Raises:
         ValueError: If a hyperparameter is out of range, a parameter is not a matrix, or parts do not cover their weight.
+        RuntimeError: At the first step, if ranks have different weights, gradients or settings; at a later one, if other
+            weights are in a group, so that their parts or their momentum would be lost.
 
     Source: Keller Jordan (2024); Kimi K2, arXiv 2507.20534, algorithm 1.
 
@@ -82,6 +88,7 @@ class Muon(Optimizer):
     """
 
     _shared: SharedWeights | None = None
+    _known: frozenset[Tensor] = frozenset()
     _consolidated: dict[Tensor, Tensor] | None = None
 
     def __init__(
@@ -117,8 +124,10 @@ class Muon(Optimizer):
             "adjust_lr_fn": adjust_lr_fn,
         }
         check_muon_options(**defaults, dtype=dtype, stack_numel=stack_numel)
-        self._matrix_step = MatrixStep(as_dtype(dtype), stack_numel, intern_parts(parts or {}))
+        self._matrix_step = MatrixStep(as_dtype(dtype), stack_numel)
+        self._parts: list[list[Parts | None]] = []
         super().__init__(params, defaults)
+        self.set_parts(parts or {})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; ``algorithm`` is ``"muon"`` (default) or ``"adamw"`` (any shape), ``kind`` one of :data:`KINDS`."""
@@ -144,12 +153,14 @@ class Muon(Optimizer):
                 " momentum of the matrices that it owns; add the group before the first step, or pass shard_momentum=False"
             )
         super().add_param_group(param_group)
+        self._parts.append([None] * len(self.param_groups[-1]["params"]))
         self._shared = None
         if algorithm == "muon":
             try:
                 check_matrices(self.param_groups[-1])
             except ValueError:
                 self.param_groups.pop()
+                self._parts.pop()
                 raise
 
     def set_parts(self, parts: Mapping[Tensor, tuple[int, Sequence[Tensor]]]) -> None:
@@ -158,17 +169,21 @@ class Muon(Optimizer):
         Raises:
             ValueError: If they do not cover their weights.
         """
-        self._matrix_step.parts = intern_parts(parts)
+        # By place in the groups, where another tensor may take the place of a weight: fully_shard, to_empty.
+        own = intern_parts(parts)
+        self._parts = [[own.get(p) for p in group["params"]] for group in self.param_groups]
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {
             "shard_momentum": self.shard_momentum,
             "_matrix_step": self._matrix_step,
+            "_parts": self._parts,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("process_group", None)  # cannot be pickled
+        self.__dict__.setdefault("_parts", [])
         for group in self.param_groups:
             group.setdefault("algorithm", "muon")  # absent in a checkpoint of torch.optim.Muon
             group.setdefault("kind", "matrix")
@@ -183,6 +198,9 @@ class Muon(Optimizer):
     def _update(self) -> None:
         # What a subclass's step() calls: torch wraps the step() of every class in the optimizer's hooks.
         shared = self._share()
+        if not shared.are_proven:
+            params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+            shared.check_gradients({p: gradient(p) for p in params if shared.place(p)})
         if self._consolidated is not None:  # of the step before; torch.compile sets no attribute up to torch 2.11
             self._consolidated = None
         matrices: list[Matrix] = []
@@ -192,22 +210,37 @@ class Muon(Optimizer):
                 adamw_step(self.state, group, params)
             elif params:
                 with torch.profiler.record_function("muonclip::muon"):  # torch 2.11 compiles no decorator of this kind
-                    matrices += self._matrices(number, params)
+                    matrices += self._matrices(number)
         with torch.profiler.record_function("muonclip::muon"):
             self._matrix_step.step(matrices, shared)
 
-    def _matrices(self, number: int, params: list[Tensor]) -> list[Matrix]:
+    def _matrices(self, number: int) -> list[Matrix]:
         """Decays the weights of one group and updates their momentum, each on the shard of this rank."""
         group, elsewhere = self.param_groups[number], self._kept_elsewhere()
+        params, parts = zip(*((p, own) for p, own in self._with_parts(number) if p.grad is not None))
         grads = [gradient(p) for p in params]
         buffers = [None if p in elsewhere else self._momentum_buffer(p, grad) for p, grad in zip(params, grads)]
         matrices = [
-            Matrix(p, to_local(p), to_local(grad), None if buffer is None else to_local(buffer), number, group)
-            for p, grad, buffer in zip(params, grads, buffers)
+            Matrix(p, to_local(p), to_local(grad), None if buffer is None else to_local(buffer), number, group, own)
+            for p, grad, buffer, own in zip(params, grads, buffers, parts)
         ]
         gain_momentum(matrices, group["momentum"])
         torch._foreach_mul_([m.weight for m in matrices], 1 - scalar(group["lr"]) * group["weight_decay"])
         return matrices
+
+    def _with_parts(self, number: int) -> Iterator[tuple[Tensor, Parts | None]]:
+        """The weights of one group, each with its parts."""
+        params = self.param_groups[number]["params"]
+        if not any(map(any, self._parts)):
+            return ((p, None) for p in params)
+        places = [len(own) for own in self._parts]
+        fit = places == [len(group["params"]) for group in self.param_groups]
+        if not fit or any(own and own.count != p.shape[own.dim] for p, own in zip(params, self._parts[number])):
+            raise RuntimeError(
+                f"parameter group {number} has other weights than when the parts of its fused weights were set; call"
+                " set_parts() after changing param_groups, or replace each weight by one of the same shape"
+            )
+        return zip(params, self._parts[number])
 
     def _momentum_buffer(self, param: Tensor, grad: Tensor) -> Tensor:
         state = self.state[param]
@@ -218,18 +251,34 @@ class Muon(Optimizer):
     # Several ranks --------------------------------------------------------------------------------------------------
 
     def _share(self) -> SharedWeights:
-        """Finds the weights that other ranks hold too and assigns each an owner rank; once."""
+        """Finds the weights that other ranks hold too and assigns each an owner rank; once for each set of weights."""
+        if self._shared is not None and self._are_replaced():
+            self._shared = None
         if self._shared is None:
             costs: dict[Tensor, float] = {}
             local_costs: dict[Tensor, float] = {}
-            for group in self.param_groups:
-                for p in group["params"] if group["algorithm"] == "muon" else ():
+            for number, group in enumerate(self.param_groups):
+                for p, parts in self._with_parts(number) if group["algorithm"] == "muon" else ():
                     if share_key(p, self.process_group) is not None:
                         own = local_costs if _has_whole_matrices(p, group["kind"]) else costs
-                        own[p] = self._matrix_step.flops(p, group)
+                        own[p] = self._matrix_step.flops(p, group, parts)
+            check_models(self.param_groups, list(costs), self.process_group)
             self._shared = SharedWeights(costs, local_costs, self.process_group)
+            self._known = frozenset(p for group in self.param_groups for p in group["params"])
             self._drop_others_momentum()
         return self._shared
+
+    def _are_replaced(self) -> bool:
+        """Whether a group has parameters that it did not have at the last step."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        if torch.compiler.is_compiling() or self._known.issuperset(params):
+            return False
+        if lost := self.state.keys() - set(params):
+            raise RuntimeError(
+                f"{len(lost)} of {len(self.state)} parameters were replaced in param_groups after they were stepped, which"
+                " loses their momentum. Replace them before the first step, or save state_dict() before and load it after"
+            )
+        return True
 
     def _kept_elsewhere(self) -> set[Tensor]:
         """Weights whose momentum only another rank keeps."""

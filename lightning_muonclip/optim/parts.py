@@ -17,6 +17,9 @@ class Parts:
     Args:
         dim: The output dimension of the weight.
         channels: Channel indices of each matrix.
+
+    Attributes:
+        count: Number of channels of the weight.
     """
 
     def __init__(self, dim: int, channels: Sequence[Tensor]) -> None:
@@ -24,6 +27,7 @@ class Parts:
         sizes: dict[int, list[Tensor]] = defaultdict(list)
         for own in channels:
             sizes[len(own)].append(own)
+        self.count = sum(map(len, channels))
         self._channels = {torch.device("cpu"): [torch.stack(own).cpu() for own in sizes.values()]}
         self._factors: dict[tuple[str, int, torch.device], Tensor] = {}
 
@@ -37,11 +41,15 @@ class Parts:
         """Number of matrices and of channels per matrix, for every size."""
         return [(len(own), own.shape[1]) for own in self._channels[torch.device("cpu")]]
 
+    def where_any(self, channels: Tensor) -> Tensor:
+        """For each matrix, whether something holds for any of its channels, in the order of :meth:`channels_on`."""
+        return torch.cat([channels[own].any(-1) for own in self.channels_on(channels.device)])
+
     def factors(self, adjustment: str, fan_in: int, device: torch.device) -> Tensor:
         """Per-channel scale of the update under the named adjustment, shaped to multiply the weight."""
         key = (adjustment, fan_in, device)
         if key not in self._factors:
-            factors = torch.empty(sum(count * size for count, size in self.sizes()))
+            factors = torch.empty(self.count)
             for channels in self.channels_on(torch.device("cpu")):
                 factors[channels] = LR_ADJUSTMENTS[adjustment](channels.shape[1], fan_in)
             self._factors[key] = factors.view((1, -1) if self.dim else (-1, 1)).to(device)

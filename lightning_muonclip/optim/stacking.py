@@ -46,24 +46,39 @@ def stacks(shapes: Sequence[torch.Size], alike: Sequence[Hashable], bound: int) 
         yield from (indices[start : start + size] for start in range(0, len(indices), size))
 
 
-def directions(updates: Sequence[Tensor], kind: str, orthogonal: Orthogonal, bound: int) -> list[Tensor]:
-    """Orthogonalizes the updates of the weights of one stack."""
+def directions(
+    updates: Sequence[Tensor], moving: Sequence[Tensor], kind: str, orthogonal: Orthogonal, bound: int
+) -> list[Tensor]:
+    """Orthogonalizes the updates of the weights of one stack.
+
+    Args:
+        updates: The update of each weight.
+        moving: For each weight, 1 for its matrices that move and 0 for those that stay.
+        kind: How the weights are read as matrices.
+        orthogonal: Orthogonalizes a batch.
+        bound: Most elements in one call.
+    """
     batches = [update.reshape(matrix_shape(update.shape, kind)) for update in updates]
     wide = [batch.mT if _is_tall(batch) else batch for batch in batches]
     stack = torch.cat(wide) if len(wide) > 1 else wide[0]
     pieces = stack.split(max(1, bound // max(1, stack[0].numel())))  # only experts need more than one
     results = [orthogonal(piece) for piece in pieces]
     result = torch.cat(results) if len(results) > 1 else results[0]
+    result = result * torch.cat(list(moving))[:, None, None]
     own = zip(result.split([len(batch) for batch in batches]), batches, updates)
     return [(part.mT if _is_tall(batch) else part).reshape(update.shape) for part, batch, update in own]
 
 
-def directions_of_parts(updates: Sequence[Tensor], parts: Parts, orthogonal: Orthogonal) -> list[Tensor]:
+def directions_of_parts(
+    updates: Sequence[Tensor], moving: Sequence[Tensor], parts: Parts, orthogonal: Orthogonal
+) -> list[Tensor]:
     """Orthogonalizes every part of fused weights separately."""
     matrices = torch.stack([update.mT if parts.dim else update for update in updates])
     results = torch.empty_like(matrices)
-    for channels in parts.channels_on(matrices.device):
-        results[:, channels] = orthogonal(matrices[:, channels])  # (weights, parts alike, channels, fan-in)
+    alike = torch.stack(list(moving)).split([count for count, _ in parts.sizes()], dim=1)
+    for channels, own in zip(parts.channels_on(matrices.device), alike):
+        directions = orthogonal(matrices[:, channels])  # (weights, parts alike, channels, fan-in)
+        results[:, channels] = directions * own[..., None, None]
     return list(results.mT if parts.dim else results)
 
 

@@ -18,7 +18,7 @@ from lightning_muonclip.optim.parts import Parts
 from lightning_muonclip.optim.restarts import cheapest_flops
 from lightning_muonclip.optim.stacking import STACK_NUMEL, directions, directions_of_parts, matrix_shape, stacks
 from lightning_muonclip.parallel.exchange import Exchange, wires
-from lightning_muonclip.parallel.shards import local_box
+from lightning_muonclip.parallel.shards import local_box, whole_box
 from lightning_muonclip.parallel.shared import SharedWeights
 
 
@@ -28,6 +28,7 @@ class Matrix(NamedTuple):
     Attributes:
         momentum: ``None`` if another rank keeps it.
         number: The number of its group; torch.compile takes no ids of objects.
+        parts: The matrices inside a weight that holds several.
     """
 
     param: Tensor
@@ -36,21 +37,20 @@ class Matrix(NamedTuple):
     momentum: Tensor | None
     number: int
     group: dict[str, Any]
+    parts: Parts | None
 
 
 class MatrixStep:
-    """How matrices are orthogonalized: in which dtype, how many together, and which parts separately.
+    """How matrices are orthogonalized: in which dtype, and how many together.
 
     Args:
         dtype: Working dtype of Newton-Schulz; ``None`` is the fastest that the device has in hardware.
         stack_numel: Most elements that are orthogonalized together; ``None`` is :data:`.stacking.STACK_NUMEL`.
-        parts: The matrices inside a weight that holds several.
     """
 
-    def __init__(self, dtype: torch.dtype | None, stack_numel: int | None, parts: Mapping[Tensor, Parts]) -> None:
+    def __init__(self, dtype: torch.dtype | None, stack_numel: int | None) -> None:
         self.dtype = dtype
         self.stack_numel = stack_numel
-        self.parts = parts
 
     def step(self, matrices: Sequence[Matrix], shared: SharedWeights) -> None:
         """Subtracts the orthogonalized updates from the weights."""
@@ -64,14 +64,13 @@ class MatrixStep:
                 here.append(matrix)
         for stack in self._stacks(here, [matrix.weight.shape for matrix in here]):  # needs memory for itself alone
             own = [here[i] for i in stack]
-            self._subtract(own, self._directions(own, updates(own)))
+            self._subtract(own, self._directions(own, updates(own), with_gradient(own, is_shared=False)))
         for exchange, own_of_it in there.items():
             if own_of_it:
                 self._step_shared(exchange, own_of_it)
 
-    def flops(self, param: Tensor, group: Mapping[str, Any]) -> float:
+    def flops(self, param: Tensor, group: Mapping[str, Any], parts: Parts | None) -> float:
         """The cost of orthogonalizing a weight."""
-        parts = self.parts.get(param)
         shapes = [matrix_shape(param.shape, group["kind"])]
         if parts is not None:
             shapes = [(count, channels, param.shape[1 - parts.dim]) for count, channels in parts.sizes()]
@@ -83,15 +82,17 @@ class MatrixStep:
         """The same for matrices that other ranks hold too: each is orthogonalized by its owner rank."""
         weight = next(iter(matrices.values())).weight
 
-        def local_updates(indices: Sequence[int]) -> list[Tensor]:
-            return updates([matrices[i] for i in indices])
+        def local_updates(indices: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+            own = [matrices[i] for i in indices]
+            return list(zip(updates(own), with_gradient(own, is_shared=True)))
 
-        def orthogonalized(whole: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        def orthogonalized(whole: Mapping[int, tuple[Tensor, Tensor]]) -> dict[int, Tensor]:
             indices = list(whole)
             results: dict[int, Tensor] = {}
-            for stack in self._stacks([matrices[i] for i in indices], [update.shape for update in whole.values()]):
+            for stack in self._stacks([matrices[i] for i in indices], [update.shape for update, _ in whole.values()]):
                 own = [indices[k] for k in stack]
-                results |= dict(zip(own, self._directions([matrices[i] for i in own], [whole[i] for i in own])))
+                found, moving = zip(*(whole[i] for i in own))
+                results |= dict(zip(own, self._directions([matrices[i] for i in own], found, moving)))
             return results
 
         def subtract(shards: Mapping[int, Tensor]) -> None:
@@ -103,7 +104,7 @@ class MatrixStep:
     def _stacks(self, matrices: Sequence[Matrix], shapes: Sequence[torch.Size]) -> Iterator[list[int]]:
         if not matrices:
             return iter(())
-        alike = [(m.number, self.parts.get(m.param), m.weight.dtype, m.weight.device) for m in matrices]
+        alike = [(m.number, m.parts, m.weight.dtype, m.weight.device) for m in matrices]
         return stacks(shapes, alike, self._bound(matrices[0].weight.device))
 
     def _working_dtype(self, device: torch.device) -> torch.dtype:
@@ -112,7 +113,9 @@ class MatrixStep:
     def _bound(self, device: torch.device) -> int:
         return STACK_NUMEL.get(device.type, 0) if self.stack_numel is None else self.stack_numel
 
-    def _directions(self, matrices: Sequence[Matrix], whole: Sequence[Tensor]) -> list[Tensor]:
+    def _directions(
+        self, matrices: Sequence[Matrix], whole: Sequence[Tensor], moving: Sequence[Tensor]
+    ) -> list[Tensor]:
         """Orthogonalized updates of whole matrices that are stacked together."""
         group = matrices[0].group
         orthogonal = partial(
@@ -122,10 +125,9 @@ class MatrixStep:
             eps=group["eps"],
             dtype=self._working_dtype(whole[0].device),
         )
-        parts = self.parts.get(matrices[0].param)
-        if parts is not None:
-            return directions_of_parts(whole, parts, orthogonal)
-        return directions(whole, group["kind"], orthogonal, self._bound(whole[0].device))
+        if parts := matrices[0].parts:
+            return directions_of_parts(whole, moving, parts, orthogonal)
+        return directions(whole, moving, group["kind"], orthogonal, self._bound(whole[0].device))
 
     def _subtract(self, matrices: Sequence[Matrix], shards: Sequence[Tensor]) -> None:
         """Steps weights along this rank's shards of their directions."""
@@ -141,7 +143,7 @@ class MatrixStep:
 
     def _scale(self, matrix: Matrix) -> float | Tensor:
         name = matrix.group["adjust_lr_fn"] or "original"
-        param, parts = matrix.param, self.parts.get(matrix.param)
+        param, parts = matrix.param, matrix.parts
         _, fan_out, fan_in = matrix_shape(param.shape, matrix.group["kind"])
         if parts is None:
             return LR_ADJUSTMENTS[name](fan_out, fan_in)
@@ -167,6 +169,36 @@ def updates(matrices: Sequence[Matrix]) -> list[Tensor]:
             momenta = list(torch._foreach_lerp([m.grad for m in own], momenta, group["momentum"]))
         found += momenta
     return found
+
+
+def with_gradient(matrices: Sequence[Matrix], is_shared: bool) -> list[Tensor]:
+    """For each weight, which of its matrices have a gradient: 1 or 0 each, a vector on the device.
+
+    A matrix whose gradient is all zero, such as an idle expert, must not move: its momentum decays, but orthogonalization
+    would restore the scale of what is left of it for ever.
+
+    Args:
+        matrices: The weights, of one dtype and device.
+        is_shared: Whether this rank may have a part of each matrix only.
+    """
+    single = [i for i, m in enumerate(matrices) if m.parts is None and m.group["kind"] != "experts"]
+    found: dict[int, Tensor] = {}
+    if single:  # a sum of absolute values, since squares underflow
+        sums = torch.stack(torch._foreach_norm([matrices[i].grad for i in single], 1))
+        found = dict(zip(single, (sums != 0).to(sums.dtype).split(1)))
+    for i, m in enumerate(matrices):
+        if i in found:
+            continue
+        shape, box = (m.param.shape, local_box(m.param)) if is_shared else (m.weight.shape, whole_box(m.weight.shape))
+        if m.parts is not None:
+            channels = m.grad.new_zeros(shape[m.parts.dim], dtype=torch.bool)
+            channels[box[m.parts.dim]] = m.grad.any(1 - m.parts.dim)
+            found[i] = m.parts.where_any(channels).to(m.grad.dtype)
+        else:
+            experts = m.grad.new_zeros(shape[:-2], dtype=torch.bool)
+            experts[box[:-2]] = m.grad.any(-1).any(-1)
+            found[i] = experts.flatten().to(m.grad.dtype)
+    return [found[i] for i in range(len(matrices))]
 
 
 def scalar(lr: float | Tensor) -> float | Tensor:

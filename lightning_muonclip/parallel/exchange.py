@@ -6,6 +6,7 @@ replicated dimensions of a mesh). Each direction is one all-to-all that moves on
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,8 +16,8 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
+from lightning_muonclip.parallel.agreement import REMEDY, extremes, gradients_agree
 from lightning_muonclip.parallel.holders import boxes_by_rank, replicas_by_rank
 from lightning_muonclip.parallel.owners import assign_owners
 from lightning_muonclip.parallel.shards import Box, extent, local_box
@@ -80,7 +81,7 @@ class Exchange:
         self, weights: Sequence[Tensor], costs: Sequence[float], loads: Sequence[float], group: dist.ProcessGroup
     ) -> None:
         self.group = group
-        self.rank = dist.get_rank(group)
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self.shapes = [weight.shape for weight in weights]
         self.owners = assign_owners(costs, loads)
         self._costs = costs
@@ -88,13 +89,29 @@ class Exchange:
         self._replicas = [replicas_by_rank(weight, group) for weight in weights]
         self._rounds: dict[tuple[int, ...], list[_Round]] = {}
         self._dtype, self._device = weights[0].dtype, weights[0].device
+        self._held = [str([own[rank] for own in self._boxes]) for rank in range(self.size)]
+        #: Whether no two ranks hold the same, or those that do have had equal gradients.
+        self.is_proven = len(set(self._held)) == self.size
         self._check_agreement(weights)
+
+    def check_gradients(self, grads: Mapping[int, Tensor]) -> None:
+        """Compares the gradients of ranks that hold the same weights, until there was something to compare.
+
+        Args:
+            grads: Those of the weights that have one.
+
+        Raises:
+            RuntimeError: If ranks have gradients of different weights, or different ones.
+        """
+        if not self.is_proven:
+            self._check_indices(tuple(grads))
+            self.is_proven = gradients_agree(grads, self.shapes, self._held, self.group)
 
     def run(
         self,
         indices: Sequence[int],
-        updates: Callable[[Sequence[int]], list[Tensor]],
-        work: Callable[[Mapping[int, Tensor]], dict[int, Tensor]],
+        updates: Callable[[Sequence[int]], list[tuple[Tensor, Tensor]]],
+        work: Callable[[Mapping[int, tuple[Tensor, Tensor]]], dict[int, Tensor]],
         use: Callable[[Mapping[int, Tensor]], None],
         out: torch.dtype,
         back: torch.dtype,
@@ -103,14 +120,15 @@ class Exchange:
 
         Args:
             indices: The weights that take part, the same on every rank.
-            updates: Returns this rank's parts of the updates of the given weights.
-            work: Maps the whole updates that this rank owns to results.
+            updates: Returns this rank's parts of the updates of the given weights, each with its marks: a vector, of which
+                the owner gets the maximum over the ranks that hold the weight.
+            work: Maps the whole updates that this rank owns, with their marks, to results.
             use: Consumes this rank's parts of the results.
             out: The dtype in which updates are sent.
             back: The dtype in which results are sent.
         """
 
-        def send(round: _Round) -> Callable[[], dict[int, Tensor]]:
+        def send(round: _Round) -> Callable[[], dict[int, tuple[Tensor, Tensor]]]:
             return self._gather(round, dict(zip(round.sources, updates(round.sources))), out)
 
         rounds = self._rounds_of(tuple(indices))
@@ -151,21 +169,32 @@ class Exchange:
                 collected[i] = collected[i].cpu()  # all of them may not fit into the memory of one device
         return collected
 
-    def _gather(self, round: _Round, parts: Mapping[int, Tensor], wire: torch.dtype) -> Callable[[], dict[int, Tensor]]:
+    def _gather(
+        self, round: _Round, parts: Mapping[int, tuple[Tensor, Tensor]], wire: torch.dtype
+    ) -> Callable[[], dict[int, tuple[Tensor, Tensor]]]:
         """Starts gathering matrices to their owners; the returned function waits for those that this rank owns."""
-        sends = [parts[piece.number] for piece in round.to_owners.sends]
-        finish = self._all_to_all(round.to_owners, sends, wire) if round.is_sharded else None
+        if not round.is_sharded:
+            return lambda: {i: parts[i] for i in round.owned}
+        leg = round.to_owners
+        sends = [(piece.peer, tensor) for piece in leg.sends for tensor in parts[piece.number]]
+        receives = [
+            (piece.peer, shape) for piece in leg.receives for shape in (extent(piece.box), parts[piece.number][1].shape)
+        ]
+        finish = self._all_to_all(sends, receives, wire)
 
-        def wait() -> dict[int, Tensor]:
-            if finish is None:
-                return {i: parts[i] for i in round.owned}
-            whole = {i: parts[i].new_empty(self.shapes[i]) for i in round.owned}
+        def wait() -> dict[int, tuple[Tensor, Tensor]]:
+            whole = {i: parts[i][0].new_empty(self.shapes[i]) for i in round.owned}
+            marks = {i: parts[i][1].new_zeros(self.size, len(parts[i][1])) for i in round.owned}
             own = [_Piece(self.rank, i, self._boxes[i][self.rank]) for i in round.owned]
-            targets = [whole[piece.number][piece.box] for piece in (*own, *round.to_owners.receives)]
+            targets = [
+                target
+                for piece in (*own, *leg.receives)
+                for target in (whole[piece.number][piece.box], marks[piece.number][piece.peer])
+            ]
             arrived = finish()
             if targets:
-                torch._foreach_copy_(targets, [*(parts[i] for i in round.owned), *arrived])
-            return whole
+                torch._foreach_copy_(targets, [*(tensor for i in round.owned for tensor in parts[i]), *arrived])
+            return {i: (update, marks[i].amax(0)) for i, update in whole.items()}
 
         return wait
 
@@ -173,8 +202,9 @@ class Exchange:
         self, round: _Round, results: Mapping[int, Tensor], wire: torch.dtype
     ) -> Callable[[], dict[int, Tensor]]:
         """Starts scattering results to all holders; the returned function waits for this rank's parts."""
-        sends = [results[piece.number][piece.box] for piece in round.to_holders.sends]
-        finish = self._all_to_all(round.to_holders, sends, wire, self._dtype)
+        sends = [(piece.peer, results[piece.number][piece.box]) for piece in round.to_holders.sends]
+        receives = [(piece.peer, extent(piece.box)) for piece in round.to_holders.receives]
+        finish = self._all_to_all(sends, receives, wire, self._dtype)
 
         def wait() -> dict[int, Tensor]:
             parts = {i: result[self._boxes[i][self.rank]] for i, result in results.items()}
@@ -187,7 +217,7 @@ class Exchange:
         if indices not in self._rounds:
             if len(self._rounds) == MOST_PLANS:
                 self._rounds.clear()
-            self._check_gradients(indices)
+            self._check_indices(indices)
             self._rounds[indices] = [self._round(members) for members in self._split(indices) if members]
         return self._rounds[indices]
 
@@ -229,20 +259,30 @@ class Exchange:
         return _Round(indices, owned, sources, is_sharded, to_owners, to_holders)
 
     def _all_to_all(
-        self, leg: _Leg, parts: Sequence[Tensor], wire: torch.dtype, dtype: torch.dtype | None = None
+        self,
+        sends: Sequence[tuple[int, Tensor]],
+        receives: Sequence[tuple[int, Sequence[int]]],
+        wire: torch.dtype,
+        dtype: torch.dtype | None = None,
     ) -> Callable[[], list[Tensor]]:
-        """Starts one collective; the returned function waits for what ``leg`` receives."""
-        ranks, device = dist.get_world_size(self.group), self._device
-        lengths = [[part.numel() for part in parts], [_numel(piece.box) for piece in leg.receives]]
-        outgoing, incoming = (torch.empty(sum(own), dtype=wire, device=device) for own in lengths)
-        if parts:
-            slots = [slot.view(part.shape) for slot, part in zip(outgoing.split(lengths[0]), parts)]
-            torch._foreach_copy_(slots, list(parts))
+        """Starts one collective; the returned function waits for what arrives.
+
+        Args:
+            sends: Tensors with their destinations, sorted by these.
+            receives: Shapes with their sources, sorted by these.
+            wire: The dtype in which all are sent.
+            dtype: The dtype of what arrives; ``None`` is that of the wire.
+        """
+        lengths = [[part.numel() for _, part in sends], [math.prod(shape) for _, shape in receives]]
+        outgoing, incoming = (torch.empty(sum(own), dtype=wire, device=self._device) for own in lengths)
+        if sends:
+            slots = [slot.view(part.shape) for slot, (_, part) in zip(outgoing.split(lengths[0]), sends)]
+            torch._foreach_copy_(slots, [part for _, part in sends])
         work = dist.all_to_all_single(
             incoming,
             outgoing,
-            _by_peer(leg.receives, ranks),
-            _by_peer(leg.sends, ranks),
+            self._by_peer([peer for peer, _ in receives], lengths[1]),
+            self._by_peer([peer for peer, _ in sends], lengths[0]),
             group=self.group,
             async_op=True,
         )
@@ -250,11 +290,18 @@ class Exchange:
         def finish() -> list[Tensor]:
             work.wait()
             arrived = incoming.to(dtype or wire).split(lengths[1])
-            return [part.view(extent(piece.box)) for part, piece in zip(arrived, leg.receives)]
+            return [part.view(shape) for part, (_, shape) in zip(arrived, receives)]
 
         return finish
 
-    def _check_gradients(self, indices: tuple[int, ...]) -> None:
+    def _by_peer(self, peers: Sequence[int], lengths: Sequence[int]) -> list[int]:
+        """Number of elements sent to or received from every rank."""
+        sizes = [0] * self.size
+        for peer, length in zip(peers, lengths):
+            sizes[peer] += length
+        return sizes
+
+    def _check_indices(self, indices: tuple[int, ...]) -> None:
         # Only for a new set of weights. Without it, a layer that one rank never uses would deadlock the collective.
         [(least, largest)] = self._ranges(zlib.crc32(str(indices).encode()))
         if least != largest:
@@ -262,17 +309,14 @@ class Exchange:
             raise RuntimeError(
                 f"ranks have gradients for different matrices: rank {dist.get_rank()} has {len(indices)} of"
                 f" {len(self.shapes)} and lacks those of shapes {', '.join(absent[:8]) or '(none)'}. Give unused weights a"
-                " zero gradient, for example by adding 0 * weight.sum() to the loss"
+                f" zero gradient, for example by adding 0 * weight.sum() to the loss. {REMEDY}"
             )
 
     def _check_agreement(self, weights: Sequence[Tensor]) -> None:
-        """Compares the weights of all ranks once, since a mismatch would deadlock later. Also sets up the connections."""
+        """Compares the plans of all ranks once, since a mismatch would deadlock later. Also sets up the connections."""
         problem = next(filter(None, map(_problem, weights)), "")
         digest = zlib.crc32(f"{self.shapes}{self.owners}{self._costs}{self._boxes}".encode())
-        # For plain weights, only their values show whether these ranks train the same model.
-        plain = [weight.detach() for weight in weights if not isinstance(weight, DTensor) and weight.numel()]
-        size = float(torch.stack(torch._foreach_norm(plain)).double().sum()) if plain else 0.0
-        (_, has_problem), (least, largest), (smallest, biggest) = self._ranges(bool(problem), digest, size)
+        (_, has_problem), (least, largest) = self._ranges(bool(problem), digest)
         if has_problem:
             raise ValueError(
                 problem or "another rank holds a weight with unsupported sharding; see the error of that rank"
@@ -281,21 +325,13 @@ class Exchange:
             shapes = ", ".join(str(tuple(shape)) for shape in self.shapes[:8]) + (", ..." if len(weights) > 8 else "")
             raise RuntimeError(
                 f"ranks have different matrices for Muon: rank {dist.get_rank()} has {len(weights)} of shapes {shapes}. Give"
-                " all ranks of a group the same parameters in the same order, on the same type of device"
-            )
-        if abs(biggest - smallest) > 1e-6 * abs(biggest):
-            raise RuntimeError(
-                f"ranks have different weight values, so they do not train the same model: on rank {dist.get_rank()} the sum"
-                f" of the weights' norms is {size:.8g}, across ranks {smallest:.8g} to {biggest:.8g}. Pass Muon the"
-                " process_group of the ranks that train one model, or broadcast the weights first, as DDP does"
+                f" all ranks of a group the same parameters in the same order, on the same type of device. {REMEDY}"
             )
 
     def _ranges(self, *values: float) -> list[tuple[float, float]]:
         """The minimum and maximum of every value over the ranks. Synchronizes with the host."""
-        extremes = torch.tensor([[-value for value in values], values], dtype=torch.float64, device=self._device)
-        dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=self.group)
-        least, largest = extremes.tolist()
-        return [(-low, high) for low, high in zip(least, largest)]
+        found = extremes(torch.tensor(values, dtype=torch.float64, device=self._device), self.group)
+        return list(zip(*found))
 
 
 def wires(working: torch.dtype, dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
@@ -323,15 +359,3 @@ def _problem(weight: Tensor) -> str:
     except ValueError as error:
         return str(error)
     return ""
-
-
-def _by_peer(pieces: Sequence[_Piece], ranks: int) -> list[int]:
-    """Number of elements sent to or received from every rank."""
-    sizes = [0] * ranks
-    for piece in pieces:
-        sizes[piece.peer] += _numel(piece.box)
-    return sizes
-
-
-def _numel(box: Box) -> int:
-    return torch.Size(extent(box)).numel()

@@ -48,6 +48,24 @@ class SharedWeights:
             if exchange.owners[i] != exchange.rank and not isinstance(weight, DTensor)
         }
 
+    @property
+    def are_proven(self) -> bool:
+        """Whether the gradients need no comparison any more."""
+        return all(exchange.is_proven for exchange in self.exchanges)
+
+    def check_gradients(self, grads: Mapping[Tensor, Tensor]) -> None:
+        """Compares the gradients of ranks that hold the same weights, until there was something to compare.
+
+        Args:
+            grads: Those of the weights that have one.
+
+        Raises:
+            RuntimeError: If ranks have different gradients.
+        """
+        for exchange in self.exchanges:
+            own = {i: grads[p] for p, (home, i) in self._places.items() if home is exchange and p in grads}
+            exchange.check_gradients(own)
+
     def place(self, weight: Tensor) -> tuple[Exchange, int] | None:
         """The exchange of a weight and its index there; ``None`` if the weight stays on this rank."""
         return self._places.get(weight)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lightning_muonclip.qk_clip.describe.declared import AttentionModules
 from lightning_muonclip.qk_clip.describe.layout import SPLITS, split_channels
-from lightning_muonclip.qk_clip.describe.names import TRANSPOSED_LINEARS, qualified_name
+from lightning_muonclip.qk_clip.describe.names import TRANSPOSED_LINEARS, qualified_names
 from lightning_muonclip.qk_clip.describe.spec import Projection
 from lightning_muonclip.qk_clip.describe.weights import channel_map
 
@@ -36,7 +36,7 @@ def matrix_parts(model: nn.Module, attention: AttentionModules, split: str) -> M
     check_split(split)
     parts: MatrixParts = {}
     for module in model.modules():
-        if qualified_name(type(module)) in TRANSPOSED_LINEARS:
+        if not set(TRANSPOSED_LINEARS).isdisjoint(qualified_names(type(module))):  # fully_shard makes a subclass
             transposed = module.get_parameter("weight")
             parts[transposed] = (1, [torch.arange(transposed.shape[1])])
     for name, (module, spec) in attention.items():
