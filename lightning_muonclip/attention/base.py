@@ -13,6 +13,7 @@ from lightning_muonclip.attention.masks import AttentionMask, checked
 from lightning_muonclip.attention.score_mods import ScoreMod, SoftCap, chain, from_head
 from lightning_muonclip.attention.tracking import Tracked
 from lightning_muonclip.parallel.heads import first_head, for_own_heads
+from lightning_muonclip.values import has_values
 
 
 class AttentionModule(Tracked):
@@ -98,7 +99,7 @@ class AttentionModule(Tracked):
             mask=mask,
             score_mod=score_mod if self.cap is None else chain(self.cap, score_mod),
             sinks=sinks,
-            track=self.track,
+            track=self.track if has_values((query, key)) else None,
             backend=self.backend,
         )
         self.report(maxima)
