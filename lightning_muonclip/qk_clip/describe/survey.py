@@ -52,17 +52,24 @@ class Survey:
         modules: Those that have run.
         opaque: Calls of kernels that no operation of torch can be seen in, but which take queries, keys and values by their
             shapes, as those of flash-attn: the name of each, and the stack of modules.
+        softmaxes: The innermost modules with a softmax over no product of two activations, as additive attention has it, and
+            routers of experts.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.calls: list[list[Frame]] = []
         self.modules: set[nn.Module] = set()
         self.opaque: list[tuple[str, list[Frame]]] = []
+        self.softmaxes: list[list[Frame]] = []
         self._model = model
         self._stack: list[Frame] = []
         self._copies = DetachedCopies(shared=True)
         self._handles: list[Any] = []
-        self._count = _Count(lambda: self.calls.append(list(self._stack)), self._note_opaque)
+        self._count = _Count(
+            lambda: self.calls.append(list(self._stack)),
+            self._note_opaque,
+            lambda: self.softmaxes.append(list(self._stack)),
+        )
         self._apply = vars(torch.autograd.Function)["apply"]
 
     def __enter__(self) -> Survey:
@@ -116,10 +123,13 @@ class _Count(TorchDispatchMode):
 
     supports_higher_order_operators = True
 
-    def __init__(self, found: Callable[[], None], opaque: Callable[[str, Any], None]) -> None:
+    def __init__(
+        self, found: Callable[[], None], opaque: Callable[[str, Any], None], softmax: Callable[[], None]
+    ) -> None:
         super().__init__()
         self._found = found
         self._opaque = opaque
+        self._softmax = softmax
         self._products = WeakIdKeyDictionary()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -138,6 +148,8 @@ class _Count(TorchDispatchMode):
             or (is_softmax and sizes)
         ):
             self._found()
+        elif is_softmax and name != "exp":
+            self._softmax()
         elif library not in _TORCHS:
             self._opaque(func._schema.name, args)
         out = func(*args, **kwargs)
