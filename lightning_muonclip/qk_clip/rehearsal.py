@@ -25,11 +25,11 @@ def after_steps(optimizer: Optimizer, function: Callable[[Optimizer], Any]) -> l
     """Calls a function after every step of an optimizer that is none of these; returns the handles of the hooks."""
     rehearses = False
 
-    def before(*_: Any) -> None:
+    def before(optimizer: Optimizer, *_: Any) -> None:
         nonlocal rehearses
         rehearses = is_rehearsal(optimizer)
 
-    def after(*_: Any) -> None:
+    def after(optimizer: Optimizer, *_: Any) -> None:
         if not rehearses:
             function(optimizer)
 

@@ -58,7 +58,7 @@ class Discovery:
         self.unmeasured: dict[str, str] = {}
         self._unknown = unknown
         self._owned = owned
-        self._add = add
+        self._observer_adds = weakref.WeakMethod(add)  # no cycle: what nobody holds ends at once
         #: The display names of all modules.
         self.names = {module: name for name, module in named_modules(model).items()}
         described = declared_attention(model, specs)
@@ -170,6 +170,11 @@ class Discovery:
         is_trained = module.training and not torch.is_inference_mode_enabled()
         if is_trained and is_own and not self._is_surveying and has_values((args, kwargs, list(module.parameters()))):
             self.survey(module, (args, kwargs), is_entered=True)
+
+    def _add(self, attention: AttentionModules, entered: nn.Module | None) -> None:
+        add = self._observer_adds()
+        if add is not None:
+            add(attention, entered)
 
     def _understood(self, found: list[Found]) -> AttentionModules:
         """What is observed from now on.
