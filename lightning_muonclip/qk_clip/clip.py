@@ -154,6 +154,9 @@ class QKClip:
         self.observer = observer or Observer(
             model, specs, logits, unknown="monitor" if threshold is None else unknown, example=example
         )
+        self.observer.clips = threshold is not None
+        for recorder in self.observer.recorders:
+            recorder.clips = self.observer.clips
         self._alpha = alpha
         self._shared_keys = shared_keys
         self._qk_norm = qk_norm
@@ -293,7 +296,7 @@ class QKClip:
         """The maxima that other QKClips have of layers that were clipped now are of the weights as they were."""
         for recorder in self._clipping:
             for other in watch_of(recorder.module).recorders:
-                other.outdated |= other is not recorder
+                other.outdated |= other.clips and other is not recorder
 
     def _forget_outdated(self) -> None:
         for recorder in self._clipping:

@@ -86,7 +86,8 @@ def test_groups_that_are_added_later_are_owned_from_then_on() -> None:
 def test_of_attention_of_which_one_side_is_owned_that_side_is_scaled() -> None:
     model = large(SdpaAttention(16, 4))
     qk_clip = QKClip(model, threshold=1.0, example=((X,), {}))
-    qk_clip.attach(torch.optim.SGD([*model.layers[0].q_proj.parameters()], 1e-3))
+    optimizer = torch.optim.SGD([*model.layers[0].q_proj.parameters()], 1e-3)
+    qk_clip.attach(optimizer)
     assert list(qk_clip.sides.values()) == ["q"]
 
 
