@@ -150,7 +150,7 @@ def test_an_optimizer_that_keeps_copies_is_noticed(make: Any) -> None:
             optimizer.step()
 
     said = messages(run)
-    assert len([text for text in said if "are undone by the next step: the optimizer keeps a copy" in text]) == 1
+    assert len([text for text in said if "are undone by the next step: either the optimizer keeps a copy" in text]) == 1
 
 
 @pytest.mark.parametrize("lr", [1e-3, 1e-1])

@@ -106,7 +106,7 @@ class Survey:
     def _applied(self, cls: type, *args: Any, **kwargs: Any) -> Any:
         if not cls.__module__.startswith(("torch.", "lightning_muonclip.")):
             self._note_opaque(f"{cls.__module__}.{cls.__qualname__}", args)
-        return self._apply.__func__(cls, *args, **kwargs)
+        return self._apply.__get__(None, cls)(*args, **kwargs)  # a method of Python, or of C from torch 2.14 on
 
     def _note_opaque(self, name: str, args: Any) -> None:
         activations = [x for x in _flat(args) if x.is_floating_point() and not isinstance(x, nn.Parameter)]
