@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from lightning_muonclip.optim.muon import Muon, evaluated
 from lightning_muonclip.optim.routing import split_params
-from lightning_muonclip.qk_clip.clip import ClipResult, QKClip
+from lightning_muonclip.qk_clip.clip import QKClip
 from lightning_muonclip.qk_clip.describe.spec import AttentionSpec
 from lightning_muonclip.qk_clip.describe.split import matrix_parts
 from lightning_muonclip.qk_clip.rehearsal import is_rehearsal
+from lightning_muonclip.qk_clip.result import ClipResult
 from lightning_muonclip.signatures import share_out, takes_keywords_of
 
 #: The entry of the first group that has the counts of QK-Clip in a saved state.

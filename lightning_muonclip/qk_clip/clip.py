@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -19,66 +18,19 @@ from lightning_muonclip.qk_clip.describe.find import Example
 from lightning_muonclip.qk_clip.describe.isolate import device_of
 from lightning_muonclip.qk_clip.describe.saved import restored_attention, saved_attention
 from lightning_muonclip.qk_clip.describe.spec import AttentionSpec
-from lightning_muonclip.qk_clip.describe.weights import LORA_CHOICES
 from lightning_muonclip.qk_clip.effect import Effect
 from lightning_muonclip.qk_clip.observe.capture import Capture
-from lightning_muonclip.qk_clip.observe.discovery import UNKNOWN_CHOICES
 from lightning_muonclip.qk_clip.observe.ledger import Late, has_others, reduce_max
-from lightning_muonclip.qk_clip.observe.observer import LOGITS_CHOICES, Observer
+from lightning_muonclip.qk_clip.observe.observer import Observer
 from lightning_muonclip.qk_clip.observe.recorder import Recorder
 from lightning_muonclip.qk_clip.observe.watch import watch_of
-from lightning_muonclip.qk_clip.plan import QK_NORM_CHOICES, ClipPlan
+from lightning_muonclip.qk_clip.options import check_clip_options
+from lightning_muonclip.qk_clip.plan import ClipPlan
 from lightning_muonclip.qk_clip.rehearsal import after_steps
-from lightning_muonclip.qk_clip.rule import SHARED_KEYS, check_alpha, check_threshold, qk_clip_gamma
+from lightning_muonclip.qk_clip.result import ClipResult
+from lightning_muonclip.qk_clip.rule import qk_clip_gamma
 from lightning_muonclip.qk_clip.summary import summary_table
 from lightning_muonclip.qk_clip.verify import Verification, verify_attention
-
-
-@dataclass(frozen=True)
-class ClipResult:
-    """Maxima and clips of one step, as tensors on the device.
-
-    Attributes:
-        max_logits: Shape (layers, most heads), reduced over ranks; -inf where a layer has no such head or nothing was
-            recorded, +inf where a logit was not finite.
-        gamma: Same shape; 1 where nothing was clipped.
-        owned: Shape (layers, 1); whether the run trains the layer. ``None`` if it trains all.
-    """
-
-    max_logits: Tensor
-    gamma: Tensor
-    owned: Tensor | None = None
-
-    @property
-    def max_logit(self) -> Tensor:
-        """The largest finite logit of the attention that the run trains, a scalar; -inf if none was recorded."""
-        return self._largest(self.owned)
-
-    @property
-    def unowned_max_logit(self) -> Tensor:
-        """The largest finite logit of all other attention, such as a teacher's, a scalar; -inf if none was recorded."""
-        return self._largest(None if self.owned is None else ~self.owned)
-
-    def _largest(self, rows: Tensor | None) -> Tensor:
-        hidden = self.max_logits.isposinf()
-        if rows is not None:
-            hidden = hidden | ~rows
-        return self.max_logits.masked_fill(hidden, float("-inf")).max()
-
-    @property
-    def min_gamma(self) -> Tensor:
-        """The strongest clip, a scalar."""
-        return self.gamma.min()
-
-    @property
-    def clipped_heads(self) -> Tensor:
-        """Number of heads clipped, a scalar."""
-        return (self.gamma < 1).sum()
-
-    @property
-    def nonfinite(self) -> Tensor:
-        """Number of heads whose largest logit was not finite, a scalar."""
-        return self.max_logits.isposinf().sum()
 
 
 class QKClip:
@@ -504,31 +456,3 @@ class QKClip:
         for target, heads, row in zip(table, ledger.heads, rows):
             target[:heads] = row[:heads]
         return table
-
-
-def check_clip_options(
-    threshold: float | None,
-    alpha: float,
-    shared_keys: str,
-    qk_norm: str,
-    logits: str,
-    lora: str,
-    every_n_steps: int,
-    unknown: str,
-    **_: Any,
-) -> None:
-    """Raises ValueError if an option is out of range, with its value and what is possible."""
-    check_threshold(threshold)
-    check_alpha(alpha)
-    _check_choice("shared_keys", shared_keys, SHARED_KEYS)
-    _check_choice("qk_norm", qk_norm, QK_NORM_CHOICES)
-    _check_choice("logits", logits, LOGITS_CHOICES)
-    _check_choice("lora", lora, LORA_CHOICES)
-    _check_choice("unknown", unknown, UNKNOWN_CHOICES)
-    if every_n_steps < 1:
-        raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}")
-
-
-def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ValueError(f"unknown {name} {value!r}; use one of {', '.join(known)}")

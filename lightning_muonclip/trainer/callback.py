@@ -18,13 +18,15 @@ from lightning_muonclip.optim.options import check_muon_options
 from lightning_muonclip.optim.routing import check_router, route_params, routes_under, routing_table
 from lightning_muonclip.parallel.grad_norm import clip_grad_norm_, total_norm
 from lightning_muonclip.parallel.shards import to_local
-from lightning_muonclip.qk_clip.clip import ClipResult, QKClip, check_clip_options
+from lightning_muonclip.qk_clip.clip import QKClip
 from lightning_muonclip.qk_clip.describe.declared import AttentionModules
 from lightning_muonclip.qk_clip.describe.spec import AttentionSpec
 from lightning_muonclip.qk_clip.describe.split import check_split, matrix_parts
 from lightning_muonclip.qk_clip.observe.capture import Capture
 from lightning_muonclip.qk_clip.observe.observer import Observer
+from lightning_muonclip.qk_clip.options import check_clip_options
 from lightning_muonclip.qk_clip.rehearsal import after_steps
+from lightning_muonclip.qk_clip.result import ClipResult
 from lightning_muonclip.signatures import share_out, takes_keywords_of
 from lightning_muonclip.trainer.checkpoints import (
     WITHOUT_CALLBACK,

@@ -1,0 +1,54 @@
+"""What a step of QK-Clip returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ClipResult:
+    """Maxima and clips of one step, as tensors on the device.
+
+    Attributes:
+        max_logits: Shape (layers, most heads), reduced over ranks; -inf where a layer has no such head or nothing was
+            recorded, +inf where a logit was not finite.
+        gamma: Same shape; 1 where nothing was clipped.
+        owned: Shape (layers, 1); whether the run trains the layer. ``None`` if it trains all.
+    """
+
+    max_logits: Tensor
+    gamma: Tensor
+    owned: Tensor | None = None
+
+    @property
+    def max_logit(self) -> Tensor:
+        """The largest finite logit of the attention that the run trains, a scalar; -inf if none was recorded."""
+        return self._largest(self.owned)
+
+    @property
+    def unowned_max_logit(self) -> Tensor:
+        """The largest finite logit of all other attention, such as a teacher's, a scalar; -inf if none was recorded."""
+        return self._largest(None if self.owned is None else ~self.owned)
+
+    def _largest(self, rows: Tensor | None) -> Tensor:
+        hidden = self.max_logits.isposinf()
+        if rows is not None:
+            hidden = hidden | ~rows
+        return self.max_logits.masked_fill(hidden, float("-inf")).max()
+
+    @property
+    def min_gamma(self) -> Tensor:
+        """The strongest clip, a scalar."""
+        return self.gamma.min()
+
+    @property
+    def clipped_heads(self) -> Tensor:
+        """Number of heads clipped, a scalar."""
+        return (self.gamma < 1).sum()
+
+    @property
+    def nonfinite(self) -> Tensor:
+        """Number of heads whose largest logit was not finite, a scalar."""
+        return self.max_logits.isposinf().sum()
