@@ -26,7 +26,9 @@ from lightning_muonclip.values import has_values
 _SDPA = F.scaled_dot_product_attention  # torch's own, whoever may patch it later
 
 #: Nodes of the autograd graph that leave a weight what it is.
-_SAME = re.compile(r"(T|Transpose|Permute|View|UnsafeView|Alias|Expand|Unsqueeze|Squeeze|ToCopy|Clone|Slice)$")
+_SAME = re.compile(
+    r"(T|Transpose|Permute|View|UnsafeView|ReshapeAlias|Alias|Expand|Unsqueeze|Squeeze|ToCopy|Clone|Slice)$"
+)
 
 #: Products of an input and a weight, and which operand is the weight.
 _APPLIES = {"Mm": 1, "Addmm": 2, "Bmm": 1, "Baddbmm": 2, "Linear": 1, "MkldnnLinear": 1}
@@ -231,16 +233,18 @@ class Forwards:
     def _scale(self, stack: list[Frame], dim: int, base_dim: int) -> None:
         """Finds the number that scales the logits of an attention, and sets it."""
         growth = dim / base_dim
-        for frame in reversed(stack):
+        for depth, frame in reversed(list(enumerate(stack, 1))):
             name = self._names[frame.module]
             base = self._counterpart(name)
+            # A survey keeps the inputs of modules with parameters.
+            around = next((f for f in reversed(stack[:depth]) if any(True for _ in f.module.parameters())), frame)
             plain: _Logits | None = None
             for attribute, value in list(_numbers(frame.module)):
                 at_base = getattr(base, attribute, None)
                 if not at_base:
                     continue
-                plain = plain or _logits(frame)
-                power = _power(frame, attribute, value, plain)
+                plain = plain or _logits(around)
+                power = _power(around, frame.module, attribute, value, plain)
                 if power:
                     wanted = float(at_base) * growth**-power
                     _, old = self._scaling.get(name, (0.0, float(value) ** power))
@@ -376,17 +380,17 @@ def _logits(frame: Frame) -> _Logits:
     return logits
 
 
-def _power(frame: Frame, attribute: str, value: Any, plain: _Logits) -> int:
-    """1 if all logits of a module are multiplied by a number, -1 if they are divided by it, else 0."""
+def _power(frame: Frame, owner: nn.Module, attribute: str, value: Any, plain: _Logits) -> int:
+    """1 if all logits of a module are multiplied by a number of an owner inside, -1 if they are divided by it, else 0."""
     try:
         runs = []
         for factor in _SMALL:
-            setattr(frame.module, attribute, value * factor)
+            setattr(owner, attribute, value * factor)
             runs.append(_logits(frame).logits)
     except FAILURES:
         return 0
     finally:
-        setattr(frame.module, attribute, value)
+        setattr(owner, attribute, value)
     if not plain.logits or any(len(run) != len(plain.logits) for run in runs):
         return 0
     powers = {_direction(after - before, plain.pure) for before, after in zip(*runs) if after.shape == before.shape}
@@ -417,7 +421,8 @@ def _applied(output: Any, weights: Collection[int]) -> Iterator[int]:
             continue
         seen.add(own)
         variable = getattr(node, "variable", None)
-        is_torchs = isinstance(node, BackwardCFunction) and type(node).__module__.startswith("torch.")
+        function = getattr(type(node), "_forward_cls", None)
+        is_torchs = function is not None and function.__module__.startswith("torch.")  # as of DTensor
         if variable is not None:
             if id(variable) in weights and _applies(consumer, place, variable):
                 yield id(variable)
