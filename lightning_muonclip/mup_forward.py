@@ -306,8 +306,8 @@ def _nothing(*_: Any) -> None:
 def _weight(model: nn.Module, name: str) -> Tensor:
     """The weight of a module or a parameter, by name: that of the forward, also under FSDP2."""
     owner, _, leaf = name.rpartition(".")
-    found: Any = getattr(model.get_submodule(owner), leaf)
-    return found.weight if isinstance(found, nn.Module) else found
+    found = getattr(model.get_submodule(owner), leaf)
+    return getattr(found, "weight", found)
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:
