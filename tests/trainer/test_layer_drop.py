@@ -21,7 +21,7 @@ RIGHT = AttentionSpec((Projection("in_proj_weight", "[q(H d) | k(H d) | *]"),), 
 
 
 class Dropping(nn.Module):
-    """Its training forwards use the layers of a plan, one entry a forward."""
+    """Its forwards use the layers of a plan, one entry a batch."""
 
     def __init__(self, plan: list[set[int]], ours: bool = False) -> None:
         super().__init__()
@@ -30,22 +30,26 @@ class Dropping(nn.Module):
             [Attention(16, 2) if ours else nn.MultiheadAttention(16, 2, bias=False, batch_first=True) for _ in range(3)]
         )
         self.head = nn.Linear(16, 17)
-        self.plan, self.forwards = plan, 0
+        self.plan, self.batch = plan, 0
 
     def forward(self, tokens: Tensor) -> Tensor:
-        used = self.plan[self.forwards] if self.training and self.forwards < len(self.plan) else {0, 1, 2}
-        self.forwards += self.training
         x = self.embedding(tokens)
         for number, layer in enumerate(self.layers):
-            if number in used:
+            if number in self.plan[self.batch]:
                 is_torchs = isinstance(layer, nn.MultiheadAttention)
                 x = x + (layer(x, x, x, need_weights=False)[0] if is_torchs else layer(x))
         return self.head(x)
 
 
+class Lit(LitTiny):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.model.batch = batch_idx
+        return super().training_step(batch, batch_idx)
+
+
 def fit(model: nn.Module, callback: MuonClipCallback, **options: Any) -> Any:
     fitter = trainer([callback], **options)
-    lit = LitTiny(model, lambda params: torch.optim.AdamW(params, lr=3e-3))
+    lit = Lit(model, lambda params: torch.optim.AdamW(params, lr=3e-3))
     try:
         fitter.fit(lit, loader(TOKENS))
     finally:
