@@ -89,6 +89,8 @@ class Forwards:
         #: The modules that have run in the forward that goes on; ``None`` outside of one.
         self._running: set[nn.Module] | None = None
         self._leaving: Any = None
+        #: The weights in that forward, by id, and their names; under FSDP2 they come and go.
+        self._weights: dict[int, tuple[Tensor, list[str]]] = {}
         self._handles = {
             module: module.register_forward_pre_hook(self, prepend=True, with_kwargs=True)
             for module in self._names
@@ -126,6 +128,7 @@ class Forwards:
     def _entered(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if self._running is not None:
             self._running.add(module)
+            self._note_weights()
             return
         if "forward" in vars(module) and getattr(vars(module)["forward"], "__self__", None) is not module:
             return  # a strategy has put another function in its place, to be called once
@@ -146,6 +149,7 @@ class Forwards:
                     self._handles.pop(own).remove()
             for name in [name for name in self._on_gradient if self._heads[name].used]:
                 self._on_gradient.pop(name).remove()
+        self._weights = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         if id(self._model) not in memo:
@@ -263,12 +267,18 @@ class Forwards:
 
     # Heads ----------------------------------------------------------------------------------------------------------
 
-    def _check_heads(self, output: Any) -> None:
-        weights: dict[int, list[str]] = {}
+    def _note_weights(self) -> None:
         for name in (*self._heads, *self._tables):
-            weights.setdefault(id(_weight(self._model, name)), []).append(name)
+            weight = _weight(self._model, name)
+            _, names = self._weights.setdefault(id(weight), (weight, []))
+            if name not in names:
+                names.append(name)
+
+    def _check_heads(self, output: Any) -> None:
+        self._note_weights()
+        weights, self._weights = self._weights, {}
         for weight in _applied(output, weights):
-            self._check_head(weights[weight])
+            self._check_head(weights[weight][1])
 
     def _check_head(self, names: list[str]) -> None:
         if self._asked.intersection(names) or any(name in self._heads and self._heads[name].used for name in names):
@@ -304,7 +314,7 @@ def _nothing(*_: Any) -> None:
 
 
 def _weight(model: nn.Module, name: str) -> Tensor:
-    """The weight of a module or a parameter, by name: that of the forward, also under FSDP2."""
+    """The weight of a module or a parameter, by name."""
     owner, _, leaf = name.rpartition(".")
     found = getattr(model.get_submodule(owner), leaf)
     return getattr(found, "weight", found)
