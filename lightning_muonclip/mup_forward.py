@@ -6,24 +6,22 @@ import copy
 import re
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_muonclip.qk_clip.describe.describe import FAILURES
-from lightning_muonclip.qk_clip.describe.find import Example
+from lightning_muonclip.qk_clip.describe.find import Example, first_samples
 from lightning_muonclip.qk_clip.describe.isolate import DetachedCopies, apart, device_of, is_apart, undisturbed
-from lightning_muonclip.qk_clip.describe.locate import MATMULS, SOFTMAXES
+from lightning_muonclip.qk_clip.describe.scale import Logits, logits_of, numbers_of, power_of
 from lightning_muonclip.qk_clip.describe.survey import Frame, Survey, kept
-from lightning_muonclip.qk_clip.describe.trace import Trace, tracing
 from lightning_muonclip.qk_clip.observe.discovery import _eager as eager
+from lightning_muonclip.qk_clip.observe.recorder import ReportsMaxLogits
 from lightning_muonclip.values import has_values
-
-_SDPA = F.scaled_dot_product_attention  # torch's own, whoever may patch it later
 
 #: Nodes of the autograd graph that leave a weight what it is.
 _SAME = re.compile(
@@ -32,12 +30,6 @@ _SAME = re.compile(
 
 #: Products of an input and a weight, and which operand is the weight.
 _APPLIES = {"Mm": 1, "Addmm": 2, "Bmm": 1, "Baddbmm": 2, "Linear": 1, "MkldnnLinear": 1}
-
-#: Factors on a number to see what follows it: small, so that soft-caps are linear there.
-_SMALL = (2.0**-10, 2.0**-9)
-
-#: How many queries of a fused kernel are enough.
-_QUERIES = 64
 
 
 class Multiplier:
@@ -171,7 +163,7 @@ class Forwards:
             return
         with DetachedCopies():
             args, kwargs = tree_map(kept, (args, kwargs))
-        calls, ran = self._attention(module, args, kwargs)
+        calls, ran, (args, kwargs) = self._attention(module, args, kwargs)
         at_base = self._at_base(module, args, kwargs) if calls else {}
         unknown = []
         for attention, own in calls.items():
@@ -193,15 +185,22 @@ class Forwards:
                 stacklevel=2,
             )
 
-    def _attention(self, root: nn.Module, args: Any, kwargs: Any) -> tuple[dict[nn.Module, Any], set[nn.Module]]:
-        """The attention calls of a forward, by the innermost module that was there when muP began."""
-        survey = _survey(root, args, kwargs)
+    def _attention(
+        self, root: nn.Module, args: Any, kwargs: Any
+    ) -> tuple[dict[nn.Module, Any], set[nn.Module], Example]:
+        """The attention calls of a forward, by the innermost module that was there when muP began, and its inputs."""
+        part, survey = first_samples((args, kwargs)), None
+        if part is not None:
+            with suppress(*FAILURES):  # a model may insist on a size of its batch
+                survey = _survey(root, *part)
+        example = (args, kwargs) if part is None or survey is None else part
+        survey = survey or _survey(root, *example)
         calls: dict[nn.Module, list[tuple[list[Frame], int]]] = {}
         for stack, dim in _calls(survey):
             known = [frame for frame in stack if frame.module in self._names]
             if known:
                 calls.setdefault(known[-1].module, []).append((known, dim))
-        return calls, survey.modules
+        return calls, survey.modules, example
 
     def _at_base(self, root: nn.Module, args: Any, kwargs: Any) -> dict[nn.Module, list[int]]:
         """The head dimensions of the attention of the base, on the same inputs; cut where they are too wide."""
@@ -237,18 +236,20 @@ class Forwards:
     def _scale(self, stack: list[Frame], dim: int, base_dim: int) -> None:
         """Finds the number that scales the logits of an attention, and sets it."""
         growth = dim / base_dim
+        if any(isinstance(frame.module, ReportsMaxLogits) for frame in stack):
+            return  # our own, whose number is known
         for depth, frame in reversed(list(enumerate(stack, 1))):
             name = self._names[frame.module]
             base = self._counterpart(name)
             # A survey keeps the inputs of modules with parameters.
             around = next((f for f in reversed(stack[:depth]) if any(True for _ in f.module.parameters())), frame)
-            plain: _Logits | None = None
-            for attribute, value in list(_numbers(frame.module)):
+            plain: Logits | None = None
+            for attribute, value in list(numbers_of(frame.module)):
                 at_base = getattr(base, attribute, None)
                 if not at_base:
                     continue
-                plain = plain or _logits(around)
-                power = _power(around, frame.module, attribute, value, plain)
+                plain = plain or logits_of(around)
+                power = power_of(around, frame.module, attribute, value, plain)
                 if power:
                     wanted = float(at_base) * growth**-power
                     _, old = self._scaling.get(name, (0.0, float(value) ** power))
@@ -257,6 +258,8 @@ class Forwards:
                     if wanted**power != old:
                         self._scaling[name] = wanted**power, old
                     return
+            if name in self._scaling and plain is not None and not plain.logits:
+                return  # a kernel that torch does not see, given a number called scaling
         name, cls = self._names[stack[-1].module], type(stack[-1].module).__name__
         raise ValueError(
             f"the heads of attention {name!r} ({cls}) have {dim} channels, but {base_dim} in the base: muP scales its"
@@ -335,90 +338,6 @@ def _calls(survey: Survey) -> Iterator[tuple[list[Frame], int]]:
     yield from zip(survey.calls, survey.head_dims)
     inside = {frame.module for stack in survey.calls for frame in stack}
     yield from ((stack, dim) for _, stack, dim in survey.opaque if stack and stack[-1].module not in inside)
-
-
-def _numbers(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    for name, value in vars(module).items():
-        is_number = isinstance(value, Tensor) and value.numel() == 1 and value.is_floating_point()
-        if (isinstance(value, float) or is_number) and value:
-            yield name, value
-
-
-class _Logits(Trace):
-    """Keeps products of activations, and what enters softmaxes; answers nothing."""
-
-    def __init__(self) -> None:
-        super().__init__(())
-        self.pure: list[Tensor] = []
-        self.logits: list[Tensor] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is _SDPA:
-            self._keep(*args, **kwargs)
-        elif func in SOFTMAXES:
-            self.logits.append((args[0] if args else kwargs["input"]).double())
-        out = func(*args, **kwargs)
-        if func in MATMULS:
-            self.pure.append(out.double())  # a copy: the module may change it in place
-        return out
-
-    def flex_attention(
-        self, original: Callable[..., Any], query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
-    ) -> Any:
-        scale = args[2] if len(args) > 2 else kwargs.get("scale")
-        self._keep(query, key, value, scale=scale)
-        return original(query, key, value, *args, **kwargs)
-
-    def _keep(
-        self, query: Tensor, key: Tensor, value: Tensor, *args: Any, scale: float | None = None, **_: Any
-    ) -> None:
-        query, key = query[..., :_QUERIES, :].double(), key.double()
-        if query.ndim > 3 and key.shape[-3] != query.shape[-3]:
-            key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
-        self.pure.append(query @ key.mT)
-        scale = args[3] if len(args) > 3 else scale
-        self.logits.append(self.pure[-1] * (query.shape[-1] ** -0.5 if scale is None else scale))
-
-
-def _logits(frame: Frame) -> _Logits:
-    with DetachedCopies():
-        args, kwargs = tree_map(kept, (frame.args, frame.kwargs))
-    with apart(frame.module), undisturbed(frame.module), torch.no_grad(), tracing(_Logits()) as logits:
-        frame.module(*args, **kwargs)
-    assert isinstance(logits, _Logits)
-    return logits
-
-
-def _power(frame: Frame, owner: nn.Module, attribute: str, value: Any, plain: _Logits) -> int:
-    """1 if all logits of a module are multiplied by a number of an owner inside, -1 if they are divided by it, else 0."""
-    try:
-        runs = []
-        for factor in _SMALL:
-            setattr(owner, attribute, value * factor)
-            runs.append(_logits(frame).logits)
-    except FAILURES:
-        return 0
-    finally:
-        setattr(owner, attribute, value)
-    if not plain.logits or any(len(run) != len(plain.logits) for run in runs):
-        return 0
-    powers = {_direction(after - before, plain.pure) for before, after in zip(*runs) if after.shape == before.shape}
-    return powers.pop() if len(powers) == 1 else 0
-
-
-def _direction(change: Tensor, products: list[Tensor]) -> int:
-    """The sign of a change that is proportional to a product, wherever it is visible; 0 if it is to none."""
-    change = change.nan_to_num(0.0, 0.0, 0.0)
-    for product in products:
-        columns = product.shape[-1]
-        for own in (change[..., :columns], change[..., -columns:]):  # sinks stand beside the product
-            if own.numel() == product.numel():
-                visible = (own != 0).flatten()
-                cosine = float(F.cosine_similarity(own.flatten() * visible, product.flatten() * visible, dim=0))
-                if abs(cosine) > 0.99:
-                    return 1 if cosine > 0 else -1
-    return 0
 
 
 def _applied(output: Any, weights: Collection[int]) -> Iterator[int]:

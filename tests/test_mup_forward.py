@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from helpers import VOCAB, next_token_loss, token_batches, trainer
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.data import DataLoader
 
 from lightning_muonclip import MuonClip, MuonClipCallback, QKClip, mup
@@ -218,6 +219,53 @@ def test_what_has_no_such_number_is_refused_by_name(attention: type[Heads]) -> N
     mup.parametrize(alone, attention(16))
     with pytest.raises(ValueError, match="have 32 channels"):
         alone(torch.randn(2, 9, 64))
+
+
+class Flex(UnusedScale):
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return flex_attention(q, k, v, scale=self.scale)
+
+
+class PlainFlex(Heads):
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return flex_attention(q, k, v)
+
+
+class Unseen(torch.autograd.Function):
+    """A kernel that torch does not see."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        return torch.from_numpy(((q @ k.mT).numpy() * scale)).sigmoid() @ v
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad, grad, grad, None
+
+
+class UnseenScaling(UnusedScaling):
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return Unseen.apply(q, k, v, self.scaling)
+
+
+class UnseenScale(UnusedScale):
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return Unseen.apply(q, k, v, self.scale)
+
+
+@pytest.mark.parametrize(
+    ("attention", "name"), [(Flex, "scale"), (PlainFlex, None), (UnseenScaling, "scaling"), (UnseenScale, None)]
+)
+def test_other_kernels(attention: type[Heads], name: str | None) -> None:
+    model = LM(64, attention)
+    mup.parametrize(model, LM(16, attention))
+    with torch.no_grad():
+        if name is None:
+            with pytest.raises(ValueError, match="have 32 channels, but 8 in the base"):
+                model(TOKENS)
+        else:
+            model(TOKENS)
+            assert [number(layer, name) for layer in model.layers] == [8**-0.5 / 4] * 2
 
 
 class MoreHeads(Heads):

@@ -64,7 +64,7 @@ def find_attention(
     for hook in list(model._forward_pre_hooks.values()):
         if isinstance(hook, Prepares):
             hook.prepare(model, *example)
-    part = _part(example)
+    part = first_samples(example)
     if part is not None:
         with suppress(*FAILURES):  # a model may insist on a size of its batch
             search = _search(model, part, described, alone)
@@ -92,7 +92,7 @@ def _search(
     return Search(found, {module: own for module, own in softmaxes.items() if own}, survey.modules)
 
 
-def _part(example: Example) -> Example | None:
+def first_samples(example: Example) -> Example | None:
     """The first samples, which cost less and mostly tell as much, if all tensors agree on the size of the batch."""
     tensors = [leaf for leaf in tree_leaves(example) if isinstance(leaf, Tensor) and leaf.ndim]
     is_nested = any(leaf.is_nested for leaf in tensors)
