@@ -113,6 +113,30 @@ class Capped(Heads):
         return causal(self.cap * torch.tanh(q @ k.mT * self.factor / self.cap)).softmax(-1) @ v
 
 
+class Biased(UnusedScale):
+    """As Bloom's: another number is that of a bias, beside which the product is small."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.beta = 1.0
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k = q.flatten(0, 1), k.flatten(0, 1)
+        bias = 100.0 * torch.arange(k.shape[-2]).expand(*q.shape[:2], -1)
+        return (
+            causal(torch.baddbmm(bias, q, k.mT, beta=self.beta, alpha=self.scale).view(*v.shape[:2], 9, 9)).softmax(-1)
+            @ v
+        )
+
+
+class WithSinks(UnusedScale):
+    """As GPT-OSS's: a column beside the logits, from which the maximum of each row is subtracted."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        logits = torch.cat([causal(q @ k.mT * self.scale), torch.full((*q.shape[:-1], 1), 0.3)], -1)
+        return (logits - logits.amax(-1, keepdim=True)).softmax(-1)[..., :-1] @ v
+
+
 class Core(Heads):
     """Attends in a module of its own, which has the factor and no weights."""
 
@@ -140,6 +164,8 @@ SCALED: dict[type[Heads], tuple[str, int]] = {
     Unscaled: ("scaling", 1),
     Capped: ("factor", 1),
     Core: ("core.scale", 1),
+    Biased: ("scale", 1),
+    WithSinks: ("scale", 1),
 }
 
 
@@ -236,7 +262,7 @@ class Unseen(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        return torch.from_numpy(((q @ k.mT).numpy() * scale)).sigmoid() @ v
+        return torch.from_numpy((q @ k.mT).numpy() * scale).sigmoid() @ v
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:

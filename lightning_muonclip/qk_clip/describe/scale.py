@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map
 
 from lightning_muonclip.qk_clip.describe.describe import FAILURES
 from lightning_muonclip.qk_clip.describe.isolate import DetachedCopies, apart, undisturbed
-from lightning_muonclip.qk_clip.describe.locate import MATMULS, SOFTMAXES
+from lightning_muonclip.qk_clip.describe.locate import MATMULS, SOFTMAXES, without_addend
 from lightning_muonclip.qk_clip.describe.survey import Frame, kept
 from lightning_muonclip.qk_clip.describe.trace import Trace, tracing
 
@@ -49,7 +49,7 @@ class Logits(Trace):
             self.logits.append((args[0] if args else kwargs["input"]).double())
         out = func(*args, **kwargs)
         if func in MATMULS:
-            self.pure.append(out.double())  # a copy: the module may change it in place
+            self.pure.append(without_addend(func, args, kwargs, out).double())  # a copy: it may be changed in place
         return out
 
     def flex_attention(
@@ -99,14 +99,19 @@ def power_of(frame: Frame, owner: nn.Module, attribute: str, value: Any, plain: 
 
 
 def _direction(change: Tensor, products: list[Tensor]) -> int:
-    """The sign of a change that is proportional to a product, wherever it is visible; 0 if it is to none."""
+    """The sign of a change that is proportional to a product, wherever it is visible; 0 if it is to none.
+
+    What is subtracted from whole rows, such as their maximum, changes no probability, and does not count.
+    """
     change = change.nan_to_num(0.0, 0.0, 0.0)
     for product in products:
         columns = product.shape[-1]
         for own in (change[..., :columns], change[..., -columns:]):  # sinks stand beside the product
             if own.numel() == product.numel():
-                visible = (own != 0).flatten()
-                cosine = float(F.cosine_similarity(own.flatten() * visible, product.flatten() * visible, dim=0))
+                visible = own != 0
+                count = visible.sum(-1, keepdim=True).clamp_min(1)
+                centered = [x - (x * visible).sum(-1, keepdim=True) / count for x in (own, product.reshape(own.shape))]
+                cosine = float(F.cosine_similarity(*((x * visible).flatten() for x in centered), dim=0))
                 if abs(cosine) > 0.99:
                     return 1 if cosine > 0 else -1
     return 0
