@@ -163,10 +163,15 @@ class Forwards:
             return
         with DetachedCopies():
             args, kwargs = tree_map(kept, (args, kwargs))
-        calls, ran, (args, kwargs) = self._attention(module, args, kwargs)
-        at_base = self._at_base(module, args, kwargs) if calls else {}
+        at_base, ran_at_base = self._at_base(module, args, kwargs)
+        if ran_at_base and not at_base:  # nothing to compare, so that the model need not run twice
+            self._surveyed |= {m for m, name in self._names.items() if self._counterpart(name) in ran_at_base}
+            return
+        calls, ran = self._attention(module, args, kwargs)
         unknown = []
         for attention, own in calls.items():
+            if any(isinstance(frame.module, ReportsMaxLogits) for frame in own[0][0]):
+                continue  # our own, whose number is known
             dims, base_dims = [dim for _, dim in own], at_base.get(self._counterpart(self._names[attention]), [])
             if len(dims) != len(base_dims) and len(set(dims)) == len(set(base_dims)) == 1:
                 dims, base_dims = dims[:1], base_dims[:1]
@@ -185,59 +190,49 @@ class Forwards:
                 stacklevel=2,
             )
 
-    def _attention(
-        self, root: nn.Module, args: Any, kwargs: Any
-    ) -> tuple[dict[nn.Module, Any], set[nn.Module], Example]:
-        """The attention calls of a forward, by the innermost module that was there when muP began, and its inputs."""
-        part, survey = first_samples((args, kwargs)), None
-        if part is not None:
-            with suppress(*FAILURES):  # a model may insist on a size of its batch
-                survey = _survey(root, *part)
-        example = (args, kwargs) if part is None or survey is None else part
-        survey = survey or _survey(root, *example)
+    def _attention(self, root: nn.Module, args: Any, kwargs: Any) -> tuple[dict[nn.Module, Any], set[nn.Module]]:
+        """The attention calls of a forward, by the innermost module that was there when muP began, and what ran."""
+        survey = _survey(root, args, kwargs)
         calls: dict[nn.Module, list[tuple[list[Frame], int]]] = {}
         for stack, dim in _calls(survey):
             known = [frame for frame in stack if frame.module in self._names]
             if known:
                 calls.setdefault(known[-1].module, []).append((known, dim))
-        return calls, survey.modules, example
+        return calls, survey.modules
 
-    def _at_base(self, root: nn.Module, args: Any, kwargs: Any) -> dict[nn.Module, list[int]]:
-        """The head dimensions of the attention of the base, on the same inputs; cut where they are too wide."""
+    def _at_base(self, root: nn.Module, args: Any, kwargs: Any) -> tuple[dict[nn.Module, list[int]], set[nn.Module]]:
+        """The head dimensions of the attention of the base, on the same inputs, and what ran; nothing if it cannot run."""
         base = self._counterpart(self._names[root])
         dtype = next((p.dtype for p in base.parameters() if p.is_floating_point()), torch.float32)
 
         def cast(leaf: Any) -> Any:
+            leaf = kept(leaf)
             if not isinstance(leaf, Tensor):
                 return leaf
             return leaf.to(device_of(base), dtype if leaf.is_floating_point() else None)
 
-        def cut(leaf: Any) -> Any:
+        def cut(leaf: Any) -> Any:  # hidden states, of the model's width
             if not isinstance(leaf, Tensor) or not leaf.is_floating_point() or not leaf.ndim:
                 return leaf
             return leaf[..., : self._sizes.get(leaf.shape[-1], leaf.shape[-1])]
 
-        for shaped in (lambda leaf: leaf, cut):
-            try:
-                with DetachedCopies():
-                    inputs = tree_map(lambda leaf: shaped(cast(kept(leaf))), (args, kwargs))  # noqa: B023
-                survey = _survey(base, *inputs)
-            except FAILURES:
-                continue
-            known = {self._counterpart(name) for name in self._names.values()}
-            dims: dict[nn.Module, list[int]] = {}
-            for stack, dim in _calls(survey):
-                inside = [frame.module for frame in stack if frame.module in known]
-                if inside:
-                    dims.setdefault(inside[-1], []).append(dim)
-            return dims
-        return {}
+        with DetachedCopies():
+            inputs = tree_map(cast, (args, kwargs))
+        for own in (inputs, tree_map(cut, inputs)):
+            with suppress(*FAILURES):
+                survey = _survey(base, *own)
+                known = {self._counterpart(name) for name in self._names.values()}
+                dims: dict[nn.Module, list[int]] = {}
+                for stack, dim in _calls(survey):
+                    inside = [frame.module for frame in stack if frame.module in known]
+                    if inside and not any(isinstance(frame.module, ReportsMaxLogits) for frame in stack):
+                        dims.setdefault(inside[-1], []).append(dim)
+                return dims, survey.modules
+        return {}, set()
 
     def _scale(self, stack: list[Frame], dim: int, base_dim: int) -> None:
         """Finds the number that scales the logits of an attention, and sets it."""
         growth = dim / base_dim
-        if any(isinstance(frame.module, ReportsMaxLogits) for frame in stack):
-            return  # our own, whose number is known
         for depth, frame in reversed(list(enumerate(stack, 1))):
             name = self._names[frame.module]
             base = self._counterpart(name)
@@ -328,8 +323,17 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
 
 
 def _survey(root: nn.Module, args: Any, kwargs: Any) -> Survey:
+    """A survey of a forward; on a few samples, if the module does not insist on the size of its batch."""
+    part = first_samples((args, kwargs))
+    if part is not None:
+        with suppress(*FAILURES):
+            return _run(root, part)
+    return _run(root, (args, kwargs))
+
+
+def _run(root: nn.Module, example: Example) -> Survey:
     with apart(root), undisturbed(root), torch.no_grad(), Survey(root) as survey:
-        root(*args, **kwargs)
+        root(*example[0], **example[1])
     return survey
 
 

@@ -110,8 +110,11 @@ def _direction(change: Tensor, products: list[Tensor]) -> int:
             if own.numel() == product.numel():
                 visible = own != 0
                 count = visible.sum(-1, keepdim=True).clamp_min(1)
-                centered = [x - (x * visible).sum(-1, keepdim=True) / count for x in (own, product.reshape(own.shape))]
-                cosine = float(F.cosine_similarity(*((x * visible).flatten() for x in centered), dim=0))
+                a, b = (
+                    ((x - (x * visible).sum(-1, keepdim=True) / count) * visible).flatten()
+                    for x in (own, product.reshape(own.shape))
+                )
+                cosine = float(F.cosine_similarity(a, b, dim=0))
                 if abs(cosine) > 0.99:
                     return 1 if cosine > 0 else -1
     return 0
