@@ -23,7 +23,7 @@ from lightning_muonclip.qk_clip.describe.weights import LORA_CHOICES
 from lightning_muonclip.qk_clip.effect import Effect
 from lightning_muonclip.qk_clip.observe.capture import Capture
 from lightning_muonclip.qk_clip.observe.discovery import UNKNOWN_CHOICES
-from lightning_muonclip.qk_clip.observe.ledger import LateFlag, has_others, reduce_max
+from lightning_muonclip.qk_clip.observe.ledger import Late, has_others, reduce_max
 from lightning_muonclip.qk_clip.observe.observer import LOGITS_CHOICES, Observer
 from lightning_muonclip.qk_clip.observe.recorder import Recorder
 from lightning_muonclip.qk_clip.observe.watch import watch_of
@@ -154,6 +154,9 @@ class QKClip:
         self.observer = observer or Observer(
             model, specs, logits, unknown="monitor" if threshold is None else unknown, example=example
         )
+        self.observer.clips = threshold is not None
+        for recorder in self.observer.recorders:
+            recorder.clips = self.observer.clips
         self._alpha = alpha
         self._shared_keys = shared_keys
         self._qk_norm = qk_norm
@@ -169,7 +172,7 @@ class QKClip:
         #: Counts of a checkpoint whose layers have yet to be found.
         self._earlier: dict[str, Tensor] = {}
         #: Whether a rank has found attention that others do not know, as of the last step.
-        self._is_alone = LateFlag()
+        self._is_alone = Late()
         self._handles: list[Any] = []
         self._owns_observer = observer is None
         try:
@@ -196,7 +199,10 @@ class QKClip:
                 own = rows[name][:, : spec.num_heads].to(counts.device)
                 counts[:, row, : own.shape[1]] = own
         self._clips, self._stopped = counts[0], counts[1].bool()
-        self._arranged, self._effect = attention, None
+        self._arranged = attention
+        self._effect = (
+            Effect(self._plan, list(attention), self._stopped) if self._plan is not None and self._plan.scaled else None
+        )
 
     def _counts(self) -> dict[str, Tensor]:
         """For every layer, how often each head was clipped, and whether it is no longer clipped; shape (2, most heads)."""
@@ -258,25 +264,17 @@ class QKClip:
             self._count(self._steps + 1)
             if not is_due:
                 return self._result(observed, torch.ones_like(observed))
-            effect = self._follow_effect()
-            reduced, measured = self._reduce(observed, effect)
+            reduced, norms = self._reduce(observed)
             self.observer.close_step()
             gamma = qk_clip_gamma(reduced, self.threshold)
             if self._plan is not None:
                 gamma = self._plan.possible(gamma)
-                gamma = gamma if effect is None else effect.judge(measured, reduced, gamma)
+                if self._effect is not None and max_logits is None:
+                    gamma = self._effect.judge(norms, reduced, gamma)
                 self._plan.apply(gamma)
                 self._clips = self._clips.to(gamma.device).add_(gamma < 1)
                 self._outdate_others()
             return self._result(reduced, gamma)
-
-    def _follow_effect(self) -> Effect | None:
-        """What follows the effect of clips, from the first step on; says what the last step has found."""
-        if self._effect is None and self._plan is not None and self._plan.scaled:
-            self._effect = Effect(self._plan, self._stopped)
-        if self._effect is not None:
-            self._effect.tell(self.layers)
-        return self._effect
 
     def _result(self, max_logits: Tensor, gamma: Tensor) -> ClipResult:
         if self._owned_rows is not None:
@@ -293,7 +291,7 @@ class QKClip:
         """The maxima that other QKClips have of layers that were clipped now are of the weights as they were."""
         for recorder in self._clipping:
             for other in watch_of(recorder.module).recorders:
-                other.outdated |= other is not recorder
+                other.outdated |= other.clips and other is not recorder
 
     def _forget_outdated(self) -> None:
         for recorder in self._clipping:
@@ -307,20 +305,20 @@ class QKClip:
         Returns:
             The attention modules that all ranks know.
         """
-        attention = self.observer.settle(self.process_group, again=self._is_alone.read())
+        attention = self.observer.settle(self.process_group, again=bool(self._is_alone.read()))
         self._arrange()
         return attention
 
-    def _reduce(self, observed: Tensor, effect: Effect | None) -> tuple[Tensor, Tensor]:
-        """The maxima over all ranks of the logits, and of what is measured of their effect, in one exchange.
+    def _reduce(self, observed: Tensor) -> tuple[Tensor, Tensor]:
+        """The maxima over all ranks of the logits, and of the norms of what makes them, in one exchange.
 
         Of the layers that all ranks know; whether one knows more is read a step later.
         """
-        count = 0 if self.threshold is None else 3  # on all ranks alike, whatever each has found
-        measured = observed.new_full((count, *observed.shape), float("-inf")) if effect is None else effect.measure()
+        count = 0 if self.threshold is None else 2  # on all ranks alike, whatever each has found
+        norms = observed.new_zeros(count, *observed.shape) if self._effect is None else self._effect.measure()
         if not has_others(self.process_group):
-            return reduce_max(observed, self.process_group), measured
-        tables = torch.cat([observed[None], measured.to(observed.device)])
+            return reduce_max(observed, self.process_group), norms
+        tables = torch.cat([observed[None], norms.to(observed.device)])
         agreed = self.observer.settle(self.process_group)
         rows = [row for row, name in enumerate(self.layers) if name in agreed]
         heads = max((spec.num_heads for _, spec in agreed.values()), default=1)
@@ -445,6 +443,8 @@ class QKClip:
     def state_dict(self) -> dict[str, Any]:
         """The clip counts of every head, the number of steps and the specs of the layers, equal on every rank."""
         self._arrange()
+        if self._effect is not None:
+            self._effect.consider()
         counts = {name: own.cpu() for name, own in {**self._counts(), **self._earlier}.items()}
         # Shape (layers, most heads, 2): clips, and whether a head is no longer clipped.
         table = (
@@ -465,7 +465,7 @@ class QKClip:
         Raises:
             ValueError: If the counts are of layers that the model does not have.
         """
-        layers, discovery = state_dict["layers"], self.observer.discovery
+        layers, discovery = state_dict.get("layers", self.layers), self.observer.discovery
         strange = [name for name in layers if name not in discovery.names.values()]
         if strange:
             raise ValueError(
@@ -477,10 +477,11 @@ class QKClip:
             if attention is not None:
                 discovery.restore(attention, state_dict["unseen"])
         # By name: some may be found only later.
-        counts = zip(*(torch.as_tensor(state_dict[key]) for key in ("clips", "stopped")))
-        self._earlier = {name: torch.stack(own) for name, own in zip(layers, counts)}
+        clips = torch.as_tensor(state_dict["clips"])
+        stopped = torch.as_tensor(state_dict.get("stopped", torch.zeros_like(clips)))
+        self._earlier = {name: torch.stack(own) for name, *own in zip(layers, clips, stopped)}
         self._arranged = {}
-        self._count(state_dict["steps"])
+        self._count(state_dict.get("steps", 0))
 
     def __enter__(self) -> QKClip:
         return self

@@ -1,20 +1,21 @@
 """Whether clips have an effect: weights that shrink must lower logits, and must not grow back at once.
 
-Everything stays on the device. What is found is said a step later, when the host need not wait for it.
+The device measures; the host decides, a step later, when it need not wait for the numbers.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from lightning_muonclip.parallel.shards import local_box, to_local
-from lightning_muonclip.qk_clip.describe.layout import NO_HEAD, QUERY_KINDS, spread
-from lightning_muonclip.qk_clip.observe.ledger import LateFlag
+from lightning_muonclip.qk_clip.describe.layout import KEY_KINDS, KINDS, NO_HEAD, QUERY_KINDS
+from lightning_muonclip.qk_clip.observe.ledger import Late
 from lightning_muonclip.qk_clip.plan import ClipPlan, Scaled
 
 #: A clip is of no use if queries times keys have shrunk by so much while the largest logit has fallen by less than that.
@@ -23,97 +24,104 @@ _SHRUNK, _FELL = 0.5, 0.9
 #: After so many clips in a row, a head starts anew: weights that updates keep at their size never shrink within.
 _WINDOW = 32
 
-#: A clip by so much is undone if all norms are back at what they were, up to that, twice.
+#: A clip by so much is undone if the norms are back at what they were, up to that, twice.
 _STRONG, _SAME, _TWICE = 0.64, 0.05, 2
 
 
 class Effect:
-    """Follows the norms of the rows that a plan scales, from step to step.
+    """Follows the norms of what a plan scales, from step to step, by some channels of every head.
 
-    Under sharding each rank sees its rows; what :meth:`measure` returns is then reduced by its maximum over the ranks.
+    Under sharding each rank measures its own; the maximum over the ranks is what counts.
 
     Args:
         plan: What a clip scales.
+        layers: The names of the layers.
         stopped: Heads that an earlier run has stopped to clip.
 
     Attributes:
         stopped: Heads that are no longer clipped, shape (layers, heads).
     """
 
-    def __init__(self, plan: ClipPlan, stopped: Tensor) -> None:
-        self._scaled = plan.scaled
-        self._norms = self._reference = self._measured_norms()
-        device, shape = self._norms.device, (len(stopped), stopped.shape[1])
-        self.stopped = stopped.to(device)
-        self._tied, self._key_heads = plan.tied.to(device), plan.key_heads.to(device)
-        self._index = torch.cat([_index(own, shape) for own in plan.scaled]).to(device)
-        self._gamma = torch.ones(shape, device=device)
-        self._start = torch.zeros(shape, device=device)
-        self._run = torch.zeros(shape, dtype=torch.int64, device=device)
-        self._undone = torch.zeros(shape, dtype=torch.int64, device=device)
-        self._news = LateFlag()
+    def __init__(self, plan: ClipPlan, layers: Sequence[str], stopped: Tensor) -> None:
+        self._scaled = [own for own in plan.scaled if not own.weight.offset]
+        self._tied, self._key_heads = plan.tied.numpy(), plan.key_heads.numpy()
+        self.stopped = stopped.to(plan.params[0].device)
+        self._layers = [name or "(model)" for name in layers]
+        self._last = Late()
         self._told: set[tuple[str, int]] = set()
+        # What the host knows of every head: the norms and the gamma of the last step; the norms and the largest logit at the
+        # first of the present row of clips, and how many there were; how often the last clip was undone.
+        self._norms, self._gamma = np.ones(stopped.shape), np.ones(stopped.shape)
+        self._first_norms, self._first_logits = np.ones(stopped.shape), np.zeros(stopped.shape)
+        self._run, self._undone = np.zeros(stopped.shape, int), np.zeros(stopped.shape, int)
+        self._follow(self._weights())
 
     def measure(self) -> Tensor:
-        """What clips have changed for every head, before the next: shape (3, layers, heads).
+        """The norms of the queries and of the keys of every head, before a clip; shape (2, layers, heads)."""
+        weights = self._weights()
+        if [weight.data_ptr() for weight in weights] != self._addresses:  # sharded or replaced since
+            self._follow(weights)
+        table = torch.zeros(2 * self.stopped.numel(), device=self.stopped.device)
+        if self._views:  # otherwise all are on other ranks
+            norms = torch.stack(torch._foreach_norm(self._views, dtype=torch.float32))
+            table = table.scatter_reduce(0, self._index, norms, "amax")
+        return table.view(2, *self.stopped.shape)
 
-        How its queries and how its keys have grown in this run of clips, and how far both are from what they were before
-        the last clip.
-        """
-        norms = self._measured_norms()
-        grown = self._of_heads(_ratio(norms, self._reference))
-        away = self._of_heads((_ratio(norms, self._norms) - 1).abs()).amax(0, keepdim=True)
-        self._norms = norms
-        return torch.cat([grown, away])
-
-    def judge(self, measured: Tensor, max_logits: Tensor, gamma: Tensor) -> Tensor:
-        """The gammas without those of no use.
+    def judge(self, norms: Tensor, max_logits: Tensor, gamma: Tensor) -> Tensor:
+        """The gammas without those of no use, as far as the steps before this one have shown.
 
         Args:
-            measured: What :meth:`measure` has returned.
+            norms: What :meth:`measure` has returned.
             max_logits: The largest logit of every head.
             gamma: What it asks for.
         """
-        queries, keys, away = measured.masked_fill(measured == float("-inf"), 1.0)
-        has_shrunk = queries * keys <= _SHRUNK
-        useless = (gamma < 1) & (self._run > 0) & has_shrunk & (max_logits >= _FELL * self._start) & ~self.stopped
-        is_back = (self._gamma <= _STRONG) & (away <= _SAME)
-        self._undone = torch.where(self._gamma <= _STRONG, (self._undone + 1) * is_back, self._undone)
-        self.stopped = self.stopped | useless
-        self._news.write((useless | (self._undone == _TWICE)).any().float())
+        self.consider()
         gamma = gamma.masked_fill(self.stopped, 1.0)
-        starts = (gamma < 1) & ((self._run == 0) | (self._run >= _WINDOW))
-        self._run = torch.where(gamma < 1, torch.where(starts, 1, self._run + 1), 0)
-        self._start = torch.where(starts, max_logits, self._start)
-        anew = torch.cat([starts.flatten(), starts.flatten(), starts.new_zeros(1)])[self._index]
-        self._reference = torch.where(anew, self._norms, self._reference)
-        self._gamma = gamma
+        self._last.write(torch.cat([norms, torch.stack([max_logits, gamma])]))
         return gamma
 
-    def tell(self, layers: Sequence[str]) -> None:
-        """Warns of what the last step has found, once for every layer."""
-        if not self._news.read():
+    def consider(self) -> None:
+        """Decides on what the last step has shown."""
+        last = self._last.read()
+        if last is None:
             return
-        for what, heads in ((_USELESS, self.stopped), (_UNDONE, self._undone >= _TWICE)):
-            rows = [row for row in range(len(layers)) if (what, row) not in self._told and heads[row].any()]
-            self._told |= {(what, row) for row in rows}
-            for row in rows:
-                own = ", ".join(map(str, heads[row].nonzero().flatten().tolist()))
-                warnings.warn(what.format(layer=layers[row] or "(model)", heads=own), stacklevel=5)
+        queries, keys, logits, gamma = last
+        norms = np.where(queries > 0, queries, 1.0) * np.take_along_axis(
+            np.where(keys > 0, keys, 1.0), self._key_heads, 1
+        )
+        norms = norms[self._tied]
+        clipped, is_back = gamma < 1, np.abs(norms - self._norms) <= _SAME * self._norms
+        has_shrunk = (self._run > 0) & (norms <= _SHRUNK * self._first_norms)
+        useless = clipped & has_shrunk & (logits >= _FELL * self._first_logits)
+        if useless.any():
+            self.stopped = self.stopped | torch.from_numpy(useless).to(self.stopped.device)
+        self._undone = np.where(self._gamma <= _STRONG, (self._undone + 1) * is_back, self._undone)
+        starts = clipped & ((self._run == 0) | (self._run >= _WINDOW))
+        self._run = np.where(clipped, np.where(starts, 1, self._run + 1), 0)
+        self._first_norms = np.where(starts, norms, self._first_norms)
+        self._first_logits = np.where(starts, logits, self._first_logits)
+        self._norms, self._gamma = norms, gamma
+        self._tell(_USELESS, useless)
+        self._tell(_UNDONE, self._undone >= _TWICE)
 
-    def _measured_norms(self) -> Tensor:
-        norms = []
-        for own in self._scaled:
-            weight = to_local(own.module.get_parameter(own.weight.path)).detach() + own.weight.offset
-            others = [dim for dim in range(weight.ndim) if dim not in own.weight.dims]
-            norms.append((torch.linalg.vector_norm(weight, dim=others) if others else weight.abs()).flatten().float())
-        return torch.cat(norms)
+    def _tell(self, what: str, heads: Any) -> None:
+        """Warns once for every layer."""
+        for row in np.flatnonzero(heads.any(1)).tolist():
+            if (what, row) not in self._told:
+                self._told.add((what, row))
+                own = ", ".join(map(str, np.flatnonzero(heads[row]).tolist()))
+                warnings.warn(what.format(layer=self._layers[row], heads=own), stacklevel=5)
 
-    def _of_heads(self, values: Tensor) -> Tensor:
-        """The largest value of every side of every head, shape (2, layers, heads); -inf if it has no weights of its own."""
-        table = values.new_full((2 * self.stopped.numel() + 1,), float("-inf"))
-        queries, keys = table.scatter_reduce(0, self._index, values, "amax")[:-1].view(2, *self.stopped.shape)
-        return torch.stack([queries, keys.gather(1, self._key_heads)])[:, self._tied]
+    def _weights(self) -> list[Tensor]:
+        return [to_local(own.module.get_parameter(own.weight.path)) for own in self._scaled]
+
+    def _follow(self, weights: Sequence[Tensor]) -> None:
+        """Takes up the weights where they are now."""
+        self._addresses = [weight.data_ptr() for weight in weights]
+        boxes = [_firsts(own, self.stopped.shape) for own in self._scaled]
+        self._views = [weight.detach()[box] for weight, own in zip(weights, boxes) for box in own.values()]
+        places = [place for own in boxes for place in own]
+        self._index = torch.tensor(places, dtype=torch.int64, device=self.stopped.device)
 
 
 _USELESS = (
@@ -122,24 +130,33 @@ _USELESS = (
     " attention with specs={{{layer!r}: AttentionSpec(...)}}, or leave it alone with specs={{{layer!r}: None}}"
 )
 _UNDONE = (
-    "the clips of attention {layer!r}, head {heads}, are undone by the next step: the optimizer keeps a copy of the weights,"
-    " as float32 masters, Lookahead and schedule-free optimizers do. Use an optimizer that steps the weights themselves"
+    "the clips of attention {layer!r}, head {heads}, are undone by the next step: either the optimizer keeps a copy of the"
+    " weights, as float32 masters, Lookahead and schedule-free optimizers do, or its updates are as large as the weights."
+    " Use an optimizer that steps the weights themselves, or a lower learning rate"
 )
 
 
-def _index(own: Scaled, shape: tuple[int, int]) -> Tensor:
-    """For every local channel of a weight, its side and head in a flat table; the last entry for channels of no one head."""
+def _firsts(own: Scaled, shape: torch.Size) -> dict[int, tuple[slice, ...]]:
+    """For every side and head, by its place in a flat table, the first of its local channels that lie together.
+
+    These stand for all: a clip scales every channel of a head by the same factor.
+    """
     layers, heads = shape
-    channels = own.weight.channels
-    side = (~channels.of_kind(QUERY_KINDS)).long()
-    index = (side * layers + own.row) * heads + channels.heads
-    index = index.masked_fill((channels.heads == NO_HEAD) | channels.of_kind(("*",)), 2 * layers * heads)
+    dims, kinds, of = own.weight.dims, own.weight.channels.kinds.numpy(), own.weight.channels.heads.numpy()
+    is_query, is_key = (np.isin(kinds, [KINDS.index(kind) for kind in side]) for side in (QUERY_KINDS, KEY_KINDS))
+    place = (is_key * layers + own.row) * heads + of
+    place[~(is_query | is_key) | (of == NO_HEAD)] = -1
     param = own.module.get_parameter(own.weight.path)
-    index = spread(index, own.weight.dims, param)
-    if isinstance(param, DTensor):
-        index = index[tuple(b if dim in own.weight.dims else slice(None) for dim, b in enumerate(local_box(param)))]
-    return index.flatten()
-
-
-def _ratio(now: Tensor, before: Tensor) -> Tensor:
-    return torch.where(before > 0, now / before, 1.0)
+    box = local_box(param)
+    place = place.reshape([param.shape[dim] for dim in dims])[tuple(box[dim] for dim in dims)]
+    found: dict[int, tuple[slice, ...]] = {}
+    for at in np.ndindex(place.shape):
+        head = int(place[at])
+        if head < 0 or head in found:
+            continue
+        sides = {dim: slice(i, i + 1) for dim, i in zip(dims, at)}
+        if dims:
+            others = (place[at[:-1]][at[-1] :] != head).nonzero()[0]
+            sides[dims[-1]] = slice(at[-1], at[-1] + int(others[0]) if len(others) else None)
+        found[head] = tuple(sides.get(dim, slice(None)) for dim in range(param.ndim))
+    return found

@@ -201,7 +201,8 @@ def _is_owned(module: nn.Module, weight: Weight, owned: Collection[Tensor] | Non
 def _trained_sides(weights: list[Weight], ours: list[Weight]) -> list[str]:
     """The sides whose weights exist and are all trained by this run."""
     own = {side: [weight for weight in weights if weight.has_kind(kinds)] for side, kinds in _SIDES.items()}
-    return [side for side, members in own.items() if members and all(weight in ours for weight in members)]
+    is_ours = {id(weight) for weight in ours}
+    return [side for side, members in own.items() if members and all(id(weight) in is_ours for weight in members)]
 
 
 def _factor_index(weight: Weight, layers: int, row: int, heads: int) -> Tensor:

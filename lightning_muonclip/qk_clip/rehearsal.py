@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -14,7 +15,8 @@ def is_rehearsal(optimizer: Optimizer) -> bool:
 
     Waits for the device only if all rates are zero in the first step, as in a warmup.
     """
-    if optimizer.state or any(float(group.get("lr", 0.0)) for group in optimizer.param_groups):
+    rates = [group.get("lr", 0.0) for group in optimizer.param_groups]
+    if optimizer.state or not all(isinstance(rate, (float, int, Tensor)) and float(rate) == 0 for rate in rates):
         return False
     return not any(
         p.grad is not None and bool(p.grad.any()) for group in optimizer.param_groups for p in group["params"]
@@ -25,11 +27,11 @@ def after_steps(optimizer: Optimizer, function: Callable[[Optimizer], Any]) -> l
     """Calls a function after every step of an optimizer that is none of these; returns the handles of the hooks."""
     rehearses = False
 
-    def before(*_: Any) -> None:
+    def before(optimizer: Optimizer, *_: Any) -> None:
         nonlocal rehearses
         rehearses = is_rehearsal(optimizer)
 
-    def after(*_: Any) -> None:
+    def after(optimizer: Optimizer, *_: Any) -> None:
         if not rehearses:
             function(optimizer)
 

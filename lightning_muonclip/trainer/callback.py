@@ -135,6 +135,8 @@ class MuonClipCallback(Callback):
         self._capture: Capture | None = None
         self._verified: set[str] = set()
         self._logged: dict[str, Tensor] = {}
+        #: Whether Muon steps all weights that QK-Clip scales; otherwise the user's optimizer, which steps later, does too.
+        self._muon_is_last = True
         self._last_step = 0
         self._has_started = False
 
@@ -308,7 +310,12 @@ class MuonClipCallback(Callback):
         self._tell_sides()
 
     def _tell_sides(self) -> None:
-        sides = {} if self.qk_clip is None else self.qk_clip.sides
+        assert self.muon is not None
+        if self.qk_clip is None:
+            return
+        of_muon = set(_params(self.muon))
+        self._muon_is_last = all(p in of_muon for p in self.qk_clip.params)
+        sides = self.qk_clip.sides
         if sides:
             rank_zero_info("QK-Clip scales " + ", ".join(f"{name}: {side}" for name, side in sides.items()))
 
@@ -326,9 +333,7 @@ class MuonClipCallback(Callback):
     def _apply_qk_clip(self, optimizer: Optimizer) -> None:
         """Clips after the last update of a query or key weight; the user's optimizer steps after Muon."""
         assert self.qk_clip is not None
-        assert self.muon is not None
-        of_muon = set(_params(self.muon))
-        if (optimizer is self.muon) != all(p in of_muon for p in self.qk_clip.params):
+        if (optimizer is self.muon) != self._muon_is_last:
             return
         is_due = self.qk_clip.is_due
         result = self.qk_clip.step()

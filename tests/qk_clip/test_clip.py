@@ -500,7 +500,7 @@ def test_counts_survive_a_checkpoint() -> None:
         assert state["clips"].tolist() == [[1, 0, 0, 0], [0, 0, 1, 0]]
     with (
         QKClip(model.layers[1]) as qk_clip,
-        pytest.raises(ValueError, match=r"have shape \(2, 4\) \(layers, heads\), but the model needs \(1, 4\)"),
+        pytest.raises(ValueError, match=r"of layers that the model does not have: 'layers.0', 'layers.1'"),
     ):
         qk_clip.load_state_dict(state)
 

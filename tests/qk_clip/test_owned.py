@@ -8,15 +8,19 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from oracles import Residual, SdpaAttention, enlarge
+from processes import on_ranks
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
-from lightning_muonclip import Attention, MuonClip, QKClip
+from lightning_muonclip import Attention, MuonClip, MuonClipCallback, QKClip
 
 X = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
 
@@ -82,7 +86,8 @@ def test_groups_that_are_added_later_are_owned_from_then_on() -> None:
 def test_of_attention_of_which_one_side_is_owned_that_side_is_scaled() -> None:
     model = large(SdpaAttention(16, 4))
     qk_clip = QKClip(model, threshold=1.0, example=((X,), {}))
-    qk_clip.attach(torch.optim.SGD([*model.layers[0].q_proj.parameters()], 1e-3))
+    optimizer = torch.optim.SGD([*model.layers[0].q_proj.parameters()], 1e-3)
+    qk_clip.attach(optimizer)
     assert list(qk_clip.sides.values()) == ["q"]
 
 
@@ -226,6 +231,95 @@ def test_a_run_saved_by_torchs_distributed_checkpoint_goes_on_bitwise(tmp_path: 
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), resumed.parameters()))
     assert torch.equal(optimizer.qk_clip.clips, other.qk_clip.clips)  # type: ignore[union-attr]
     assert int(other.qk_clip.clips.sum()) > 0  # type: ignore[union-attr]
+
+
+def sharded_round_trip(rank_count: int, folder: str) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """The weights and counts of a run under FSDP2 that goes on from a checkpoint, and the counts of one run whole."""
+    mesh = init_device_mesh("cpu", (rank_count,))
+
+    def made() -> tuple[nn.Module, MuonClip]:
+        torch.manual_seed(0)
+        model = large(SdpaAttention(16, 4), SdpaAttention(16, 4, 2))
+        for layer in model.layers:  # type: ignore[union-attr]
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        return model, MuonClip(model, lr=1e-2, threshold=0.5, every_n_steps=3)
+
+    whole, optimizer = made()
+    train(whole, optimizer, batches(8))
+    part, its = made()
+    train(part, its, batches(8)[:4])
+    dcp.save({"model": part.state_dict(), "optimizer": get_optimizer_state_dict(part, its)}, checkpoint_id=folder)
+    model, other = made()
+    state = {"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, other)}
+    dcp.load(state, checkpoint_id=folder)
+    model.load_state_dict(state["model"])
+    set_optimizer_state_dict(model, other, state["optimizer"])
+    train(model, other, batches(8)[4:])
+    for a, b in zip(whole.parameters(), model.parameters()):
+        assert torch.equal(a.full_tensor(), b.full_tensor())  # type: ignore[attr-defined]
+    weights = {name: p.full_tensor().detach() for name, p in model.named_parameters()}  # type: ignore[attr-defined]
+    return weights, other.qk_clip.clips, optimizer.qk_clip.clips  # type: ignore[union-attr]
+
+
+def test_so_does_one_under_fsdp2(tmp_path: Path) -> None:
+    for weights, found, expected in on_ranks(2, sharded_round_trip, 2, str(tmp_path)):
+        assert torch.equal(found, expected) and found.sum() > 0
+        assert all(value.isfinite().all() for value in weights.values())
+
+
+class Looking(pl.Callback):
+    """Looks at the state of the optimizers when training starts, before they have one, and perhaps after every batch."""
+
+    def __init__(self, always: bool) -> None:
+        self.always = always
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        before = copy.deepcopy(pl_module.state_dict())
+        for optimizer in trainer.optimizers:
+            get_optimizer_state_dict(pl_module, optimizer)
+        assert all(torch.equal(value, before[name]) for name, value in pl_module.state_dict().items())
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        for optimizer in trainer.optimizers if self.always else ():
+            get_optimizer_state_dict(pl_module, optimizer)
+
+
+class Lit(pl.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.model = large(SdpaAttention(16, 4))
+        self.bias = nn.Parameter(torch.zeros(16))
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return (self.model(batch) + self.bias).square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+
+@pytest.mark.parametrize("exclude", [(), ("*q_proj*",)])
+def test_looking_at_the_states_in_a_fit_changes_nothing(tmp_path: Path, exclude: tuple[str, ...]) -> None:
+    runs = []
+    for always in (False, True):  # the first look counts as a step of AdamW in both, as torch does it
+        callback, module = MuonClipCallback(threshold=0.5, every_n_steps=2, exclude=exclude), Lit()
+        trainer = pl.Trainer(
+            max_steps=5,
+            accelerator="cpu",
+            callbacks=[callback, Looking(always)],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=tmp_path,
+        )
+        trainer.fit(module, torch.utils.data.DataLoader(torch.cat(batches(5)), batch_size=2))
+        assert callback.qk_clip is not None and callback.qk_clip.clips.any()
+        runs.append((module.state_dict(), callback.qk_clip.clips))
+    (expected, clips), (found, others_clips) = runs
+    assert all(torch.equal(value, found[name]) for name, value in expected.items())
+    assert torch.equal(clips, others_clips)
 
 
 # An observer's life

@@ -33,11 +33,13 @@ class Search(NamedTuple):
         found: Every attention that nobody has described.
         softmaxes: Where described modules that attend by hand have their logits.
         modules: The modules that have run.
+        others: Modules with a softmax over something else than a product of queries and keys.
     """
 
     found: list[Found]
     softmaxes: dict[nn.Module, tuple[Softmax, ...]]
     modules: set[nn.Module]
+    others: set[nn.Module]
 
 
 def find_attention(
@@ -89,7 +91,10 @@ def _search(
             gate(Frame("", model, *example), found)
         found += _opaque(survey, calls, {*alone, *described})
         softmaxes = {module: softmaxes_of(frame) for module, frame in of_described.items()}
-    return Search(found, {module: own for module, own in softmaxes.items() if own}, survey.modules)
+    known = {own.module for own in found} | {*described, *alone}
+    stacks = (stack for stack in survey.softmaxes if stack and not any(frame.module in known for frame in stack))
+    others = {stack[-1].module for stack in stacks}
+    return Search(found, {module: own for module, own in softmaxes.items() if own}, survey.modules, others)
 
 
 def first_samples(example: Example) -> Example | None:

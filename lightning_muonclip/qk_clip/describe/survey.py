@@ -61,6 +61,8 @@ class Survey:
         modules: Those that have run.
         opaque: Calls of kernels that no operation of torch can be seen in, but which take queries, keys and values by their
             shapes, as those of flash-attn: the name of each, the stack of modules, and the number of channels.
+        softmaxes: The innermost modules with a softmax over no product of two activations, as additive attention has it, and
+            routers of experts.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -68,11 +70,12 @@ class Survey:
         self.head_dims: list[int] = []
         self.modules: set[nn.Module] = set()
         self.opaque: list[tuple[str, list[Frame], int]] = []
+        self.softmaxes: list[list[Frame]] = []
         self._model = model
         self._stack: list[Frame] = []
         self._copies = DetachedCopies(shared=True)
         self._handles: list[Any] = []
-        self._count = _Count(self._note_call, self._note_opaque)
+        self._count = _Count(self._note_call, self._note_opaque, lambda: self.softmaxes.append(list(self._stack)))
         self._apply = vars(torch.autograd.Function)["apply"]
 
     def __enter__(self) -> Survey:
@@ -133,10 +136,13 @@ class _Count(TorchDispatchMode):
 
     supports_higher_order_operators = True
 
-    def __init__(self, found: Callable[[int], None], opaque: Callable[[str, Any], None]) -> None:
+    def __init__(
+        self, found: Callable[[int], None], opaque: Callable[[str, Any], None], softmax: Callable[[], None]
+    ) -> None:
         super().__init__()
         self._found = found
         self._opaque = opaque
+        self._softmax = softmax
         self._products = WeakIdKeyDictionary()  # of tensors that are made of one: its size, and what it sums over
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -152,6 +158,8 @@ class _Count(TorchDispatchMode):
             self._found(args[0].shape[-1])
         elif is_softmax and products:
             self._found(max(products)[1])
+        elif is_softmax and name != "exp":
+            self._softmax()
         elif library not in _TORCHS:
             self._opaque(func._schema.name, args)
         out = func(*args, **kwargs)

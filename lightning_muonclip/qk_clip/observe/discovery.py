@@ -58,7 +58,7 @@ class Discovery:
         self.unmeasured: dict[str, str] = {}
         self._unknown = unknown
         self._owned = owned
-        self._add = add
+        self._observer_adds = weakref.WeakMethod(add)  # no cycle: what nobody holds ends at once
         #: The display names of all modules.
         self.names = {module: name for name, module in named_modules(model).items()}
         described = declared_attention(model, specs)
@@ -112,6 +112,8 @@ class Discovery:
         around = (m for m, name in self.names.items() if is_inside(self.names.get(root, ""), name))
         self._watch(m for m in around if m not in search.modules)
         new = self._understood(search.found)
+        for module in self.names.keys() & search.others:
+            self.unmeasured.setdefault(self.names[module], "its softmax is over no product of queries and keys")
         for module, softmaxes in search.softmaxes.items():
             new[self.names[module]] = module, replace(self._described[module], softmaxes=softmaxes)
         self._alone |= self._inside(new) | search.modules & self._described.keys()
@@ -168,6 +170,11 @@ class Discovery:
         is_trained = module.training and not torch.is_inference_mode_enabled()
         if is_trained and is_own and not self._is_surveying and has_values((args, kwargs, list(module.parameters()))):
             self.survey(module, (args, kwargs), is_entered=True)
+
+    def _add(self, attention: AttentionModules, entered: nn.Module | None) -> None:
+        add = self._observer_adds()
+        if add is not None:
+            add(attention, entered)
 
     def _understood(self, found: list[Found]) -> AttentionModules:
         """What is observed from now on.

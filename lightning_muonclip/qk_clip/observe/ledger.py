@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -98,27 +99,27 @@ def has_others(group: dist.ProcessGroup | None = None) -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
 
 
-class LateFlag:
-    """A flag on the device that the host reads a step later, when it has long been computed: nothing waits for it."""
+class Late:
+    """Numbers on the device that the host reads a step later, when they have long been computed: nothing waits for them."""
 
     def __init__(self) -> None:
         self._value: Tensor | None = None
         self._event: torch.cuda.Event | None = None
 
     def write(self, value: Tensor) -> None:
-        """Starts to copy a number to the host; the flag is up if it is positive."""
+        """Starts to copy numbers to the host."""
         if value.device.type != "cuda":
             self._value = value.clone()
             return
-        self._value = torch.empty((), dtype=value.dtype, pin_memory=True).copy_(value, non_blocking=True)
+        self._value = torch.empty(value.shape, dtype=value.dtype, pin_memory=True).copy_(value, non_blocking=True)
         self._event = torch.cuda.Event()
         self._event.record()
 
-    def read(self) -> bool:
-        """Whether the flag is up, and takes it down."""
+    def read(self) -> Any:
+        """The numbers, as a NumPy array, once; ``None`` if there are none."""
         if self._value is None:
-            return False
+            return None
         if self._event is not None:
             self._event.synchronize()
         value, self._value = self._value, None
-        return bool(value.cpu().numpy() > 0)
+        return value.cpu().numpy()

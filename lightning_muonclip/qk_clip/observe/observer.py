@@ -69,6 +69,8 @@ class Observer:
         self.recorders: list[Recorder] = []
         #: Whether forwards are currently recorded; see ``every_n_steps`` of QKClip.
         self.active = True
+        #: Whether weights are clipped by what is recorded.
+        self.clips = False
         self.closed = False
         self._logits = logits
         self._agreed: AttentionModules | None = None
@@ -108,7 +110,7 @@ class Observer:
         ]
         for row, (recorder, (_, (_, spec))) in enumerate(zip(self.recorders, attention)):
             recorder.row, recorder.ledger, recorder.spec = row, self.ledger, spec
-            recorder.active = self.active
+            recorder.active, recorder.clips = self.active, self.clips
         if self._logits == "off":
             return
         for recorder in self.recorders:

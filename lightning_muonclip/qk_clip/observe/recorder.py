@@ -35,6 +35,8 @@ class Recorder:
         self.source: str | None = None
         #: Whether the observer currently records.
         self.active = True
+        #: Whether the maxima are to clip by.
+        self.clips = False
         #: Whether another QKClip has clipped the module since, so that the maxima are of other weights.
         self.outdated = False
 

@@ -267,6 +267,29 @@ def test_keys_that_a_later_layer_uses_too_are_left_alone() -> None:
     assert changed and all("q_proj" in name for name in changed)
 
 
+class Additive(nn.Module):
+    """Attention by a network of queries and keys instead of their product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.score = nn.Linear(16, 8), nn.Linear(16, 8), nn.Linear(8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.score((self.query(x)[:, :, None] + self.key(x)[:, None]).tanh())[..., 0]
+        return logits.softmax(-1) @ x
+
+
+def test_a_softmax_over_no_product_is_listed() -> None:
+    model = Residual(SdpaAttention(16, 4), Additive())
+    with QKClip(model) as qk_clip:
+        model(torch.randn(2, 5, 16))
+        assert qk_clip.layers == ["layers.0"]
+        last = qk_clip.summary().splitlines()[-1]
+        assert last.startswith("layers.1") and last.endswith(
+            "nothing: its softmax is over no product of queries and keys"
+        )
+
+
 def test_evaluation_finds_nothing_and_says_so() -> None:
     model = Residual(SdpaAttention(16, 4)).eval()
     with QKClip(model) as qk_clip:

@@ -169,8 +169,8 @@ def test_a_step_is_one_collective_of_the_group_that_was_given(monkeypatch: pytes
             model(torch.randn(2, 9, 16))
             qk_clip.step()
     assert exchanges == [group]  # what the ranks have found, once
-    # Two layers, of each the maxima and three rows on the effect of clips; another row says whether a rank has found more.
-    assert calls == 2 * [((2 * 4 + 1, 4), dist.ReduceOp.MAX, group)]
+    # Two layers, of each the maxima and the norms of queries and keys; another row says whether a rank has found more.
+    assert calls == 2 * [((2 * 3 + 1, 4), dist.ReduceOp.MAX, group)]
 
 
 @pytest.mark.parametrize("model", two_models(), ids=["ours", "third party"])

@@ -371,20 +371,17 @@ def test_two_models_are_observed_side_by_side(make: Callable[[], Any]) -> None:
 def test_several_observers_of_a_module_share_what_they_see(make: Callable[[], Any]) -> None:
     model = Residual(third_party(), make())
     x = torch.randn(2, 9, 16)
-    first, second = QKClip(model, threshold=1e-3), QKClip(model, threshold=None)
-    model(x)
-    seen = first.max_logits
-    close(seen[0], true_maxima(model.layers[0], x))
-    assert torch.equal(second.max_logits, seen)
-    first.step()
-    assert first.max_logits.isneginf().all() and torch.equal(second.max_logits, seen)  # each has its own ledger
-    inner = QKClip(model.layers[1], threshold=None)
-    first.close()
-    model(x / 2)
-    assert torch.equal(second.max_logits, seen)
-    assert inner.max_logits.isfinite().all() and first.max_logits.isneginf().all()
-    second.close()
-    inner.close()
+    with QKClip(model, threshold=None) as second, QKClip(model.layers[1], threshold=None) as inner:
+        with QKClip(model, threshold=1e-3) as first:
+            model(x)
+            seen = first.max_logits
+            close(seen[0], true_maxima(model.layers[0], x))
+            assert torch.equal(second.max_logits, seen) and torch.equal(inner.max_logits, seen[1:])
+            first.step()
+            assert first.max_logits.isneginf().all() and torch.equal(second.max_logits, seen)  # each has its own ledger
+        model(x / 2)
+        assert torch.equal(second.max_logits, seen) and torch.equal(inner.max_logits, seen[1:])
+        assert first.max_logits.isneginf().all()
     assert F.scaled_dot_product_attention is TORCHS_OWN
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
@@ -468,9 +465,12 @@ def test_what_nobody_holds_does_not_observe(make: Callable[[], Any]) -> None:
     qk_clip = QKClip(model)
     model(torch.randn(2, 9, 16))
     assert F.scaled_dot_product_attention is not TORCHS_OWN
-    del qk_clip
-    gc.collect()
-    assert F.scaled_dot_product_attention is TORCHS_OWN
+    gc.disable()
+    try:
+        del qk_clip  # at once: nothing refers to it in a circle
+        assert F.scaled_dot_product_attention is TORCHS_OWN
+    finally:
+        gc.enable()
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     assert {module: set(vars(module)) for module in model.modules()} == before
 
