@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any, TypeVar
 from weakref import WeakSet
 
@@ -19,10 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_muonclip.mup_forward import Forwards, Multiplier
 from lightning_muonclip.qk_clip.describe.declared import AttentionModules
 from lightning_muonclip.qk_clip.describe.find import Example
 from lightning_muonclip.qk_clip.describe.layout import QUERY_KINDS, spread
-from lightning_muonclip.qk_clip.describe.names import TRANSPOSED_LINEARS, qualified_name
+from lightning_muonclip.qk_clip.describe.names import TRANSPOSED_LINEARS, qualified_names
 from lightning_muonclip.qk_clip.describe.weights import weights_of
 from lightning_muonclip.qk_clip.observe.observer import Observer
 from lightning_muonclip.tables import table
@@ -99,17 +101,6 @@ class Scale:
         return self.growth**self.kind.eps / self.depth
 
 
-class Multiplier:
-    """A hook that multiplies the input of a module or, as a forward hook, its output."""
-
-    def __init__(self, factor: float) -> None:
-        self.factor = factor
-
-    def __call__(self, module: nn.Module, args: Any, output: Tensor | None = None) -> Any:
-        """The hook."""
-        return (args[0] * self.factor, *args[1:]) if output is None else output * self.factor
-
-
 class Parametrization:
     """A model in muP, created by :func:`parametrize`.
 
@@ -121,9 +112,10 @@ class Parametrization:
     def __init__(self, model: nn.Module, scales: dict[str, Scale]) -> None:
         self.model = model
         self.scales = scales
-        self._heads: dict[str, float] = {}
+        self._heads: dict[str, Multiplier] = {}
         self._residual: dict[str, float] = {}
         self._scaling: dict[str, tuple[float, float]] = {}
+        self._forwards: Forwards | None = None
 
     def apply(self, optimizer: OptimizerT) -> OptimizerT:
         """Splits the groups of an optimizer by class and scales their learning rate, weight decay and epsilon, in place.
@@ -171,6 +163,17 @@ class Parametrization:
         optimizer.param_groups[:] = groups
         return optimizer
 
+    def multiplier(self, name: str) -> float:
+        """The factor on the input of an output head, for code that applies the head's weight without calling it.
+
+        A fused cross-entropy is given ``hidden * scaled.multiplier("lm_head")``. Without it, the first forward that applies
+        the weight so is refused.
+
+        Args:
+            name: Name of the head or, if no module applies it, of the weight.
+        """
+        return 1.0 if self._forwards is None else self._forwards.multiplier(name)
+
     @torch.no_grad()
     def export(self, example: Example | None = None) -> dict[str, Tensor]:
         """A state dict with which the plain model, without muP, gives the same outputs. The model does not change.
@@ -185,16 +188,21 @@ class Parametrization:
             ValueError: If the query weights of an attention whose heads have grown cannot be found or scaled.
         """
         state = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
-        for name, factor in (self._heads | self._residual).items():
+        heads = {name: multiplier.factor for name, multiplier in self._heads.items()}
+        for name, factor in (heads | self._residual).items():
             state[f"{name}.weight"] *= factor
             if name in self._residual and f"{name}.bias" in state:
                 state[f"{name}.bias"] *= factor
         specs: AttentionModules = {}
+        if self._forwards is not None and example is not None:
+            self._forwards.prepare(self.model, *example)
         if self._scaling:
             observer = Observer(self.model, logits="off", unknown="monitor", example=example)
             observer.close()
             specs = observer.attention
-        for name, (scaling, plain) in self._scaling.items():
+        for inner, (scaling, plain) in self._scaling.items():
+            # The number may be that of a part of the attention.
+            name = next((own for own in specs if f"{inner}.".startswith(f"{own}.") or not own), inner)
             if name not in specs or (specs[name][1].qk_norm and not specs[name][1].gains):
                 raise ValueError(
                     f"cannot export {name!r}: muP scales its logits by {scaling:.4g} instead of {plain:.4g}, and the query"
@@ -229,8 +237,8 @@ class Parametrization:
     def _scale_head(self, name: str, module: nn.Linear, base: nn.Module, scale: Scale) -> None:
         is_tied = scale.kind is INPUT and module.weight.shape[0] == base.weight.shape[0]  # type: ignore[index]
         if scale.kind is OUTPUT or is_tied:
-            self._heads[name] = scale.growth**OUTPUT.multiplier
-            module.register_forward_pre_hook(Multiplier(self._heads[name]))
+            self._heads[name] = Multiplier(scale.growth**OUTPUT.multiplier)
+            module.register_forward_pre_hook(self._heads[name])
 
     def __str__(self) -> str:
         rows: dict[tuple[str, ...], int] = defaultdict(int)
@@ -246,22 +254,28 @@ _in_mup: WeakSet[nn.Module] = WeakSet()
 
 
 @torch.no_grad()
-def parametrize(model: nn.Module, base: nn.Module, residual: Sequence[str] = ()) -> Parametrization:
+def parametrize(
+    model: nn.Module, base: nn.Module, residual: Sequence[str] = (), example: Example | None = None
+) -> Parametrization:
     """Puts a freshly initialized model into muP, in place.
 
     Weights get the standard deviation of the base's weights, times the factor of their class. Attention whose heads have
-    grown scales its logits by sqrt(d_base) / d instead of 1 / sqrt(d), through the attribute ``scaling`` of our modules and
-    of Hugging Face's. The input of an output head is divided by the growth of the width. Pass the optimizer to
-    :meth:`Parametrization.apply` afterwards. To resume from a checkpoint, do the same and load the weights.
+    grown scales its logits by sqrt(d_base) / d instead of 1 / sqrt(d): through the attribute ``scaling`` of our modules and
+    of Hugging Face's at once, through any other number that scales them before the first forward, which also refuses what
+    cannot be scaled. The input of an output head is divided by the growth of the width, if the head is called. Pass the
+    optimizer to :meth:`Parametrization.apply` afterwards. To resume from a checkpoint, do the same and load the weights.
 
     Args:
         model: The model.
         base: The same model, freshly initialized, at the width at which the hyperparameters were tuned.
         residual: Patterns of modules that write into the residual stream, such as ``("*.o_proj", "*.down_proj")``. Their
             outputs are divided by the growth of the depth (CompleteP), and the base may have fewer layers.
+        example: Arguments of the model, ``(args, kwargs)``, by which attention and heads are checked now, instead of in the
+            first forward.
 
     Raises:
-        ValueError: If the models do not correspond, or if one is in muP already.
+        ValueError: If the models do not correspond, if one is in muP already, or if the logits of attention whose heads have
+            grown cannot be scaled.
 
     Source: Yang et al., Tensor Programs V, arXiv 2203.03466; CompleteP, arXiv 2505.01618, with its alpha = 1.
 
@@ -287,6 +301,8 @@ def parametrize(model: nn.Module, base: nn.Module, residual: Sequence[str] = ())
     owners = dict(model.named_modules())
     base_modules, base_params = _Counterparts(dict(base.named_modules())), _Counterparts(dict(base.named_parameters()))
     scales = {}
+    sizes: dict[int, int] = {}
+    tables: dict[str, float] = {}
     for name, param in model.named_parameters():
         counterpart = base_params.find(name, residual)
         if counterpart.ndim != param.ndim or counterpart.is_meta:
@@ -297,6 +313,9 @@ def parametrize(model: nn.Module, base: nn.Module, residual: Sequence[str] = ())
         owner, _, leaf = name.rpartition(".")
         kind, growth = _classify(name, param.shape, counterpart.shape, owners[owner], leaf)
         scales[name] = Scale(kind, growth, depth if name.startswith(blocks) else 1.0)
+        sizes.update((new, old) for new, old in zip(param.shape, counterpart.shape) if new != old)
+        if kind is INPUT and param.ndim == 2 and param.shape[0] == counterpart.shape[0]:
+            tables[name] = growth**OUTPUT.multiplier
         rms = _rms(param)
         if rms > 0 and kind is not FINITE:
             param.mul_(_rms(counterpart) / rms * growth**kind.init)
@@ -311,6 +330,11 @@ def parametrize(model: nn.Module, base: nn.Module, residual: Sequence[str] = ())
         if _matches(name, residual) and depth != 1:
             module.register_forward_hook(Multiplier(1 / depth))
             mup._residual[name] = 1 / depth
+    if sizes:
+        find = partial(base_modules.find, residual=residual)
+        mup._forwards = Forwards(model, base, find, sizes, mup._scaling, mup._heads, tables)
+        if example is not None:
+            mup._forwards.run(example)
     return mup
 
 
@@ -331,7 +355,7 @@ def _classify(name: str, shape: torch.Size, base: torch.Size, owner: nn.Module, 
     if len(shape) < 2:
         growth = math.prod(growths)
         return (FINITE if growth == 1 else VECTOR), growth
-    if isinstance(owner, _TRANSPOSED) or qualified_name(type(owner)) in TRANSPOSED_LINEARS:
+    if _is_transposed(type(owner)):
         fan_in, fan_out = growths[0], math.prod(growths[1:])
     elif isinstance(owner, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         fan_in, fan_out = math.prod(growths[1:]), growths[0]
@@ -345,6 +369,10 @@ def _classify(name: str, shape: torch.Size, base: torch.Size, owner: nn.Module, 
         in_block = any(part.isdigit() for part in name.split(".")[:-2])
         return (OUTPUT if isinstance(owner, nn.Linear) and not in_block else BOTTLENECK), fan_in
     return HIDDEN, fan_in
+
+
+def _is_transposed(cls: type[nn.Module]) -> bool:
+    return issubclass(cls, _TRANSPOSED) or any(name in TRANSPOSED_LINEARS for name in qualified_names(cls))
 
 
 class _Counterparts:

@@ -15,6 +15,7 @@ from helpers import VOCAB, LitTiny, loader, next_token_loss, token_batches, trai
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from lightning_muonclip import Attention, MultiheadLatentAttention, Muon, MuonClip, MuonClipCallback, mup, split_params
 from lightning_muonclip.attention.score_mods import RelativeBias
@@ -191,6 +192,28 @@ def test_classes_of_latent_attention_and_of_bare_parameters() -> None:
     }
     assert {scale.growth for scale in scaled.scales.values()} == {1.0, 2.0}
     assert "bottleneck" in str(scaled)
+
+
+@pytest.mark.parametrize("kind", ["Conv1D", "subclass", "sharded", "embedding"])
+def test_layers_of_a_class_made_of_another_are_what_they_were(kind: str) -> None:
+    # Their weights are (in, out): read as (out, in), what grows would be fan-in.
+    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
+
+    class Table(nn.Embedding):
+        pass
+
+    def make(width: int) -> nn.Module:
+        if kind == "embedding":
+            return nn.Sequential(Table(7, width))
+        layer = conv1d(width, 3)  # from 3 to the width
+        if kind == "subclass":
+            layer.__class__ = type("LoRAConv1D", (conv1d,), {})
+        if kind == "sharded":  # FSDP2 puts its class before that of the module
+            layer.__class__ = type("FSDPConv1D", (FSDPModule, conv1d), {})
+        return nn.Sequential(layer)
+
+    scaled = mup.parametrize(make(64), make(16))
+    assert scaled.scales["0.weight"] == mup.Scale(mup.INPUT, 4.0)
 
 
 def test_epsilon_follows_the_gradients() -> None:

@@ -20,6 +20,7 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.tuner import Tuner
 from torch import nn
 
 from lightning_muonclip import (
@@ -436,6 +437,31 @@ def test_a_resumed_window_keeps_its_first_micro_batch(tmp_path: Path) -> None:
     assert torch.equal(straight[0], resumed[0])
     assert torch.equal(straight[1], resumed[1])  # the counts go on where the checkpoint left them
     assert int(straight[1].sum()) > 0
+
+
+@pytest.mark.parametrize("search", ["lr_find", "scale_batch_size"])
+@pytest.mark.parametrize("twice", [False, True])
+def test_a_trainer_can_fit_after_a_tuner_was_refused(search: str, twice: bool, tmp_path: Path) -> None:
+    class Tuned(LitTiny):
+        lr = 3e-3
+        batch_size = 2
+
+        def train_dataloader(self) -> Any:
+            return loader(token_batches(3))
+
+    def make() -> LitTiny:
+        torch.manual_seed(0)
+        return Tuned(tiny_gpt(), OPTIMIZERS["adamw"])
+
+    lit, twin = make(), make()
+    fit = trainer([MuonClipCallback(threshold=1.0)], default_root_dir=tmp_path)
+    for _ in range(1 + twice):
+        with pytest.raises(ValueError, match="Finder does not work with MuonClipCallback"):
+            getattr(Tuner(fit), search)(lit)
+    fit.fit(lit)
+    assert fit.global_step == 3
+    trainer([MuonClipCallback(threshold=1.0)]).fit(twin)
+    assert all(torch.equal(a, b) for a, b in zip(lit.parameters(), twin.parameters()))
 
 
 class TestRefusals:

@@ -17,7 +17,7 @@ from lightning_muonclip.qk_clip.describe.infer import Table
 from lightning_muonclip.qk_clip.describe.isolate import DetachedCopies, apart, undisturbed
 from lightning_muonclip.qk_clip.describe.layout import ChannelMap
 from lightning_muonclip.qk_clip.describe.spec import AttentionSpec, HeadAxis, Projection, Softmax
-from lightning_muonclip.qk_clip.describe.survey import Frame, Survey, kept
+from lightning_muonclip.qk_clip.describe.survey import Frame, Prepares, Survey, kept
 
 #: How many samples of a batch are tried before all of it.
 _SAMPLES = 2
@@ -63,7 +63,10 @@ def find_attention(
         raise ValueError(
             f"example must be a pair (args, kwargs) of the model's arguments; got {type(example).__name__}"
         )
-    part = _part(example)
+    for hook in list(model._forward_pre_hooks.values()):
+        if isinstance(hook, Prepares):
+            hook.prepare(model, *example)
+    part = first_samples(example)
     if part is not None:
         with suppress(*FAILURES):  # a model may insist on a size of its batch
             search = _search(model, part, described, alone)
@@ -94,7 +97,7 @@ def _search(
     return Search(found, {module: own for module, own in softmaxes.items() if own}, survey.modules, others)
 
 
-def _part(example: Example) -> Example | None:
+def first_samples(example: Example) -> Example | None:
     """The first samples, which cost less and mostly tell as much, if all tensors agree on the size of the batch."""
     tensors = [leaf for leaf in tree_leaves(example) if isinstance(leaf, Tensor) and leaf.ndim]
     is_nested = any(leaf.is_nested for leaf in tensors)
@@ -115,7 +118,7 @@ def _opaque(survey: Survey, calls: Sequence[Sequence[Frame]], known: Collection[
     """Modules with matrices in which nothing was seen but a kernel that may attend."""
     seen = {frame.module for stack in calls for frame in stack} | set(known)
     found: dict[nn.Module, Found] = {}
-    for kernel, stack in survey.opaque:
+    for kernel, stack, _ in survey.opaque:
         frames = [frame for frame in reversed(stack) if any(param.ndim > 1 for param in frame.module.parameters())]
         if frames and not any(frame.module in known for frame in stack) and frames[0].module not in seen:
             reason = f"it calls {kernel}, in which no queries and keys can be seen"

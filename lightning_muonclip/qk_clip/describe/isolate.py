@@ -189,6 +189,7 @@ def apart(module: nn.Module) -> Iterator[None]:
     indices = [device.index or 0 for device in devices]
     state = random.getstate()
     torch.clear_autocast_cache()
+    _apart.append(module)
     try:
         with (
             torch.random.fork_rng(indices, device_type=kind),
@@ -197,8 +198,18 @@ def apart(module: nn.Module) -> Iterator[None]:
         ):
             yield
     finally:
+        _apart.pop()
         torch.clear_autocast_cache()  # of casts without a gradient, or of other weights
         random.setstate(state)
+
+
+def is_apart() -> bool:
+    """Whether such code is running."""
+    return bool(_apart)
+
+
+#: What runs so, innermost last.
+_apart: list[nn.Module] = []
 
 
 def _same(x: Any) -> Any:

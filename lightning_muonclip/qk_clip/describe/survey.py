@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -44,32 +44,38 @@ class Frame:
     kwargs: Any
 
 
+@runtime_checkable
+class Prepares(Protocol):
+    """A hook that changes how a module attends before its first forward, and so before a survey."""
+
+    def prepare(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Does so now, for a module that is about to be given these arguments."""
+
+
 class Survey:
     """Notes the modules that were in their forward at every attention call, while it is entered.
 
     Attributes:
         calls: For every attention call in order, the stack of modules, the innermost last.
+        head_dims: For every attention call, the number of channels of a query.
         modules: Those that have run.
         opaque: Calls of kernels that no operation of torch can be seen in, but which take queries, keys and values by their
-            shapes, as those of flash-attn: the name of each, and the stack of modules.
+            shapes, as those of flash-attn: the name of each, the stack of modules, and the number of channels.
         softmaxes: The innermost modules with a softmax over no product of two activations, as additive attention has it, and
             routers of experts.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.calls: list[list[Frame]] = []
+        self.head_dims: list[int] = []
         self.modules: set[nn.Module] = set()
-        self.opaque: list[tuple[str, list[Frame]]] = []
+        self.opaque: list[tuple[str, list[Frame], int]] = []
         self.softmaxes: list[list[Frame]] = []
         self._model = model
         self._stack: list[Frame] = []
         self._copies = DetachedCopies(shared=True)
         self._handles: list[Any] = []
-        self._count = _Count(
-            lambda: self.calls.append(list(self._stack)),
-            self._note_opaque,
-            lambda: self.softmaxes.append(list(self._stack)),
-        )
+        self._count = _Count(self._note_call, self._note_opaque, lambda: self.softmaxes.append(list(self._stack)))
         self._apply = vars(torch.autograd.Function)["apply"]
 
     def __enter__(self) -> Survey:
@@ -108,10 +114,14 @@ class Survey:
             self._note_opaque(f"{cls.__module__}.{cls.__qualname__}", args)
         return self._apply.__get__(None, cls)(*args, **kwargs)  # a method of Python, or of C from torch 2.14 on
 
+    def _note_call(self, head_dim: int) -> None:
+        self.calls.append(list(self._stack))
+        self.head_dims.append(head_dim)
+
     def _note_opaque(self, name: str, args: Any) -> None:
         activations = [x for x in _flat(args) if x.is_floating_point() and not isinstance(x, nn.Parameter)]
         if sum(x.ndim > 2 for x in activations) > 2 or any(x.ndim > 4 for x in activations):  # or all in one tensor
-            self.opaque.append((name, list(self._stack)))
+            self.opaque.append((name, list(self._stack), activations[0].shape[-1]))
 
     def _leave(self, *_: Any) -> None:
         if self._stack:
@@ -119,35 +129,35 @@ class Survey:
 
 
 class _Count(TorchDispatchMode):
-    """Calls back for every fused attention kernel and every softmax (or exponential) over a batched product, in any code."""
+    """Calls back for every fused attention kernel and every softmax (or exponential) over a batched product, in any code.
+
+    It tells the number of channels that the logits are summed over.
+    """
 
     supports_higher_order_operators = True
 
     def __init__(
-        self, found: Callable[[], None], opaque: Callable[[str, Any], None], softmax: Callable[[], None]
+        self, found: Callable[[int], None], opaque: Callable[[str, Any], None], softmax: Callable[[], None]
     ) -> None:
         super().__init__()
         self._found = found
         self._opaque = opaque
         self._softmax = softmax
-        self._products = WeakIdKeyDictionary()
+        self._products = WeakIdKeyDictionary()  # of tensors that are made of one: its size, and what it sums over
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if not isinstance(func, torch._ops.OpOverload):
             if "flex_attention" in str(func):
-                self._found()
+                self._found(args[0].shape[-1])
             return func(*args, **kwargs)
         library, _, name = func._schema.name.partition("::")
-        sizes = [self._products[arg] for arg in _flat(args) if arg in self._products]
+        products = [self._products[arg] for arg in _flat(args) if arg in self._products]
         is_softmax = name in ("_softmax", "_safe_softmax", "exp")
-        if (
-            "scaled_dot_product" in name
-            or "flash_attention" in name
-            or "efficient_attention" in name
-            or (is_softmax and sizes)
-        ):
-            self._found()
+        if "scaled_dot_product" in name or "flash_attention" in name or "efficient_attention" in name:
+            self._found(args[0].shape[-1])
+        elif is_softmax and products:
+            self._found(max(products)[1])
         elif is_softmax and name != "exp":
             self._softmax()
         elif library not in _TORCHS:
@@ -155,11 +165,15 @@ class _Count(TorchDispatchMode):
         out = func(*args, **kwargs)
         if isinstance(out, Tensor):
             if name in ("bmm", "baddbmm"):
-                self._products[out] = out.numel()
+                self._products[out] = out.numel(), args[name == "baddbmm"].shape[-1]
             elif (
-                sizes and not is_softmax and name not in _ENDS and out.is_floating_point() and out.numel() >= max(sizes)
+                products
+                and not is_softmax
+                and name not in _ENDS
+                and out.is_floating_point()
+                and out.numel() >= max(products)[0]
             ):
-                self._products[out] = max(sizes)
+                self._products[out] = max(products)
         return out
 
 
