@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from lightning.pytorch.tuner import Tuner
 from oracles import Residual, SdpaAttention, enlarge
 from processes import on_ranks
 from torch import Tensor, nn
@@ -334,3 +335,42 @@ def test_learning_rates_are_tried_on_one_model() -> None:
     del optimizer
     gc.collect()
     assert not any(module._forward_hooks for module in model.modules())
+
+
+class LitMuonClip(Lit):
+    """Makes a new optimizer for every fit."""
+
+    lr = 1e-3
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return MuonClip(self, lr=self.lr, threshold=0.5)
+
+
+def trainer_of(folder: Path, *callbacks: pl.Callback) -> pl.Trainer:
+    return pl.Trainer(
+        max_steps=4,
+        accelerator="cpu",
+        callbacks=list(callbacks),
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+    )
+
+
+@pytest.mark.parametrize("way", ["fit", "lr_find", "rates"])
+def test_a_module_that_makes_its_optimizer_anew_is_fitted_again(tmp_path: Path, way: str) -> None:
+    module, data = LitMuonClip(), torch.utils.data.DataLoader(torch.cat(batches(4)), batch_size=2)
+    trainer = trainer_of(tmp_path)
+    if way == "lr_find":
+        Tuner(trainer).lr_find(module, data, num_training=5)
+    elif way == "fit":
+        trainer.fit(module, data)
+        trainer = trainer_of(tmp_path)
+    for lr in (1e-3, 1e-2) if way == "rates" else (1e-3,):
+        module.lr = lr
+        trainer = trainer_of(tmp_path) if way == "rates" else trainer
+        trainer.fit(module, data)
+        (optimizer,) = trainer.optimizers
+        assert optimizer.last.max_logits.isfinite().all() and optimizer.qk_clip.clips.any()
