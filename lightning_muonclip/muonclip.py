@@ -118,6 +118,7 @@ class MuonClip(Muon):
         except BaseException:
             qk_clip.close()  # it observes from construction
             raise
+        self.param_groups[0][_COUNTS] = None  # a flattened state is read by the keys that are there
         qk_clip.observer.owned.add(self)
         self.qk_clip: QKClip | None = qk_clip
         self._split = split
@@ -179,7 +180,7 @@ class MuonClip(Muon):
             state["param_groups"][0][_COUNTS] = [
                 own["layers"],
                 own["clips"].tolist(),
-                own["stopped"].tolist(),
+                own["effect"].tolist(),
                 own["steps"],
             ]
         return state
@@ -189,9 +190,10 @@ class MuonClip(Muon):
         state = dict(state_dict)
         clips = state.pop("qk_clip", None)
         super().load_state_dict(state)
-        counts = self.param_groups[0].pop(_COUNTS, None)
+        counts = self.param_groups[0].get(_COUNTS)
+        self.param_groups[0][_COUNTS] = None
         if clips is None and counts is not None:
-            clips = dict(zip(("layers", "clips", "stopped", "steps"), counts))
+            clips = dict(zip(("layers", "clips", "effect", "steps"), counts))
         if clips is not None and self.qk_clip is not None:
             self.qk_clip.load_state_dict(clips)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -35,7 +36,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _compiler_is_on() -> Iterator[None]:
     """A QKClip that a test leaves before its first step keeps torch.compile off, for the next test too."""
     yield
+    from lightning_muonclip.qk_clip import intercept
     from lightning_muonclip.qk_clip.observe import discovery  # late: Lightning logs to the stderr of its import
 
     for user in list(discovery._eager._users):
         discovery._eager._release(user)
+    if intercept._patched:  # by what a circle, such as a Trainer's, still keeps
+        gc.collect()

@@ -18,11 +18,10 @@ from lightning_muonclip.qk_clip.describe.find import Example
 from lightning_muonclip.qk_clip.describe.isolate import device_of
 from lightning_muonclip.qk_clip.describe.saved import restored_attention, saved_attention
 from lightning_muonclip.qk_clip.describe.spec import AttentionSpec
-from lightning_muonclip.qk_clip.effect import Effect
+from lightning_muonclip.qk_clip.effect import REMEMBERED, Effect
 from lightning_muonclip.qk_clip.observe.capture import Capture
 from lightning_muonclip.qk_clip.observe.ledger import Late, has_others, reduce_max
 from lightning_muonclip.qk_clip.observe.observer import Observer
-from lightning_muonclip.qk_clip.observe.recorder import Recorder
 from lightning_muonclip.qk_clip.observe.watch import watch_of
 from lightning_muonclip.qk_clip.options import check_clip_options
 from lightning_muonclip.qk_clip.plan import ClipPlan
@@ -115,7 +114,7 @@ class QKClip:
         self._lora = lora
         self._steps = 0
         self._clips = torch.zeros(0, 0, dtype=torch.int64)
-        self._stopped = torch.zeros(0, 0, dtype=torch.bool)
+        self._memory = torch.zeros(REMEMBERED, 0, 0, dtype=torch.float64)
         self._effect: Effect | None = None
         self._plan: ClipPlan | None = None
         self._owned: set[Tensor] | None = None
@@ -145,21 +144,20 @@ class QKClip:
         self._owned_rows = None if all(own for (own,) in of_run) else torch.tensor(of_run)
         rows = {**self._earlier, **self._counts()}
         self._earlier = {name: own for name, own in rows.items() if name not in attention}
-        counts = torch.zeros(2, *self.observer.ledger.values.shape, dtype=torch.int64, device=self._clips.device)
+        counts = torch.zeros(1 + REMEMBERED, *self.observer.ledger.values.shape, dtype=torch.float64)
         for row, (name, (_, spec)) in enumerate(attention.items()):
             if name in rows:
-                own = rows[name][:, : spec.num_heads].to(counts.device)
+                own = rows[name][:, : spec.num_heads]
                 counts[:, row, : own.shape[1]] = own
-        self._clips, self._stopped = counts[0], counts[1].bool()
-        self._arranged = attention
-        self._effect = (
-            Effect(self._plan, list(attention), self._stopped) if self._plan is not None and self._plan.scaled else None
-        )
+        self._clips, self._memory = counts[0].to(self._clips), counts[1:]
+        self._arranged, self._effect = attention, None
+        if self._plan is not None and self._plan.scaled:
+            self._effect = Effect(self._plan, list(attention), self._memory)
 
     def _counts(self) -> dict[str, Tensor]:
-        """For every layer, how often each head was clipped, and whether it is no longer clipped; shape (2, most heads)."""
-        stopped = self._stopped if self._effect is None else self._effect.stopped
-        counts = torch.stack([self._clips, stopped.to(self._clips)])
+        """For every layer, how often each head was clipped, and what is remembered of the effect; a column for each head."""
+        memory = self._memory if self._effect is None else self._effect.memory
+        counts = torch.cat([self._clips.cpu().double()[None], memory])
         return {name: counts[:, row] for row, name in enumerate(self._arranged)}
 
     @property
@@ -208,7 +206,6 @@ class QKClip:
         """
         with torch.profiler.record_function("muonclip::qk_clip"):
             self.settle()
-            self._forget_outdated()
             observed = self.observer.ledger.values if max_logits is None else self._as_table(max_logits)
             is_due = self.is_due
             if max_logits is None and self._steps == 0:
@@ -225,7 +222,7 @@ class QKClip:
                     gamma = self._effect.judge(norms, reduced, gamma)
                 self._plan.apply(gamma)
                 self._clips = self._clips.to(gamma.device).add_(gamma < 1)
-                self._outdate_others()
+                self._outdate_others(gamma)
             return self._result(reduced, gamma)
 
     def _result(self, max_logits: Tensor, gamma: Tensor) -> ClipResult:
@@ -233,23 +230,12 @@ class QKClip:
             self._owned_rows = self._owned_rows.to(gamma.device)
         return ClipResult(max_logits, gamma, self._owned_rows)
 
-    @property
-    def _clipping(self) -> list[Recorder]:
-        """The recorders of the layers that a clip scales."""
-        sides = [] if self._plan is None else self._plan.sides
-        return [own for own, side in zip(self.observer.recorders, sides) if not side.startswith("watched")]
-
-    def _outdate_others(self) -> None:
-        """The maxima that other QKClips have of layers that were clipped now are of the weights as they were."""
-        for recorder in self._clipping:
+    def _outdate_others(self, gamma: Tensor) -> None:
+        """The maxima that other QKClips have of heads that were clipped now are of the weights as they were."""
+        for recorder, own in zip(self.observer.recorders, gamma):
             for other in watch_of(recorder.module).recorders:
-                other.outdated |= other.clips and other is not recorder
-
-    def _forget_outdated(self) -> None:
-        for recorder in self._clipping:
-            if recorder.outdated:
-                recorder.ledger.forget(recorder.row)
-                recorder.outdated = False
+                if other.clips and other is not recorder:
+                    other.ledger.forget(other.row, own[: other.spec.num_heads] < 1)
 
     def settle(self) -> AttentionModules:
         """Lets all ranks agree on the attention that is known, if they may not; :meth:`step` does so too.
@@ -293,7 +279,8 @@ class QKClip:
 
     def _check_that_layers_were_seen(self) -> None:
         unseen = [recorder.name or "(model)" for recorder in self.observer.recorders if recorder.source is None]
-        if not self.layers and self.observer.discovery.has_surveyed:
+        discovery = self.observer.discovery
+        if not self.layers and discovery.has_surveyed and not discovery.unseen and self.threshold is not None:
             raise ValueError(
                 f"{type(self.model).__name__} computes no attention that QK-Clip can see: neither a call of an attention"
                 " function nor a softmax over a product of queries and keys. Describe it with specs={name:"
@@ -373,6 +360,7 @@ class QKClip:
                 capture.root,
                 self._qk_norm,
                 self._lora,
+                self.observer.owned.params(),
                 scales=self._plan is not None,
             )
 
@@ -395,16 +383,11 @@ class QKClip:
     def state_dict(self) -> dict[str, Any]:
         """The clip counts of every head, the number of steps and the specs of the layers, equal on every rank."""
         self._arrange()
-        if self._effect is not None:
-            self._effect.consider()
-        counts = {name: own.cpu() for name, own in {**self._counts(), **self._earlier}.items()}
-        # Shape (layers, most heads, 2): clips, and whether a head is no longer clipped.
-        table = (
-            pad_sequence([own.T for own in counts.values()], batch_first=True)
-            if counts
-            else torch.zeros(0, 0, 2).long()
-        )
-        state = {"layers": list(counts), "clips": table[..., 0], "stopped": table[..., 1], "steps": self._steps}
+        counts = {**self._counts(), **self._earlier}
+        table = torch.zeros(0, 0, 1 + REMEMBERED)
+        if counts:
+            table = pad_sequence([own.T for own in counts.values()], batch_first=True)
+        state = {"layers": list(counts), "clips": table[..., 0].long(), "effect": table[..., 1:], "steps": self._steps}
         discovery = self.observer.discovery
         if discovery.has_surveyed:
             state |= saved_attention(self.model, self.observer.attention)
@@ -429,9 +412,9 @@ class QKClip:
             if attention is not None:
                 discovery.restore(attention, state_dict["unseen"])
         # By name: some may be found only later.
-        clips = torch.as_tensor(state_dict["clips"])
-        stopped = torch.as_tensor(state_dict.get("stopped", torch.zeros_like(clips)))
-        self._earlier = {name: torch.stack(own) for name, *own in zip(layers, clips, stopped)}
+        clips = torch.as_tensor(state_dict["clips"]).double()[..., None]
+        effect = torch.as_tensor(state_dict.get("effect", torch.zeros(*clips.shape[:2], REMEMBERED))).double()
+        self._earlier = {name: own.T for name, own in zip(layers, torch.cat([clips, effect], -1))}
         self._arranged = {}
         self._count(state_dict.get("steps", 0))
 

@@ -28,6 +28,10 @@ _WINDOW = 32
 _STRONG, _SAME, _TWICE = 0.64, 0.05, 2
 
 
+#: How many numbers of a head are remembered.
+REMEMBERED = 7
+
+
 class Effect:
     """Follows the norms of what a plan scales, from step to step, by some channels of every head.
 
@@ -36,25 +40,32 @@ class Effect:
     Args:
         plan: What a clip scales.
         layers: The names of the layers.
-        stopped: Heads that an earlier run has stopped to clip.
+        memory: What an earlier one remembers; zeros if there was none.
 
     Attributes:
         stopped: Heads that are no longer clipped, shape (layers, heads).
     """
 
-    def __init__(self, plan: ClipPlan, layers: Sequence[str], stopped: Tensor) -> None:
+    def __init__(self, plan: ClipPlan, layers: Sequence[str], memory: Tensor) -> None:
         self._scaled = [own for own in plan.scaled if not own.weight.offset]
         self._tied, self._key_heads = plan.tied.numpy(), plan.key_heads.numpy()
-        self.stopped = stopped.to(plan.params[0].device)
         self._layers = [name or "(model)" for name in layers]
         self._last = Late()
         self._told: set[tuple[str, int]] = set()
-        # What the host knows of every head: the norms and the gamma of the last step; the norms and the largest logit at the
-        # first of the present row of clips, and how many there were; how often the last clip was undone.
-        self._norms, self._gamma = np.ones(stopped.shape), np.ones(stopped.shape)
-        self._first_norms, self._first_logits = np.ones(stopped.shape), np.zeros(stopped.shape)
-        self._run, self._undone = np.zeros(stopped.shape, int), np.zeros(stopped.shape, int)
+        # What the host knows of every head: whether it is no longer clipped; the norms and the gamma of the last step; the
+        # norms and the largest logit at the first of the present row of clips, and their number; how often one was undone.
+        stopped, self._norms, self._gamma, self._first_norms, self._first_logits, self._run, self._undone = (
+            memory.numpy()
+        )
+        self.stopped = torch.from_numpy(stopped > 0).to(plan.params[0].device)
         self._follow(self._weights())
+
+    @property
+    def memory(self) -> Tensor:
+        """What it knows of every head, for a checkpoint: float64, shape (:data:`REMEMBERED`, layers, heads)."""
+        self.consider()
+        numbers = self._norms, self._gamma, self._first_norms, self._first_logits, self._run, self._undone
+        return torch.from_numpy(np.stack([self.stopped.cpu().numpy(), *numbers]).astype(np.float64))
 
     def measure(self) -> Tensor:
         """The norms of the queries and of the keys of every head, before a clip; shape (2, layers, heads)."""
@@ -63,7 +74,8 @@ class Effect:
             self._follow(weights)
         table = torch.zeros(2 * self.stopped.numel(), device=self.stopped.device)
         if self._views:  # otherwise all are on other ranks
-            norms = torch.stack(torch._foreach_norm(self._views, dtype=torch.float32))
+            norms = torch.stack(torch._foreach_norm(self._views))
+            norms = norms if norms.dtype is torch.float32 else norms.float()
             table = table.scatter_reduce(0, self._index, norms, "amax")
         return table.view(2, *self.stopped.shape)
 
@@ -86,21 +98,25 @@ class Effect:
         if last is None:
             return
         queries, keys, logits, gamma = last
+        # Of heads without a forward since, and of those whose weights are not followed, this step tells nothing.
+        is_new = np.isfinite(logits) & (((queries > 0) | np.take_along_axis(keys > 0, self._key_heads, 1))[self._tied])
         norms = np.where(queries > 0, queries, 1.0) * np.take_along_axis(
             np.where(keys > 0, keys, 1.0), self._key_heads, 1
         )
         norms = norms[self._tied]
-        clipped, is_back = gamma < 1, np.abs(norms - self._norms) <= _SAME * self._norms
+        with np.errstate(invalid="ignore"):  # infinite weights
+            is_back = np.abs(norms - self._norms) <= _SAME * self._norms
+        clipped = gamma < 1
         has_shrunk = (self._run > 0) & (norms <= _SHRUNK * self._first_norms)
-        useless = clipped & has_shrunk & (logits >= _FELL * self._first_logits)
+        useless = is_new & clipped & has_shrunk & (logits >= _FELL * self._first_logits)
         if useless.any():
             self.stopped = self.stopped | torch.from_numpy(useless).to(self.stopped.device)
-        self._undone = np.where(self._gamma <= _STRONG, (self._undone + 1) * is_back, self._undone)
-        starts = clipped & ((self._run == 0) | (self._run >= _WINDOW))
-        self._run = np.where(clipped, np.where(starts, 1, self._run + 1), 0)
+        self._undone = np.where(is_new & (self._gamma <= _STRONG), (self._undone + 1) * is_back, self._undone)
+        starts = is_new & clipped & ((self._run == 0) | (self._run >= _WINDOW))
+        self._run = np.where(is_new, np.where(clipped, np.where(starts, 1, self._run + 1), 0), self._run)
         self._first_norms = np.where(starts, norms, self._first_norms)
         self._first_logits = np.where(starts, logits, self._first_logits)
-        self._norms, self._gamma = norms, gamma
+        self._norms, self._gamma = np.where(is_new, norms, self._norms), np.where(is_new, gamma, self._gamma)
         self._tell(_USELESS, useless)
         self._tell(_UNDONE, self._undone >= _TWICE)
 

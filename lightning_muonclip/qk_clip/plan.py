@@ -74,6 +74,10 @@ class ClipPlan:
         rules: dict[_Rule, list[int]] = defaultdict(list)
         ties = _Ties(layers)
         for row, (name, (module, spec)) in enumerate(attention.items()):
+            reason = why_not_owned(module, owned)
+            if reason:
+                self.sides.append(f"watched ({reason})")
+                continue
             weights, watched = clipped_weights(name, module, spec, qk_norm, lora)
             own, is_tied = _own_params(module, name, weights)
             ours = [weight for weight in weights if weight.trained and _is_owned(module, weight, owned)]
@@ -190,6 +194,14 @@ def _aligned(factor: Tensor, param: Tensor, dims: tuple[int, ...]) -> Tensor:
     if isinstance(param, DTensor):
         factor = factor[tuple(side if dim in dims else slice(None) for dim, side in enumerate(local_box(param)))]
     return factor
+
+
+def why_not_owned(module: nn.Module, owned: Collection[Tensor] | None) -> str:
+    """Why a run trains no parameter of a module; empty if it trains some."""
+    trainable = [param for param in module.parameters() if param.requires_grad]
+    if not trainable:
+        return "not trained"
+    return "" if owned is None or any(param in owned for param in trainable) else "in no optimizer"
 
 
 def _is_owned(module: nn.Module, weight: Weight, owned: Collection[Tensor] | None) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -36,12 +37,12 @@ class ClipResult:
         hidden = self.max_logits.isposinf()
         if rows is not None:
             hidden = hidden | ~rows
-        return self.max_logits.masked_fill(hidden, float("-inf")).max()
+        return _at_least_one(self.max_logits.masked_fill(hidden, float("-inf")), float("-inf")).max()
 
     @property
     def min_gamma(self) -> Tensor:
         """The strongest clip, a scalar."""
-        return self.gamma.min()
+        return _at_least_one(self.gamma, 1.0).min()
 
     @property
     def clipped_heads(self) -> Tensor:
@@ -52,3 +53,8 @@ class ClipResult:
     def nonfinite(self) -> Tensor:
         """Number of heads whose largest logit was not finite, a scalar."""
         return self.max_logits.isposinf().sum()
+
+
+def _at_least_one(table: Tensor, nothing: float) -> Tensor:
+    """The numbers of a table, and one more that stands for none."""
+    return torch.cat([table.flatten(), table.new_full((1,), nothing)])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,7 @@ from lightning_muonclip.qk_clip.describe.prove import CLAMPED, LARGE, Outcome, d
 from lightning_muonclip.qk_clip.describe.spec import AttentionSpec, HeadAxis
 from lightning_muonclip.qk_clip.describe.survey import Frame
 from lightning_muonclip.qk_clip.describe.weights import UnscalableError, Weight
-from lightning_muonclip.qk_clip.plan import clipped_weights
+from lightning_muonclip.qk_clip.plan import clipped_weights, why_not_owned
 from lightning_muonclip.tables import table
 
 
@@ -64,6 +64,7 @@ def verify_attention(
     root: Frame,
     qk_norm: str,
     lora: str,
+    owned: Collection[Tensor] | None = None,
     *,
     scales: bool = True,
 ) -> Verification:
@@ -75,6 +76,7 @@ def verify_attention(
         root: The model and its inputs.
         qk_norm: As in :class:`~lightning_muonclip.QKClip`.
         lora: As in :class:`~lightning_muonclip.QKClip`.
+        owned: What the run trains.
         scales: Whether anything will be scaled; if not, weights that cannot be scaled are not an error.
 
     Raises:
@@ -87,7 +89,8 @@ def verify_attention(
     for name, frame in frames.items():
         module, spec = attention[name]
         try:
-            weights, reason = clipped_weights(name, module, spec, qk_norm, lora)
+            reason = why_not_owned(module, owned)
+            weights, reason = ([], reason) if reason else clipped_weights(name, module, spec, qk_norm, lora)
         except UnscalableError as error:
             if scales:
                 raise

@@ -91,7 +91,7 @@ def test_at_the_threshold_clipping_goes_on(growth: float, groups: int) -> None:
                     projection.bias *= factor * chance[:, 0]
             model(X)
             qk_clip.step()
-        assert (qk_clip.clips >= 80).all() and not qk_clip.state_dict()["stopped"].any()
+        assert (qk_clip.clips >= 80).all() and not qk_clip.state_dict()["effect"][..., 0].any()
 
 
 def test_falling_logits_are_clipped_as_long_as_they_are_too_large() -> None:
@@ -171,22 +171,42 @@ def test_other_optimizers_are_not_suspected(lr: float) -> None:
     assert optimizer.qk_clip is not None and optimizer.qk_clip.clips.max() > 5
 
 
-def test_a_resumed_run_does_not_clip_in_vain_again() -> None:
+@pytest.mark.parametrize("saved_after", [1, 2, 3, 5])
+def test_a_resumed_run_decides_as_one_that_goes_on(saved_after: int) -> None:
     torch.manual_seed(0)
     model = Residual(Undone(16, 4, bias=False))
-    runs = []
-    for own in (model, copy.deepcopy(model)):
-        qk_clip = QKClip(own, threshold=1e-2, specs={"layers.0": SPEC})
-        if runs:
-            own.load_state_dict(runs[0][0])
-            qk_clip.load_state_dict(runs[0][1])
-        for _ in range(6):
-            own(X)
-            messages(qk_clip.step)
-        runs.append((copy.deepcopy(own.state_dict()), qk_clip.state_dict()))
-        qk_clip.close()
-    (first, _), (second, _) = runs
-    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    qk_clip = QKClip(model, threshold=1e-2, specs={"layers.0": SPEC})
+    for step in range(6):
+        model(X)
+        messages(qk_clip.step)
+        if step + 1 == saved_after:
+            resumed = copy.deepcopy(model)
+            state = copy.deepcopy(qk_clip.state_dict())
+    other = QKClip(resumed, threshold=1e-2, specs={"layers.0": SPEC})
+    other.load_state_dict(state)
+    for _ in range(6 - saved_after):
+        resumed(X)
+        messages(other.step)
+    assert torch.equal(qk_clip.clips, other.clips)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), resumed.parameters()))
+
+
+def test_a_step_of_another_optimizer_in_between_forgets_nothing() -> None:
+    torch.manual_seed(0)
+    model = Residual(Undone(16, 4, bias=False))
+    optimizers = [torch.optim.SGD(own.parameters(), 0.0) for own in (model.layers[0].q_proj, model.layers[0].k_proj)]
+    qk_clip = QKClip(model, threshold=1e-2, specs={"layers.0": SPEC})
+    for optimizer in optimizers:
+        qk_clip.attach(optimizer)
+
+    def run() -> None:
+        for _ in range(30):
+            model(X).sum().backward()
+            for optimizer in optimizers:
+                optimizer.step()
+
+    assert any("no longer clips" in text for text in messages(run))
+    assert qk_clip.clips.max() <= 3
 
 
 def sharded(rank_count: int, folder: str) -> list[int]:
@@ -200,7 +220,7 @@ def sharded(rank_count: int, folder: str) -> list[int]:
         for _ in range(6):
             model(X)
             messages(qk_clip.step)
-        return [*qk_clip.clips.flatten().tolist(), *qk_clip.state_dict()["stopped"].flatten().tolist()]
+        return [*qk_clip.clips.flatten().tolist(), *qk_clip.state_dict()["effect"][..., 0].flatten().tolist()]
 
 
 def test_ranks_with_shards_agree(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from lightning.pytorch.tuner import Tuner
 from oracles import Residual, SdpaAttention, enlarge
 from processes import on_ranks
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
@@ -71,6 +71,27 @@ def test_a_teacher_in_no_optimizer_is_watched(attention: Any, frozen: bool) -> N
     assert all(torch.equal(value, before[name]) for name, value in model.teacher.state_dict().items())
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_what_the_run_does_not_train_is_not_refused_for_its_norms_either(frozen: bool) -> None:
+    model = nn.ModuleDict({"student": SdpaAttention(16, 4), "teacher": Attention(16, 4, qk_norm=True)})
+    model["teacher"].requires_grad_(not frozen)
+    optimizer = torch.optim.SGD(model["student"].parameters(), 1e-3)
+    with QKClip(model["student"], qk_norm="error") as alone:
+        assert alone.layers == []
+    if frozen:
+        with QKClip(model, qk_norm="error") as qk_clip:
+            qk_clip.attach(optimizer)
+            assert qk_clip.sides == {"teacher": "watched (not trained)"}
+
+
+def test_a_qk_clip_that_clips_nothing_hides_nothing_from_another() -> None:
+    model = large(SdpaAttention(16, 4))
+    with QKClip(model, threshold=1e6) as one, QKClip(model, threshold=1.0) as two:
+        model(X)
+        assert one.step().clipped_heads == 0
+        assert two.step().clipped_heads > 0
+
+
 def test_groups_that_are_added_later_are_owned_from_then_on() -> None:
     model = large(SdpaAttention(16, 4), SdpaAttention(16, 4))
     optimizer = torch.optim.SGD(model.layers[0].parameters(), 1e-3)
@@ -104,7 +125,7 @@ def test_unreadable_attention_that_no_optimizer_owns_is_not_refused() -> None:
     with QKClip(model) as qk_clip:
         qk_clip.attach(optimizer)
         model(X)
-        assert "do not scale with their weights" in qk_clip.sides["layers.1"]
+        assert qk_clip.sides["layers.1"] == "watched (in no optimizer)"
     with QKClip(model), pytest.raises(ValueError, match="do not scale with their weights"):
         model(X)
 
@@ -217,17 +238,20 @@ def test_the_first_step_of_a_warmup_from_zero_is_one() -> None:
     assert qk_clip.clips.any()
 
 
-def test_a_run_saved_by_torchs_distributed_checkpoint_goes_on_bitwise(tmp_path: Path) -> None:
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_run_saved_by_torchs_distributed_checkpoint_goes_on_bitwise(tmp_path: Path, flat: bool) -> None:
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
     model, optimizer = new()
     train(model, optimizer, batches(11))
     part, its = new()
     train(part, its, batches(11)[:5])
-    dcp.save({"model": part.state_dict(), "optimizer": get_optimizer_state_dict(part, its)}, checkpoint_id=tmp_path)
+    saved = {"model": part.state_dict(), "optimizer": get_optimizer_state_dict(part, its, options=options)}
+    dcp.save(saved, checkpoint_id=tmp_path)
     resumed, other = new()
-    state = {"model": resumed.state_dict(), "optimizer": get_optimizer_state_dict(resumed, other)}
+    state = {"model": resumed.state_dict(), "optimizer": get_optimizer_state_dict(resumed, other, options=options)}
     dcp.load(state, checkpoint_id=tmp_path)
     resumed.load_state_dict(state["model"])
-    set_optimizer_state_dict(resumed, other, state["optimizer"])
+    set_optimizer_state_dict(resumed, other, state["optimizer"], options=options)
     train(resumed, other, batches(11)[5:])
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), resumed.parameters()))
     assert torch.equal(optimizer.qk_clip.clips, other.qk_clip.clips)  # type: ignore[union-attr]

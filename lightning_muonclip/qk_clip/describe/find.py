@@ -66,12 +66,14 @@ def find_attention(
     for hook in list(model._forward_pre_hooks.values()):
         if isinstance(hook, Prepares):
             hook.prepare(model, *example)
-    part = first_samples(example)
-    if part is not None:
+    part, search = first_samples(example), None
+    if on_all_ranks(model, part is not None):  # ranks run the same forwards
+        assert part is not None
         with suppress(*FAILURES):  # a model may insist on a size of its batch
             search = _search(model, part, described, alone)
-            if on_all_ranks(model, all(own.layout is not None for own in search.found)):
-                return search
+        is_read = search is not None and all(own.layout is not None for own in search.found)
+        if on_all_ranks(model, is_read) and search is not None:
+            return search
     return _search(model, example, described, alone)
 
 

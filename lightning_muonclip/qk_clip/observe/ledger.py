@@ -23,11 +23,11 @@ class Ledger:
 
     def __init__(self, heads: Sequence[int], device: torch.device) -> None:
         self.heads = tuple(heads)
-        empty = torch.full((len(self.heads), max(self.heads, default=0)), float("-inf"), device=device)
-        self._with_gradients = empty
-        self._without = empty.clone()
+        shape = (len(self.heads), max(self.heads, default=0))
+        self._seen = torch.full((2, *shape), float("-inf"), device=device)
+        self._with_gradients, self._without = self._seen
         #: The values of the last completed step.
-        self.last_step = empty.clone()
+        self.last_step = torch.full(shape, float("-inf"), device=device)
 
     @property
     def values(self) -> Tensor:
@@ -52,20 +52,20 @@ class Ledger:
     def record(self, row: int, maxima: Tensor, first: int = 0) -> None:
         """Updates a row with the ``maxima`` of its heads, or of some of them, starting at ``first``."""
         if maxima.device != self._without.device:
-            self._with_gradients, self._without, self.last_step = (table.to(maxima.device) for table in self._tables)
+            self._seen, self.last_step = self._seen.to(maxima.device), self.last_step.to(maxima.device)
+            self._with_gradients, self._without = self._seen
         table = self._with_gradients if torch.is_grad_enabled() else self._without
         seen = table[row, first : first + maxima.shape[0]]
         seen.copy_(torch.maximum(seen, maxima))
 
-    def forget(self, row: int) -> None:
-        """Drops what was seen of one layer since the last step."""
-        self._with_gradients[row].fill_(float("-inf"))
-        self._without[row].fill_(float("-inf"))
+    def forget(self, row: int, heads: Tensor) -> None:
+        """Drops what was seen of some heads of one layer since the last step, by a mask of its heads."""
+        for table in (self._with_gradients, self._without):
+            table[row, : len(heads)].masked_fill_(heads, float("-inf"))
 
     def discard(self) -> None:
         """Drops what was seen since the last step."""
-        self._with_gradients.fill_(float("-inf"))
-        self._without.fill_(float("-inf"))
+        self._seen.fill_(float("-inf"))
 
     def close_step(self) -> None:
         """Ends the step: later records belong to the next one."""
@@ -113,7 +113,7 @@ class Late:
             return
         self._value = torch.empty(value.shape, dtype=value.dtype, pin_memory=True).copy_(value, non_blocking=True)
         self._event = torch.cuda.Event()
-        self._event.record()
+        self._event.record(torch.cuda.current_stream(value.device))
 
     def read(self) -> Any:
         """The numbers, as a NumPy array, once; ``None`` if there are none."""

@@ -37,8 +37,6 @@ class Recorder:
         self.active = True
         #: Whether the maxima are to clip by.
         self.clips = False
-        #: Whether another QKClip has clipped the module since, so that the maxima are of other weights.
-        self.outdated = False
 
     def record_all(self, maxima: Tensor, source: str) -> None:
         """Records the maxima of every leading index, of which :attr:`AttentionSpec.head_axes` count the heads."""
@@ -67,7 +65,4 @@ class Recorder:
                 f"attention {self.name!r} computed {local} heads, but its spec says {heads}; correct num_heads in the spec"
             )
         self.source = source
-        if self.outdated:
-            self.ledger.forget(self.row)
-            self.outdated = False
         self.ledger.record(self.row, maxima, first)
