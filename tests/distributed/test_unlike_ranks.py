@@ -281,3 +281,31 @@ def test_with_a_process_group_each_rank_trains_as_one_process_does(name: str, re
         alone = train(model, Muon(matrices(model), LR, dtype=torch.float32), seed=rank if name == "own group" else 0)
         for weight, expected in zip(found[name], alone, strict=True):
             torch.testing.assert_close(weight, expected, rtol=0, atol=1e-6)
+
+
+def reductions_of_late_steps(rank_count: int) -> list[int]:
+    """How many all-reduces each step takes, where one matrix never gets a gradient."""
+    torch.manual_seed(0)
+    used, idle = nn.Parameter(torch.randn(6, 4)), nn.Parameter(torch.randn(6, 4, dtype=torch.bfloat16))
+    optimizer = Muon([used, idle], lr=1e-2)
+    counts = []
+    all_reduce = dist.all_reduce
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        counts[-1] += 1
+        return all_reduce(*args, **kwargs)
+
+    dist.all_reduce = counted
+    try:
+        for _ in range(12):
+            counts.append(0)
+            used.grad = torch.ones_like(used)
+            optimizer.step()
+    finally:
+        dist.all_reduce = all_reduce
+    return counts
+
+
+def test_ranks_do_not_wait_for_ever_for_a_gradient_to_compare() -> None:
+    for counts in on_ranks(2, reductions_of_late_steps, 2):
+        assert counts[0] > 0 and counts[8:] == [0, 0, 0, 0]

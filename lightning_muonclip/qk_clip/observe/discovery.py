@@ -125,7 +125,9 @@ class Discovery:
             if (
                 module not in self._alone
                 and module not in self._handles
-                and not isinstance(module, torch.jit.ScriptModule)
+                and not isinstance(
+                    module, (torch.jit.ScriptModule, nn.ModuleList, nn.ModuleDict)
+                )  # which have no forward
             ):
                 # Before the hooks of FSDP2, which then see a whole forward at a time.
                 self._handles[module] = module.register_forward_pre_hook(_Entered(self), prepend=True, with_kwargs=True)

@@ -548,3 +548,29 @@ def test_ranks_that_find_attention_at_different_steps_stay_alike() -> None:
     assert (first[1][2, :2] > 0).all()
     assert all(torch.equal(value, second[2][name]) for name, value in first[2].items())
     assert not math.isnan(float(first[1].sum()))
+
+
+def batches_of_other_sizes(rank_count: int) -> tuple[list[str], Tensor]:
+    """The layers and maxima of a model whose ranks have batches of other sizes, so that only some can take a part."""
+    torch.manual_seed(0)
+    model = Residual(SdpaAttention(16, 4, 2), Fused())
+    fully_shard(model, mesh=init_device_mesh("cpu", (rank_count,)))
+    with QKClip(model, threshold=1.0) as qk_clip:
+        model(torch.randn(2 + 2 * dist.get_rank(), 5, 16))
+        return qk_clip.layers, qk_clip.step().max_logits
+
+
+def test_ranks_may_have_batches_of_other_sizes() -> None:
+    (layers, maxima), (others, theirs) = on_ranks(2, batches_of_other_sizes, 2)
+    assert layers == others == ["layers.0", "layers.1"] and torch.equal(maxima, theirs)
+
+
+@pytest.mark.parametrize("threshold", [1.0, None])
+def test_attention_in_eval_mode_is_warned_of(threshold: float | None) -> None:
+    model = nn.Sequential(nn.LayerNorm(16), SdpaAttention(16, 4))
+    model[1].eval()
+    with QKClip(model, threshold=threshold) as qk_clip:
+        model(torch.randn(2, 5, 16))
+        with pytest.warns(UserWarning, match="in eval mode"):
+            result = qk_clip.step()
+        assert result.max_logit == -math.inf and result.min_gamma == 1
