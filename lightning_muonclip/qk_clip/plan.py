@@ -74,7 +74,7 @@ class ClipPlan:
         rules: dict[_Rule, list[int]] = defaultdict(list)
         ties = _Ties(layers)
         for row, (name, (module, spec)) in enumerate(attention.items()):
-            reason = why_not_owned(module, owned)
+            reason = spec.watched or why_not_owned(module, owned)
             if reason:
                 self.sides.append(f"watched ({reason})")
                 continue
@@ -197,10 +197,11 @@ def _aligned(factor: Tensor, param: Tensor, dims: tuple[int, ...]) -> Tensor:
 
 
 def why_not_owned(module: nn.Module, owned: Collection[Tensor] | None) -> str:
-    """Why a run trains no parameter of a module; empty if it trains some."""
-    trainable = [param for param in module.parameters() if param.requires_grad]
+    """Why a run trains no parameter of a module; empty if it trains some, or if there is none, as in a quantized one."""
+    params = list(module.parameters())
+    trainable = [param for param in params if param.requires_grad]
     if not trainable:
-        return "not trained"
+        return "not trained" if params else ""
     return "" if owned is None or any(param in owned for param in trainable) else "in no optimizer"
 
 

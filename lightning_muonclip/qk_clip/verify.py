@@ -89,7 +89,7 @@ def verify_attention(
     for name, frame in frames.items():
         module, spec = attention[name]
         try:
-            reason = why_not_owned(module, owned)
+            reason = spec.watched or why_not_owned(module, owned)
             weights, reason = ([], reason) if reason else clipped_weights(name, module, spec, qk_norm, lora)
         except UnscalableError as error:
             if scales:
