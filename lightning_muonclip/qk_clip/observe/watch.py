@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -34,6 +35,8 @@ class Watch:
         self.mode: TorchFunctionMode | None = None
         self._module = module
         self.patches = Patches()
+        # If the module and its observers are garbage together, nobody is left to remove the recorders.
+        weakref.finalize(self, self.patches.remove)
         self._handles: list[Any] = []
 
     @property
