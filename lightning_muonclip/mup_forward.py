@@ -18,7 +18,7 @@ from lightning_muonclip.qk_clip.describe.describe import FAILURES
 from lightning_muonclip.qk_clip.describe.find import Example, first_samples
 from lightning_muonclip.qk_clip.describe.isolate import DetachedCopies, apart, device_of, is_apart, undisturbed
 from lightning_muonclip.qk_clip.describe.scale import Logits, logits_of, numbers_of, power_of
-from lightning_muonclip.qk_clip.describe.survey import Frame, Survey, kept
+from lightning_muonclip.qk_clip.describe.survey import Frame, Survey, kept, run_watched
 from lightning_muonclip.qk_clip.observe.discovery import _eager as eager
 from lightning_muonclip.qk_clip.observe.recorder import ReportsMaxLogits
 from lightning_muonclip.values import has_values
@@ -161,8 +161,6 @@ class Forwards:
         """
         if module in self._surveyed:
             return
-        with DetachedCopies():
-            args, kwargs = tree_map(kept, (args, kwargs))
         at_base, ran_at_base = self._at_base(module, args, kwargs)
         if ran_at_base and not at_base:  # nothing to compare, so that the model need not run twice
             self._surveyed |= {m for m, name in self._names.items() if self._counterpart(name) in ran_at_base}
@@ -327,14 +325,8 @@ def _survey(root: nn.Module, args: Any, kwargs: Any) -> Survey:
     part = first_samples((args, kwargs))
     if part is not None:
         with suppress(*FAILURES):
-            return _run(root, part)
-    return _run(root, (args, kwargs))
-
-
-def _run(root: nn.Module, example: Example) -> Survey:
-    with apart(root), undisturbed(root), torch.no_grad(), Survey(root) as survey:
-        root(*example[0], **example[1])
-    return survey
+            return run_watched(root, *part, Survey(root))
+    return run_watched(root, args, kwargs, Survey(root))
 
 
 def _calls(survey: Survey) -> Iterator[tuple[list[Frame], int]]:

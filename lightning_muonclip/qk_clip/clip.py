@@ -18,12 +18,14 @@ from lightning_muonclip.qk_clip.describe.find import Example
 from lightning_muonclip.qk_clip.describe.isolate import device_of
 from lightning_muonclip.qk_clip.describe.saved import restored_attention, saved_attention
 from lightning_muonclip.qk_clip.describe.spec import AttentionSpec
+from lightning_muonclip.qk_clip.describe.survey import run_watched
 from lightning_muonclip.qk_clip.effect import REMEMBERED, Effect
 from lightning_muonclip.qk_clip.observe.capture import Capture
 from lightning_muonclip.qk_clip.observe.ledger import Late, has_others, reduce_max
 from lightning_muonclip.qk_clip.observe.observer import Observer
 from lightning_muonclip.qk_clip.observe.watch import watch_of
 from lightning_muonclip.qk_clip.options import check_clip_options
+from lightning_muonclip.qk_clip.owned import has_part_of
 from lightning_muonclip.qk_clip.plan import ClipPlan
 from lightning_muonclip.qk_clip.rehearsal import after_steps
 from lightning_muonclip.qk_clip.result import ClipResult
@@ -140,7 +142,7 @@ class QKClip:
         if self.threshold is not None and attention:
             self._plan = ClipPlan(attention, self._alpha, self._shared_keys, self._qk_norm, self._lora, owned)
         self._owned = owned
-        of_run = [[self.observer.owned.has_part_of(module)] for module, _ in attention.values()]
+        of_run = [[has_part_of(module, owned)] for module, _ in attention.values()]
         self._owned_rows = None if all(own for (own,) in of_run) else torch.tensor(of_run)
         rows = {**self._earlier, **self._counts()}
         self._earlier = {name: own for name, own in rows.items() if name not in attention}
@@ -205,7 +207,7 @@ class QKClip:
             ValueError: If ``max_logits`` does not have one row per layer and one number per head.
         """
         with torch.profiler.record_function("muonclip::qk_clip"):
-            self.settle()
+            agreed = self.settle()
             observed = self.observer.ledger.values if max_logits is None else self._as_table(max_logits)
             is_due = self.is_due
             if max_logits is None and self._steps == 0:
@@ -213,7 +215,7 @@ class QKClip:
             self._count(self._steps + 1)
             if not is_due:
                 return self._result(observed, torch.ones_like(observed))
-            reduced, norms = self._reduce(observed)
+            reduced, norms = self._reduce(observed, agreed)
             self.observer.close_step()
             gamma = qk_clip_gamma(reduced, self.threshold)
             if self._plan is not None:
@@ -247,7 +249,7 @@ class QKClip:
         self._arrange()
         return attention
 
-    def _reduce(self, observed: Tensor) -> tuple[Tensor, Tensor]:
+    def _reduce(self, observed: Tensor, agreed: AttentionModules) -> tuple[Tensor, Tensor]:
         """The maxima over all ranks of the logits, and of the norms of what makes them, in one exchange.
 
         Of the layers that all ranks know; whether one knows more is read a step later.
@@ -257,7 +259,6 @@ class QKClip:
         if not has_others(self.process_group):
             return reduce_max(observed, self.process_group), norms
         tables = torch.cat([observed[None], norms.to(observed.device)])
-        agreed = self.observer.settle(self.process_group)
         rows = [row for row, name in enumerate(self.layers) if name in agreed]
         heads = max((spec.num_heads for _, spec in agreed.values()), default=1)
         is_alone = observed.new_full((1, heads), float(len(rows) < len(self.layers)))
@@ -334,7 +335,7 @@ class QKClip:
             self.observer.discovery.survey(unwrapped(self.model), (args, kwargs))
             self._arrange()
         with Capture(self.observer) as capture:
-            capture.run(self.model, *args, **kwargs)
+            run_watched(self.model, args, kwargs, capture)
         for name in capture.attention:
             if name not in capture.frames and not self.sides[name].startswith("watched"):
                 raise ValueError(

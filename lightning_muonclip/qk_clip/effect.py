@@ -27,7 +27,6 @@ _WINDOW = 32
 #: A clip by so much is undone if the norms are back at what they were, up to that, twice.
 _STRONG, _SAME, _TWICE = 0.64, 0.05, 2
 
-
 #: How many numbers of a head are remembered.
 REMEMBERED = 7
 
@@ -98,12 +97,10 @@ class Effect:
         if last is None:
             return
         queries, keys, logits, gamma = last
+        queries, keys = (norms[self._tied] for norms in (queries, np.take_along_axis(keys, self._key_heads, 1)))
         # Of heads without a forward since, and of those whose weights are not followed, this step tells nothing.
-        is_new = np.isfinite(logits) & (((queries > 0) | np.take_along_axis(keys > 0, self._key_heads, 1))[self._tied])
-        norms = np.where(queries > 0, queries, 1.0) * np.take_along_axis(
-            np.where(keys > 0, keys, 1.0), self._key_heads, 1
-        )
-        norms = norms[self._tied]
+        is_new = np.isfinite(logits) & ((queries > 0) | (keys > 0))
+        norms = np.where(queries > 0, queries, 1.0) * np.where(keys > 0, keys, 1.0)
         with np.errstate(invalid="ignore"):  # infinite weights
             is_back = np.abs(norms - self._norms) <= _SAME * self._norms
         clipped = gamma < 1

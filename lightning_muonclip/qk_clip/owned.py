@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from weakref import WeakSet
 
 from torch import Tensor, nn
@@ -26,7 +27,15 @@ class Owned:
             return None
         return {p for optimizer in self._optimizers for group in optimizer.param_groups for p in group["params"]}
 
-    def has_part_of(self, module: nn.Module) -> bool:
-        """Whether some trainable parameter of a module is owned."""
-        params = self.params()
-        return any(p.requires_grad and (params is None or p in params) for p in module.parameters())
+
+def has_part_of(module: nn.Module, owned: Collection[Tensor] | None) -> bool:
+    """Whether some trainable parameter of a module is owned (see :meth:`Owned.params`)."""
+    return any(param.requires_grad and (owned is None or param in owned) for param in module.parameters())
+
+
+def why_not_owned(module: nn.Module, owned: Collection[Tensor] | None) -> str:
+    """Why a run trains no parameter of a module; empty if it trains some, or if there is none, as in a quantized one."""
+    params = list(module.parameters())
+    if not params or has_part_of(module, owned):
+        return ""
+    return "in no optimizer" if any(param.requires_grad for param in params) else "not trained"

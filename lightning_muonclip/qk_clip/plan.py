@@ -15,6 +15,7 @@ from lightning_muonclip.qk_clip.describe.declared import AttentionModules
 from lightning_muonclip.qk_clip.describe.layout import KEY_KINDS, KINDS, NO_HEAD, QUERY_KINDS, layout_kinds, spread
 from lightning_muonclip.qk_clip.describe.spec import AttentionSpec
 from lightning_muonclip.qk_clip.describe.weights import UnscalableError, Weight, is_adapted, weights_of
+from lightning_muonclip.qk_clip.owned import why_not_owned
 from lightning_muonclip.qk_clip.rule import key_factors
 
 QK_NORM_CHOICES = ("error", "monitor", "gain")
@@ -74,11 +75,7 @@ class ClipPlan:
         rules: dict[_Rule, list[int]] = defaultdict(list)
         ties = _Ties(layers)
         for row, (name, (module, spec)) in enumerate(attention.items()):
-            reason = spec.watched or why_not_owned(module, owned)
-            if reason:
-                self.sides.append(f"watched ({reason})")
-                continue
-            weights, watched = clipped_weights(name, module, spec, qk_norm, lora)
+            weights, watched = clipped_weights(name, module, spec, qk_norm, lora, owned)
             own, is_tied = _own_params(module, name, weights)
             ours = [weight for weight in weights if weight.trained and _is_owned(module, weight, owned)]
             trained = _trained_sides(weights, ours)
@@ -159,7 +156,7 @@ class ClipPlan:
 
 
 def clipped_weights(
-    name: str, module: nn.Module, spec: AttentionSpec, qk_norm: str, lora: str
+    name: str, module: nn.Module, spec: AttentionSpec, qk_norm: str, lora: str, owned: Collection[Tensor] | None
 ) -> tuple[list[Weight], str]:
     """The weights that a clip of one layer scales, or the reason why the layer is only watched.
 
@@ -167,8 +164,9 @@ def clipped_weights(
         UnscalableError: If the layer has QK-norm and ``qk_norm`` does not cover it, or if a weight cannot be scaled.
         ValueError: If the spec does not match the weights.
     """
-    if spec.watched:
-        return [], spec.watched
+    reason = spec.watched or why_not_owned(module, owned)
+    if reason:
+        return [], reason
     if spec.qk_norm and qk_norm == "error":
         raise UnscalableError(
             "QK-norm",
@@ -194,15 +192,6 @@ def _aligned(factor: Tensor, param: Tensor, dims: tuple[int, ...]) -> Tensor:
     if isinstance(param, DTensor):
         factor = factor[tuple(side if dim in dims else slice(None) for dim, side in enumerate(local_box(param)))]
     return factor
-
-
-def why_not_owned(module: nn.Module, owned: Collection[Tensor] | None) -> str:
-    """Why a run trains no parameter of a module; empty if it trains some, or if there is none, as in a quantized one."""
-    params = list(module.parameters())
-    trainable = [param for param in params if param.requires_grad]
-    if not trainable:
-        return "not trained" if params else ""
-    return "" if owned is None or any(param in owned for param in trainable) else "in no optimizer"
 
 
 def _is_owned(module: nn.Module, weight: Weight, owned: Collection[Tensor] | None) -> bool:

@@ -18,7 +18,7 @@ from lightning_muonclip.qk_clip.describe.prove import CLAMPED, LARGE, Outcome, d
 from lightning_muonclip.qk_clip.describe.spec import AttentionSpec, HeadAxis
 from lightning_muonclip.qk_clip.describe.survey import Frame
 from lightning_muonclip.qk_clip.describe.weights import UnscalableError, Weight
-from lightning_muonclip.qk_clip.plan import clipped_weights, why_not_owned
+from lightning_muonclip.qk_clip.plan import clipped_weights
 from lightning_muonclip.tables import table
 
 
@@ -89,8 +89,7 @@ def verify_attention(
     for name, frame in frames.items():
         module, spec = attention[name]
         try:
-            reason = spec.watched or why_not_owned(module, owned)
-            weights, reason = ([], reason) if reason else clipped_weights(name, module, spec, qk_norm, lora)
+            weights, reason = clipped_weights(name, module, spec, qk_norm, lora, owned)
         except UnscalableError as error:
             if scales:
                 raise

@@ -208,7 +208,7 @@ class MuonClipCallback(Callback):
             for own in (self.muon, optimizer):
                 self._handles += after_steps(own, self._apply_qk_clip)
         rank_zero_info(f"MuonClip routes the parameters as follows\n{routing_table(routes)}")
-        self._tell_sides()
+        self._follow_attention()
 
     def _observe(self, pl_module: pl.LightningModule) -> Observer:
         """The observer of the module, shared with the mixin."""
@@ -309,15 +309,18 @@ class MuonClipCallback(Callback):
             return
         self._attention = attention
         self.muon.set_parts(matrix_parts(pl_module, attention, self.split))
+        self._follow_attention()
+
+    def _follow_attention(self) -> None:
+        """Decides after whose step QK-Clip runs, and says what it will scale."""
+        assert self.muon is not None
+        if self.qk_clip is not None:
+            of_muon = set(_params(self.muon))
+            self._muon_is_last = all(p in of_muon for p in self.qk_clip.params)
         self._tell_sides()
 
     def _tell_sides(self) -> None:
-        assert self.muon is not None
-        if self.qk_clip is None:
-            return
-        of_muon = set(_params(self.muon))
-        self._muon_is_last = all(p in of_muon for p in self.qk_clip.params)
-        sides = self.qk_clip.sides
+        sides = {} if self.qk_clip is None else self.qk_clip.sides
         if sides:
             rank_zero_info("QK-Clip scales " + ", ".join(f"{name}: {side}" for name, side in sides.items()))
 

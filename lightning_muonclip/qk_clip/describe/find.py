@@ -6,7 +6,6 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -14,10 +13,10 @@ from lightning_muonclip.parallel.shards import on_all_ranks
 from lightning_muonclip.qk_clip.describe.describe import FAILURES, Found, describe, softmaxes_of
 from lightning_muonclip.qk_clip.describe.gate import gate
 from lightning_muonclip.qk_clip.describe.infer import Table
-from lightning_muonclip.qk_clip.describe.isolate import DetachedCopies, apart, undisturbed
+from lightning_muonclip.qk_clip.describe.isolate import apart
 from lightning_muonclip.qk_clip.describe.layout import ChannelMap
 from lightning_muonclip.qk_clip.describe.spec import AttentionSpec, HeadAxis, Projection, Softmax
-from lightning_muonclip.qk_clip.describe.survey import Frame, Prepares, Survey, kept
+from lightning_muonclip.qk_clip.describe.survey import Frame, Prepares, Survey, run_watched
 
 #: How many samples of a batch are tried before all of it.
 _SAMPLES = 2
@@ -80,11 +79,8 @@ def find_attention(
 def _search(
     model: nn.Module, example: Example, described: Collection[nn.Module], alone: Collection[nn.Module]
 ) -> Search:
-    with DetachedCopies():  # a survey must not write to a cache of keys
-        args, kwargs = tree_map(kept, example)
     with apart(model):
-        with undisturbed(model), torch.no_grad(), Survey(model) as survey:
-            model(*args, **kwargs)
+        survey = run_watched(model, *example, Survey(model))
         calls = [stack for stack in survey.calls if not any(frame.module in alone for frame in stack)]
         of_described = {frame.module: frame for stack in calls for frame in stack if frame.module in described}
         unknown = [stack for stack in calls if not any(frame.module in of_described for frame in stack)]

@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from lightning_muonclip.qk_clip.describe.describe import FAILURES
-from lightning_muonclip.qk_clip.describe.isolate import DetachedCopies, apart, undisturbed
 from lightning_muonclip.qk_clip.describe.locate import MATMULS, SOFTMAXES, without_addend
-from lightning_muonclip.qk_clip.describe.survey import Frame, kept
+from lightning_muonclip.qk_clip.describe.survey import Frame, run_watched
 from lightning_muonclip.qk_clip.describe.trace import Trace, tracing
 
 _SDPA = F.scaled_dot_product_attention  # torch's own, whoever may patch it later
@@ -73,10 +70,7 @@ class Logits(Trace):
 
 def logits_of(frame: Frame) -> Logits:
     """Runs a module as it was, and keeps its logits."""
-    with DetachedCopies():
-        args, kwargs = tree_map(kept, (frame.args, frame.kwargs))
-    with apart(frame.module), undisturbed(frame.module), torch.no_grad(), tracing(Logits()) as logits:
-        frame.module(*args, **kwargs)
+    logits = run_watched(frame.module, frame.args, frame.kwargs, tracing(Logits()))
     assert isinstance(logits, Logits)
     return logits
 

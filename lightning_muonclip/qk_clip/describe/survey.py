@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
-from lightning_muonclip.qk_clip.describe.isolate import DetachedCopies
+from lightning_muonclip.qk_clip.describe.isolate import DetachedCopies, apart, undisturbed
+
+_T = TypeVar("_T")
 
 #: Kernels whose result is no longer a product of queries and keys, however large it is.
 _ENDS = (
@@ -183,6 +186,15 @@ def _flat(args: Any) -> Any:
             yield arg
         elif isinstance(arg, (list, tuple)):
             yield from (item for item in arg if isinstance(item, Tensor))
+
+
+def run_watched(module: nn.Module, args: Any, kwargs: Any, watching: AbstractContextManager[_T]) -> _T:
+    """Evaluates a module on inputs that stay as they are, and leaves it as it was; returns what has watched its forward."""
+    with DetachedCopies():  # it must not write to a cache of keys
+        args, kwargs = tree_map(kept, (args, kwargs))
+    with apart(module), undisturbed(module), torch.no_grad(), watching as seen:
+        module(*args, **kwargs)
+    return seen
 
 
 def kept(leaf: Any) -> Any:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from lightning_muonclip.qk_clip.describe.isolate import DetachedCopies, apart, device_of, undisturbed
+from lightning_muonclip.qk_clip.describe.isolate import DetachedCopies, device_of
 from lightning_muonclip.qk_clip.describe.survey import Frame, kept
 from lightning_muonclip.qk_clip.observe.observer import Observer
 
@@ -51,13 +51,6 @@ class Capture:
 
     def __exit__(self, *_: Any) -> None:
         self.close()
-
-    def run(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
-        """Runs a forward without recording, then restores the model's modes and buffers."""
-        with DetachedCopies():  # the model must not write to the caller's cache of keys
-            args, kwargs = tree_map(kept, (args, kwargs))
-        with apart(model), undisturbed(model):
-            model(*args, **kwargs)
 
     def _keep(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         name = self._names.get(module)

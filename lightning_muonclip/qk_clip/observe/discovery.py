@@ -29,7 +29,7 @@ from lightning_muonclip.qk_clip.describe.describe import Found
 from lightning_muonclip.qk_clip.describe.find import Example, find_attention, spec_of, watched_spec
 from lightning_muonclip.qk_clip.intercept import attends_by_interface
 from lightning_muonclip.qk_clip.observe.recorder import ReportsMaxLogits
-from lightning_muonclip.qk_clip.owned import Owned
+from lightning_muonclip.qk_clip.owned import Owned, has_part_of
 from lightning_muonclip.values import has_values
 
 UNKNOWN_CHOICES = ("error", "monitor")
@@ -193,7 +193,7 @@ class Discovery:
                 own.layout, own.reason = None, "it computes several attentions, with weights of their own"
             if own.layout is not None:
                 new[name] = own.module, spec_of(own)
-            elif self._unknown == "error" and self._owned.has_part_of(own.module):
+            elif self._unknown == "error" and has_part_of(own.module, self._owned.params()):
                 refused[name] = own
             elif own.is_measurable:
                 new[name] = own.module, watched_spec(own)

@@ -84,19 +84,18 @@ class Watch:
 
     def record(self, maxima: Tensor, source: str = "the module") -> None:
         """Records the maxima of one call, shape ``(heads,)``."""
-        self.called = True
-        if has_values(maxima):
-            for recorder in self.recorders:
-                if recorder.active:
-                    recorder.record(maxima, source)
+        for recorder in self._recording(maxima):
+            recorder.record(maxima, source)
 
     def record_all(self, maxima: Tensor, source: str) -> None:
         """Records the maxima of one call, one for every leading index of the queries."""
+        for recorder in self._recording(maxima):
+            recorder.record_all(maxima, source)
+
+    def _recording(self, maxima: Tensor) -> list[Recorder]:
+        """The recorders that take the maxima of a call."""
         self.called = True
-        if has_values(maxima):
-            for recorder in self.recorders:
-                if recorder.active:
-                    recorder.record_all(maxima, source)
+        return [recorder for recorder in self.recorders if recorder.active] if has_values(maxima) else []
 
     def add(self, recorder: Recorder, *, is_entered: bool = False) -> None:
         """Records for one more observer.
