@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import pytest
 import torch
 import vision.torchvision_schemas  # noqa: F401  before transformers
 from torch import nn
@@ -646,7 +647,7 @@ def run(library: str, name: str, make: Callable[[], Made]) -> Result:
     try:
         torch.manual_seed(0)
         model, inputs = make()
-    except Exception as error:
+    except (Exception, pytest.skip.Exception) as error:
         return {**result, "not built": f"{type(error).__name__}: {error}"[:400]}
     model.train()
     randomize(model)
