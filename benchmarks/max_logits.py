@@ -7,37 +7,142 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from harness import report, side_by_side
+from demo import Demo
+from harness import compare, report, save, side_by_side
 from torch import Tensor
 
+from lightning_muonclip.attention import tracking
 from lightning_muonclip.attention.core import attention
+from lightning_muonclip.kernels.bounded_max_logits import bounded_max_logits, top_rows
+from lightning_muonclip.kernels.log_sum_exp import SDPA, attention_with_log_sum_exp
 from lightning_muonclip.kernels.max_logits import max_logits
 
 PEER = "SDPA forward + backward"
+HEADS, DIM = 8, 64
+
+Qk = tuple[Tensor, Tensor]
 
 
-def one_length(batch: int, heads: int, length: int, dim: int, dtype: torch.dtype, device: str, name: str) -> None:
+def trained_queries_and_keys(steps: int = 400) -> Callable[[int, int], list[Qk]]:
+    """Trains the demo; returns what makes the queries and keys of two pairs of its layers for a batch and a length.
+
+    Two layers of four heads stand side by side, and zeros fill their 32 channels to 64, which leaves the logits as they are.
+    """
+    demo = Demo()
+    for _ in range(steps):
+        demo.step()
+
+    def made(batch: int, length: int) -> list[Qk]:
+        seen: list[Qk] = []
+
+        def spy(query: Tensor, key: Tensor, *_: Any, **__: Any) -> Tensor:
+            seen.append((query.detach(), key.detach()))
+            return query.new_zeros(query.shape[1])
+
+        tokens = demo.data.text.validation[: batch * length].long().view(batch, length)
+        tracking.bounded_max_logits, usual = spy, tracking.bounded_max_logits
+        demo.model(tokens)
+        tracking.bounded_max_logits = usual
+        layers = [tuple(F.pad(x, (0, DIM - x.shape[-1])) for x in own) for own in seen]
+        return [tuple(torch.cat(both, 1) for both in zip(*layers[i : i + 2])) for i in (0, 2)]  # type: ignore[misc]
+
+    return made
+
+
+def laid_out(x: Tensor) -> Tensor:
+    """In memory as a projection makes it: heads next to each other."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def one_kind(name: str, query: Tensor, key: Tensor, scale: float) -> dict[str, Any]:
+    """All ways to the maximum, for causal attention in float32."""
+    query, key = laid_out(query), laid_out(key)
+    value, slope = (laid_out(torch.randn_like(query)) for _ in range(2))
+    leaves = [x.clone().requires_grad_() for x in (query, key, value)]
+    log_sum_exp = attention_with_log_sum_exp(SDPA, query, key, value, is_causal=True, scale=scale)[1]
+    assert log_sum_exp is not None
+    options: dict[str, Any] = {"scale": scale, "is_causal": True}
+    future = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).triu(1)
+
+    def attend() -> None:
+        torch.autograd.grad(SDPA(*leaves, **options), leaves, slope)
+
+    def watched() -> None:
+        output, bounds = attention_with_log_sum_exp(SDPA, *leaves, **options)
+        bounded_max_logits(leaves[0], leaves[1], bounds, **options)  # type: ignore[arg-type]
+        torch.autograd.grad(output, leaves, slope)
+
+    functions: dict[str, Callable[[], Any]] = {
+        PEER: attend,
+        "watched": watched,
+        "from the log-sum-exp": lambda: bounded_max_logits(query, key, log_sum_exp, **options),
+        "8 rows, as on a GPU": lambda: top_rows(query, key, log_sum_exp, scale, True, None, None, None),
+        "the whole pass": lambda: max_logits(query, key, **options),
+        "whole matrix, causal": lambda: (query @ key.mT).masked_fill_(future, -torch.inf).amax((0, 2, 3)) * scale,
+        "whole matrix, as GAD-cell": lambda: (query @ key.mT).amax((0, 2, 3)) * scale,
+        "norms, as ms-swift": lambda: (query.norm(dim=-1).amax() * key.norm(dim=-1).amax() * scale).item(),
+    }
+    with torch.no_grad():
+        exact, found = max_logits(query, key, **options), bounded_max_logits(query, key, log_sum_exp, **options)
+    torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-5)
+    print(f"{name}: largest logit {float(exact.max()):.1f}")
+    return compare(side_by_side(functions, rounds=15), PEER)
+
+
+def on_a_cpu() -> None:
+    """Logits as trained, as of 2.5 times random queries, and nearly equal ones, which no bound tells apart."""
+    made = trained_queries_and_keys()
+    cases = {}
+    for length, batch in ((256, 8), (512, 8), (2048, 2)):
+        kinds = {f"trained {i}": (*own, 32**-0.5) for i, own in enumerate(made(batch, length))}
+        query, key = (torch.randn(batch, HEADS, length, DIM) for _ in range(2))
+        kinds |= {"random times 2.5": (2.5 * query, key, DIM**-0.5), "random": (query, key, DIM**-0.5)}
+        for kind, own in kinds.items():
+            cases[f"{length}, {kind}"] = one_kind(f"{length}, {kind}", *own)
+    save("max_logits", peer=PEER, results=cases)
+
+
+def whole_steps(steps: int = 400, after: int = 100) -> None:
+    """Steps of the demo watched and unwatched, in turn; of each pair the ratio, and the median of the ratios."""
+    runs = {name: Demo(logits) for name, logits in (("unwatched", "off"), ("watched", "exact"))}
+    seconds = side_by_side({name: run.step for name, run in runs.items()}, steps - after, after, patience=1e9)
+    report("watched_steps", seconds, "unwatched", steps=steps, after=after)
+
+
+def on_a_gpu(batch: int, heads: int, length: int, dim: int, dtype: torch.dtype, name: str) -> None:
     """The pass for causal attention, and for masks that hide more, against SDPA's causal forward and backward."""
     shape = batch, heads, length, dim
-    query, key, value, slope = (torch.randn(shape, dtype=dtype, device=device) for _ in range(4))
+    query, key, value, slope = (torch.randn(shape, dtype=dtype, device="cuda") for _ in range(4))
     leaves = [x.requires_grad_() for x in (query, key, value)]
-    documents = (torch.arange(length, device=device) // (length // 8)).expand(batch, length)
+    documents = (torch.arange(length, device="cuda") // (length // 8)).expand(batch, length)
+    scale = dim**-0.5
 
     def attend(function: Callable[..., Tensor]) -> Callable[[], None]:
         return lambda: torch.autograd.grad(function(*leaves), leaves, slope) and None
 
     def largest(**mask: Any) -> Callable[[], Tensor]:
-        return lambda: max_logits(query, key, scale=dim**-0.5, is_causal=True, **mask)
+        return lambda: max_logits(query, key, scale=scale, is_causal=True, **mask)
 
     functions: dict[str, Callable[[], Any]] = {
         PEER: attend(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True)),
         "max_logits, causal": largest(),
         "max_logits, window of 1/8": largest(window=length // 8),
         "max_logits, 8 documents": largest(documents=documents),
-    }
-    if device == "cuda":
-        functions |= flex(attend, dim)
+    } | flex(attend, dim)
+    fused = torch.compile(bounded_max_logits, dynamic=False)
+    for backend in (torch.nn.attention.SDPBackend.FLASH_ATTENTION, *OTHERS):
+        with torch.nn.attention.sdpa_kernel(backend):
+            _, bounds = attention_with_log_sum_exp(SDPA, *leaves, is_causal=True)
+        if bounds is None:
+            continue
+        for kind, function in (("", bounded_max_logits), (", compiled", fused)):
+            functions[f"lse of {backend.name}{kind}"] = lambda f=function, bounds=bounds: f(  # type: ignore[misc]
+                query, key, bounds, scale=scale, is_causal=True
+            )
     report(name, side_by_side(functions), PEER, batch=batch, heads=heads, length=length, dim=dim, dtype=str(dtype))
+
+
+OTHERS = (torch.nn.attention.SDPBackend.EFFICIENT_ATTENTION, torch.nn.attention.SDPBackend.CUDNN_ATTENTION)
 
 
 def flex(attend: Callable[..., Callable[[], None]], dim: int) -> dict[str, Callable[[], Any]]:
@@ -58,6 +163,7 @@ def flex(attend: Callable[..., Callable[[], None]], dim: int) -> dict[str, Calla
 if __name__ == "__main__":
     if torch.cuda.is_available():
         for length in (1024, 2048, 4096, 8192, 16384):
-            one_length(2**15 // length, 16, length, 128, torch.bfloat16, "cuda", f"max_logits_{length}")
+            on_a_gpu(2**15 // length, 16, length, 128, torch.bfloat16, f"max_logits_{length}")
     else:
-        one_length(8, 8, 512, 64, torch.float32, "cpu", "max_logits_512")
+        on_a_cpu()
+        whole_steps()

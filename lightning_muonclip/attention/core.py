@@ -50,6 +50,8 @@ def attention(
 
     Returns:
         Output of shape ``(batch, heads, length, d_v)``, and the per-head maxima, float32 of shape ``(heads,)``, or ``None``.
+        Where only bounds prove a maximum, on a GPU without FlexAttention's own, the shape is ``(2, heads)``: the largest
+        logits that were computed, and upper bounds on the maxima.
         Maxima are those of the scaled dot products over the visible pairs, before soft-cap, ``score_mod`` and sinks, since
         that is what scaling the weights scales (see :func:`~lightning_muonclip.kernels.max_logits.max_logits`).
 

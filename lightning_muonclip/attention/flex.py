@@ -42,7 +42,9 @@ def attend(
         query, key, value = _without_gradient(query, key, value)
     # The kernel's maxima come after score_mod, one per query over all keys.
     has_maxima = track is not None and score_mod is None and not mask.pads_in_part and is_complete
-    maxima = None if track is None or has_maxima else measure(query, key, scale, mask)
+    is_bounded = track is not None and not has_maxima and score_mod is None
+    maxima = None if track is None or has_maxima or is_bounded else measure(query, key, scale, mask)
+    plain = query, key
     # Whole blocks: with a mask and a score_mod, the backward of partial ones is NaN (pytorch#153799, torch 2.7).
     more = filled(length) - length
     if more:
@@ -56,7 +58,7 @@ def attend(
         block_mask=mask.block_mask(length, query.device, batch=batch, heads=heads),
         scale=scale,
         enable_gqa=heads != key.shape[1],
-        return_aux=AuxRequest(lse=sinks is not None, max_scores=has_maxima),
+        return_aux=AuxRequest(lse=sinks is not None or is_bounded, max_scores=has_maxima),
     )
     output = output[:, :, :length]
     if sinks is not None:
@@ -64,7 +66,10 @@ def attend(
         kept = torch.sigmoid(lse - sinks.float()[:, None]).masked_fill(lse.isneginf(), 0.0)
         output = (output * kept.unsqueeze(-1)).to(output.dtype)
     if has_maxima:
-        maxima = _largest(aux.max_scores[:, :, :length], mask.padding)
+        maxima = _counted(aux.max_scores[:, :, :length], mask.padding).amax((0, 2))
+    elif is_bounded:
+        bounds = _counted(aux.lse[:, :, :length].float(), mask.padding)
+        maxima = bounds.amax((0, 2)) if track == "lse" else measure(*plain, scale, mask, bounds)
     return output, maxima
 
 
@@ -81,8 +86,7 @@ def _of_real_tokens(score_mod: ScoreMod, length: int) -> ScoreMod:
     return lambda score, b, h, q, k: score_mod(score, b, h, *clamped(q, k, length))
 
 
-def _largest(scores: Tensor, padding: Tensor | None) -> Tensor:
-    """The maximum over the batch and the queries that count; scores have shape (batch, heads, length)."""
-    if padding is not None:
-        scores = scores.masked_fill(~padding[:, None], float("-inf"))
-    return scores.detach().amax((0, 2))
+def _counted(scores: Tensor, padding: Tensor | None) -> Tensor:
+    """-inf for queries that do not count; of shape (batch, heads, length)."""
+    scores = scores.detach()
+    return scores if padding is None else scores.masked_fill(~padding[:, None], float("-inf"))

@@ -8,7 +8,7 @@ from torch import Tensor
 from lightning_muonclip.attention.masks import AttentionMask
 from lightning_muonclip.attention.score_mods import ScoreMod
 from lightning_muonclip.attention.tracking import measure
-from lightning_muonclip.kernels.log_sum_exp import attention_log_sum_exp, supports_log_sum_exp
+from lightning_muonclip.kernels.log_sum_exp import as_multiplied, attention_with_log_sum_exp, bounds_of_logits
 
 
 def attend(
@@ -37,18 +37,28 @@ def attend(
     width = value.shape[-1]
     if width < key.shape[-1]:
         value = F.pad(value, (0, key.shape[-1] - width))
-    if track == "lse" and supports_log_sum_exp(query, key, value, dense, 0.0):
-        counted = mask.dense(length, query.device, batch=batch, heads=heads, counted=True)
-        output, bounds = attention_log_sum_exp(query, key, value, dense, is_causal, scale, counted=counted)
-        return output[..., :width], bounds
-    maxima = None if track is None else measure(query, key, scale, mask)
-    output = F.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=dense,
-        is_causal=is_causal,
-        scale=scale,
-        enable_gqa=heads != key.shape[1],
+    # What QK-Clip has put in the place of torch's function is for modules of other libraries.
+    function = getattr(F.scaled_dot_product_attention, "watched_function", F.scaled_dot_product_attention)
+    shares_keys = heads != key.shape[1]
+    if track is None:
+        output = function(query, key, value, dense, 0.0, is_causal, scale=scale, enable_gqa=shares_keys)
+        return output[..., :width], None
+    output, log_sum_exp = attention_with_log_sum_exp(
+        function, query, key, value, dense, 0.0, is_causal, scale=scale, enable_gqa=shares_keys
     )
-    return output[..., :width], maxima
+    return output[..., :width], _maxima(query, key, log_sum_exp, scale, mask, track)
+
+
+def _maxima(
+    query: Tensor, key: Tensor, log_sum_exp: Tensor | None, scale: float, mask: AttentionMask, track: str
+) -> Tensor:
+    if log_sum_exp is None:
+        return measure(query, key, scale, mask)
+    batch, heads, length, _ = query.shape
+    counted = mask.dense(length, query.device, batch=batch, heads=heads, counted=True)
+    bounds = bounds_of_logits(log_sum_exp, counted)
+    assert bounds is not None  # the mask is boolean
+    if track == "lse":
+        return bounds.amax((0, 2))
+    query, key = as_multiplied(query, key)
+    return measure(query, key, scale, mask, bounds)

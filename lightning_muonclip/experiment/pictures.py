@@ -33,6 +33,8 @@ class LogitPictures(Callback):
         self.metric: MaxLogits | None = None
         #: One tensor of shape (layers, heads) per step.
         self.history: list[Tensor] = []
+        #: Where a maximum is not proven to be one, likewise; booleans.
+        self.uncertified: list[Tensor] = []
         self._last_step = 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -57,14 +59,15 @@ class LogitPictures(Callback):
         self._last_step = trainer.global_step
         clip = _muonclip_callback(trainer)
         if clip is None:
-            maxima = pl_module.max_logits
+            maxima = bounds = pl_module.max_logits
             pl_module.log("max_logit", maxima.max(), prog_bar=True)
         elif clip.last is not None:
-            maxima = clip.last.max_logits
+            maxima, bounds = clip.last.max_logits, clip.last.bounds
         else:
             return
         self.metric.update(maxima)
         self.history.append(maxima)
+        self.uncertified.append(bounds > maxima)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Saves the plots."""
@@ -73,18 +76,22 @@ class LogitPictures(Callback):
         peak = self.metric.compute()
         if trainer.is_global_zero:
             self.dirpath.mkdir(parents=True, exist_ok=True)
-            trajectory, _ = self.metric.plot(self.history)
+            trajectory, axes = self.metric.plot(self.history)
+            _mark(axes, torch.stack(self.history).cpu(), torch.stack(self.uncertified).cpu())
             trajectory.savefig(self.dirpath / "max_logits.png", dpi=150)
             heads, _ = self.metric.plot(peak)
             heads.savefig(self.dirpath / "heads.png", dpi=150)
 
     def state_dict(self) -> dict[str, Any]:
         """The history, the same on every rank under MuonClipCallback."""
-        return {"history": torch.stack(self.history).cpu()} if self.history else {}
+        if not self.history:
+            return {}
+        return {name: torch.stack(getattr(self, name)).cpu() for name in ("history", "uncertified")}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores the history."""
         self.history = list(state_dict.get("history", ()))
+        self.uncertified = list(state_dict.get("uncertified", ()))
 
 
 class CompareRuns(HydraCallback):
@@ -131,6 +138,14 @@ def draw_curves(curves: dict[str, tuple[list[int], list[float]]], path: Path) ->
     axes.set(xlabel="step", ylabel="max logit", yscale="log", title="Largest attention logit of the model")
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=150)
+
+
+def _mark(axes: Any, history: Tensor, uncertified: Tensor) -> None:
+    """Marks the points that are not proven to be the maximum of their head; all are of shape (steps, layers, heads)."""
+    step, layer, head = uncertified.nonzero(as_tuple=True)
+    if len(step):
+        axes.scatter(step, history[step, layer, head], marker="x", color="black", s=12, label="not proven")
+        axes.legend(fontsize="small", ncols=2)
 
 
 def _muonclip_callback(trainer: pl.Trainer) -> MuonClipCallback | None:

@@ -1,71 +1,118 @@
-"""Attention that also returns each query's log-sum-exp, a free upper bound on its largest logit.
+"""The log-sum-exp of every query, which attention's kernels return for their backward: a free bound on its largest logit.
 
-``max(s) <= log(sum(exp(s))) <= max(s) + log(n)`` for n visible keys.
+``max(s) <= log(sum(exp(s))) <= max(s) + log(n)`` for n visible keys. The call that the user makes is the one that tells: its
+kernel, output and gradients are those of a call that nobody watches.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_muonclip.kernels.hidden import HIDDEN
 
-def supports_log_sum_exp(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> bool:
-    """Whether :func:`attention_log_sum_exp` can compute this attention.
-
-    CPU only, without dropout, and without an additive mask, whose values would enter the sum. The kernel does not validate
-    its inputs; the remaining checks are those that torch makes before it calls the kernel.
-    """
-    tensors = (query, key, value)
-    return (
-        query.device.type == "cpu"
-        and dropout == 0
-        and (mask is None or mask.dtype is torch.bool)
-        and not torch.is_autocast_enabled("cpu")  # autocast converts the inputs of torch's function, not of its kernel
-        and all(x.ndim == 4 and x.dtype is query.dtype and x.shape[0] == query.shape[0] for x in tensors)
-        and all(x.shape[-1] == query.shape[-1] and x.stride(-1) == 1 and x.numel() > 0 for x in tensors)
-        and key.shape[:-1] == value.shape[:-1]
-        and query.shape[1] % key.shape[1] == 0
+#: Kernels of scaled_dot_product_attention. Their second output is the log-sum-exp, of shape (batch, heads, L or more).
+_KERNELS = {
+    f"aten::_scaled_dot_product_{kind}"
+    for kind in (
+        "flash_attention",
+        "flash_attention_for_cpu",
+        "efficient_attention",
+        "cudnn_attention",
+        "fused_attention_overrideable",
     )
+}
+
+#: Torch's own function, whoever may have patched it since.
+SDPA: Callable[..., Tensor] = F.scaled_dot_product_attention
 
 
-def attention_log_sum_exp(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    is_causal: bool,
-    scale: float,
-    counted: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Scaled dot-product attention and the largest log-sum-exp of every head.
+class _Seen(TorchDispatchMode):
+    """Keeps the log-sum-exp that a kernel returns for some queries and keys."""
+
+    def __init__(self, query: Tensor, key: Tensor) -> None:
+        super().__init__()
+        self._sizes = *query.shape[:-1], key.shape[-2]
+        self.log_sum_exp: Tensor | None = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        # Whoever has replaced torch's function may call it with other queries and keys.
+        if func.name().partition(".")[0] in _KERNELS and (*args[0].shape[:-1], args[1].shape[-2]) == self._sizes:
+            self.log_sum_exp = out[1]
+        return out
+
+
+def attention_with_log_sum_exp(
+    function: Callable[..., Tensor], *args: Any, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Attention by a function, and the log-sum-exp of every query.
 
     Args:
-        query: Shape ``(batch, heads, L, d)``.
-        key: Shape ``(batch, key_heads, S, d)``.
-        value: Shape ``(batch, key_heads, S, d)``.
-        mask: ``None``, or boolean and broadcastable to ``(batch, heads, L, S)``.
-        is_causal: Query i sees keys 0..i only.
-        scale: Factor on the dot products.
-        counted: Same shape as ``mask``. Queries without a visible pair here do not count towards the bound. Defaults to
-            ``mask``.
+        function: :func:`~torch.nn.functional.scaled_dot_product_attention`, or what stands in its place.
+        args: Its arguments, passed on as they are.
+        kwargs: Its arguments, passed on as they are.
 
     Returns:
-        Output of shape ``(batch, heads, L, d)`` and bounds of shape ``(heads,)``, float32; ``-inf`` for a head that sees
-        nothing.
+        The output, and a float32 tensor of shape ``(batch, heads, L)`` without gradient, or ``None`` if the kernel does not
+        return it, as the unfused one. It is undefined for a query that sees nothing.
     """
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    additive = None
-    if mask is not None:
-        mask = mask[(None,) * (4 - mask.ndim)]
-        additive = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, float("-inf"))
-    # torch exposes the log-sum-exp of its fused kernels only through the kernels themselves.
-    output, log_sum_exp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query, key, value, 0.0, is_causal, attn_mask=additive, scale=scale
-    )
-    counted = mask if counted is None else counted
-    if counted is not None:
-        # The kernel returns 0 where nothing is visible.
-        log_sum_exp = log_sum_exp.masked_fill(~counted.any(-1), float("-inf"))
-    return output, log_sum_exp.detach().amax((0, 2)).float()
+    if not torch.compiler.is_compiling():
+        return _seen(function, *args, **kwargs)
+    if function is SDPA and not torch.compiler.is_exporting():
+        return _in_graph(*args, **kwargs)
+    return function(*args, **kwargs), None
+
+
+def _seen(function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    query, key = (args[i] if i < len(args) else kwargs[name] for i, name in enumerate(("query", "key")))
+    with _Seen(query, key) as seen:
+        output = function(*args, **kwargs)
+    log_sum_exp = seen.log_sum_exp
+    if log_sum_exp is None or not log_sum_exp.numel():  # the memory-efficient kernel returns none without a gradient
+        return output, None
+    batch, heads, length = query.shape[:-1]
+    # Kernels may pad the queries, or keep a last dimension of 1.
+    return output, log_sum_exp.detach().float().reshape(batch, heads, -1)[..., :length]
+
+
+def _in_graph(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    return _seen(SDPA, *args, **kwargs)
+
+
+torch.compiler.allow_in_graph(_in_graph)  # Dynamo cannot trace the mode; what traces the graph afterwards can
+
+
+def as_multiplied(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Queries and keys in the dtype in which a kernel multiplies them: autocast converts its arguments."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    return tuple(x if x.dtype is torch.float64 else x.to(torch.get_autocast_dtype(device)) for x in tensors)
+
+
+def bounds_of_logits(log_sum_exp: Tensor, mask: Tensor | None) -> Tensor | None:
+    """Upper bounds on the largest logit of every query before the mask is added.
+
+    Args:
+        log_sum_exp: Shape ``(batch, heads, L)``.
+        mask: As the kernel got it: ``None``, boolean, or additive, broadcastable to ``(batch, heads, L, S)``.
+
+    Returns:
+        Shape ``(batch, heads, L)``, ``-inf`` for queries that see nothing. ``None`` for an additive mask on a device whose
+        values the host does not know: where it is negative, the bound may be far above every logit.
+    """
+    if mask is None:
+        return log_sum_exp
+    if mask.dtype is torch.bool:
+        return log_sum_exp.masked_fill(~mask.any(-1), float("-inf"))
+    if log_sum_exp.device.type != "cpu":
+        return None
+    hidden = mask <= HIDDEN
+    least = mask.float().masked_fill(hidden, float("inf")).amin(-1)
+    return log_sum_exp - least

@@ -72,6 +72,15 @@ def max_logits(
         >>> max_logits(q, k, scale=0.5)
         tensor([2.])
     """
+    check_arguments(query, key, window)
+    if torch.compiler.is_compiling():
+        return torch.ops.muonclip.max_logits(query, key, scale, is_causal, window, documents, mask)
+    with torch.profiler.record_function("muonclip::max_logits"):
+        return _max_logits(query, key, scale, is_causal, window, documents, mask)
+
+
+def check_arguments(query: Tensor, key: Tensor, window: int | None) -> None:
+    """Raises ValueError if the heads do not match or the window is empty."""
     heads, key_heads = query.shape[-3], key.shape[-3]
     if heads % key_heads:
         raise ValueError(
@@ -79,10 +88,6 @@ def max_logits(
         )
     if window is not None and window < 1:
         raise ValueError(f"the window hides every key, got {window}; use at least 1, or None for any distance")
-    if torch.compiler.is_compiling():
-        return torch.ops.muonclip.max_logits(query, key, scale, is_causal, window, documents, mask)
-    with torch.profiler.record_function("muonclip::max_logits"):
-        return _max_logits(query, key, scale, is_causal, window, documents, mask)
 
 
 def _max_logits(
@@ -100,20 +105,18 @@ def _max_logits(
     if query.numel() == 0 or key.numel() == 0:
         return maximum.flatten()
     pairs = query.shape[-2], key.shape[-2]
-    if mask is not None and any(have not in (1, need) for have, need in zip(mask.shape[::-1], pairs[::-1])):
-        raise ValueError(
-            f"the mask must broadcast to {pairs[0]} queries and {pairs[1]} keys, got shape {tuple(mask.shape)}"
-        )
+    if mask is not None:
+        check_mask(mask, *pairs)
     batch = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3])
     if documents is not None:
-        documents = _documents(documents, batch, *pairs)
+        documents = sequence_ids(documents, batch, *pairs)
     if window is not None and window >= max(pairs):
         window = None
-    query, key = _as_batch(query, batch), _as_batch(key, batch)
+    query, key = as_batch(query, batch), as_batch(key, batch)
     launch = _launcher(query.device)
     if launch is not None:
         if mask is not None:
-            mask = _as_batch(mask.expand(*batch, heads, *pairs), batch)
+            mask = as_batch(mask.expand(*batch, heads, *pairs), batch)
         launch(
             query,
             key,
@@ -125,7 +128,10 @@ def _max_logits(
             mask=mask,
         )
         return maximum.flatten()
-    visible = None if mask is None else _visible(mask, batch, heads, key_heads)
+    visible = None
+    if mask is not None:
+        visible = visible_pairs(mask, batch)
+        visible = visible.unsqueeze(2) if visible.shape[1] == 1 else visible.unflatten(1, (key_heads, group))
     query = query.unflatten(1, (key_heads, group))
     tiles = TILES.get(query.device.type, _LARGE_TILES)
     of_a_tile = group * min(tiles.queries, pairs[0]) * min(tiles.keys, pairs[1])
@@ -255,25 +261,28 @@ def _(
     return query.new_empty(query.shape[-3], dtype=torch.float32)
 
 
-def _as_batch(x: Tensor, batch: torch.Size) -> Tensor:
+def as_batch(x: Tensor, batch: torch.Size) -> Tensor:
     """Exactly one batch dimension: (batch, heads, length, d)."""
     return x.detach().expand(*batch, *x.shape[-3:]).reshape(-1, *x.shape[-3:])
 
 
-def _visible(mask: Tensor, batch: torch.Size, heads: int, key_heads: int) -> Tensor:
-    """The mask as booleans of shape (batch or 1, key heads or 1, group or 1, L or 1, S or 1)."""
+def check_mask(mask: Tensor, queries: int, keys: int) -> None:
+    """Raises ValueError if the mask does not broadcast."""
+    if any(have not in (1, need) for have, need in zip(mask.shape[::-1], (keys, queries))):
+        raise ValueError(f"the mask must broadcast to {queries} queries and {keys} keys, got shape {tuple(mask.shape)}")
+
+
+def visible_pairs(mask: Tensor, batch: torch.Size) -> Tensor:
+    """The mask as booleans of shape (batch or 1, heads or 1, L or 1, S or 1)."""
     if mask.dtype is not torch.bool:
         mask = mask > HIDDEN
     if len(batch) > 1 and mask.ndim > 3:
         mask = mask.expand(*batch, *mask.shape[-3:]).flatten(0, -4)
-    mask = mask[(None,) * (4 - mask.ndim)]
-    if mask.shape[1] == 1:
-        return mask.unsqueeze(2)
-    return mask.unflatten(1, (key_heads, heads // key_heads))
+    return mask[(None,) * (4 - mask.ndim)]
 
 
-def _documents(documents: Tensor, batch: torch.Size, length: int, key_length: int) -> Tensor:
-    """The ids of shape (batch or 1, L)."""
+def sequence_ids(documents: Tensor, batch: torch.Size, length: int, key_length: int) -> Tensor:
+    """The document ids of shape (batch or 1, L)."""
     if documents.dtype.is_floating_point or documents.dtype.is_complex or documents.dtype is torch.bool:
         raise ValueError(f"documents must be integer ids, one per token, negative for padding; got {documents.dtype}")
     if length != key_length:

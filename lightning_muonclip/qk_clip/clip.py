@@ -54,9 +54,10 @@ class QKClip:
         qk_norm: A norm after the projection cancels a factor on its weight. ``"monitor"`` only watches such attention,
             ``"gain"`` scales the gains of the norms, and ``"error"`` refuses it; a gain that all heads share is scaled by
             the smallest gamma among them.
-        logits: ``"exact"`` measures the logits in every training forward. ``"lse"`` takes an upper bound (at most ln(n)
-            too high for n keys) where the attention kernel returns it, and measures elsewhere. ``"off"`` measures nothing,
-            for callers that pass the maxima to :meth:`step`.
+        logits: ``"exact"`` finds the largest logits of every training forward, from the log-sum-exp that the attention
+            kernel returns and a few products that prove it, or from all products. ``"lse"`` takes the log-sum-exp alone, an
+            upper bound (at most ln(n) too high for n keys). ``"off"`` measures nothing, for callers that pass the maxima to
+            :meth:`step`.
         lora: For layers that LoRA (peft) adapts: ``"monitor"`` only watches them; ``"scale"`` scales the frozen base and
             every ``B`` together, which is exact, but adapters saved alone then no longer fit the original base.
         every_n_steps: Measures and clips at the first of every n steps.
@@ -208,36 +209,38 @@ class QKClip:
         """
         with torch.profiler.record_function("muonclip::qk_clip"):
             agreed = self.settle()
-            observed = self.observer.ledger.values if max_logits is None else self._as_table(max_logits)
+            observed = (
+                self.observer.ledger.bounded if max_logits is None else self._as_table(max_logits).expand(2, -1, -1)
+            )
             is_due = self.is_due
             if max_logits is None and self._steps == 0:
                 self._check_that_layers_were_seen()
             self._count(self._steps + 1)
             if not is_due:
-                return self._result(observed, torch.ones_like(observed))
-            reduced, norms = self._reduce(observed, agreed)
+                return self._result(observed[0], observed[1], torch.ones_like(observed[0]))
+            largest, bounds, *norms = self._reduce(observed, agreed)
             self.observer.close_step()
-            gamma = qk_clip_gamma(reduced, self.threshold)
+            gamma = qk_clip_gamma(bounds, self.threshold)
             if self._plan is not None:
                 gamma = self._plan.possible(gamma)
                 if self._effect is not None and max_logits is None:
-                    gamma = self._effect.judge(norms, reduced, gamma)
+                    gamma = self._effect.judge(norms, bounds, gamma)
                 self._plan.apply(gamma)
                 self._clips = self._clips.to(gamma.device).add_(gamma < 1)
                 self._outdate_others(gamma)
-            return self._result(reduced, gamma)
+            return self._result(largest, bounds, gamma)
 
-    def _result(self, max_logits: Tensor, gamma: Tensor) -> ClipResult:
+    def _result(self, largest: Tensor, bounds: Tensor, gamma: Tensor) -> ClipResult:
         if self._owned_rows is not None:
             self._owned_rows = self._owned_rows.to(gamma.device)
-        return ClipResult(max_logits, gamma, self._owned_rows)
+        return ClipResult(largest, bounds, gamma, self._owned_rows)
 
     def _outdate_others(self, gamma: Tensor) -> None:
         """The maxima that other QKClips have of heads that were clipped now are of the weights as they were."""
-        for recorder, own in zip(self.observer.recorders, gamma):
+        for row, recorder in enumerate(self.observer.recorders):
             for other in watch_of(recorder.module).recorders:
                 if other.clips and other is not recorder:
-                    other.ledger.forget(other.row, own[: other.spec.num_heads] < 1)
+                    other.ledger.forget(other.row, gamma[row, : other.spec.num_heads] < 1)
 
     def settle(self) -> AttentionModules:
         """Lets all ranks agree on the attention that is known, if they may not; :meth:`step` does so too.
@@ -249,16 +252,16 @@ class QKClip:
         self._arrange()
         return attention
 
-    def _reduce(self, observed: Tensor, agreed: AttentionModules) -> tuple[Tensor, Tensor]:
-        """The maxima over all ranks of the logits, and of the norms of what makes them, in one exchange.
+    def _reduce(self, observed: Tensor, agreed: AttentionModules) -> tuple[Tensor, ...]:
+        """The maxima over all ranks of the logits and their bounds, and of the norms of what makes them, in one exchange.
 
         Of the layers that all ranks know; whether one knows more is read a step later.
         """
         count = 0 if self.threshold is None else 2  # on all ranks alike, whatever each has found
-        norms = observed.new_zeros(count, *observed.shape) if self._effect is None else self._effect.measure()
+        norms = observed.new_zeros(count, *observed.shape[1:]) if self._effect is None else self._effect.measure()
         if not has_others(self.process_group):
-            return reduce_max(observed, self.process_group), norms
-        tables = torch.cat([observed[None], norms.to(observed.device)])
+            return *reduce_max(observed, self.process_group), *norms
+        tables = torch.cat([observed, norms.to(observed.device)])
         rows = [row for row, name in enumerate(self.layers) if name in agreed]
         heads = max((spec.num_heads for _, spec in agreed.values()), default=1)
         is_alone = observed.new_full((1, heads), float(len(rows) < len(self.layers)))
@@ -269,7 +272,7 @@ class QKClip:
         tables = torch.full_like(tables, float("-inf"))
         for row, own in zip(rows, reduced.split(len(tables))):
             tables[:, row, :heads] = own
-        return tables[0], tables[1:]
+        return tuple(tables)
 
     @property
     def sides(self) -> dict[str, str]:

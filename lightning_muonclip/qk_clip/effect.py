@@ -78,17 +78,17 @@ class Effect:
             table = table.scatter_reduce(0, self._index, norms, "amax")
         return table.view(2, *self.stopped.shape)
 
-    def judge(self, norms: Tensor, max_logits: Tensor, gamma: Tensor) -> Tensor:
+    def judge(self, norms: Sequence[Tensor], max_logits: Tensor, gamma: Tensor) -> Tensor:
         """The gammas without those of no use, as far as the steps before this one have shown.
 
         Args:
-            norms: What :meth:`measure` has returned.
+            norms: Those of queries and of keys, as :meth:`measure` returns them.
             max_logits: The largest logit of every head.
             gamma: What it asks for.
         """
         self.consider()
         gamma = gamma.masked_fill(self.stopped, 1.0)
-        self._last.write(torch.cat([norms, torch.stack([max_logits, gamma])]))
+        self._last.write(torch.stack([*norms, max_logits, gamma]))
         return gamma
 
     def consider(self) -> None:

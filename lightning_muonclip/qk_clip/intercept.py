@@ -19,19 +19,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_muonclip.kernels.flash import FlashCalls
 from lightning_muonclip.kernels.hidden import HIDDEN
-from lightning_muonclip.kernels.log_sum_exp import attention_log_sum_exp, supports_log_sum_exp
+from lightning_muonclip.kernels.log_sum_exp import as_multiplied, attention_with_log_sum_exp, bounds_of_logits
 
 
 @dataclass(frozen=True)
 class Logits:
-    """Arguments of :func:`~lightning_muonclip.kernels.max_logits.max_logits`; ``scale`` defaults to ``d ** -0.5``."""
+    """Arguments of :func:`~lightning_muonclip.kernels.bounded_max_logits.bounded_max_logits`.
+
+    ``scale`` defaults to ``d ** -0.5``; ``bounds`` is ``None`` if the kernel tells nothing of its logits.
+    """
 
     query: Tensor
     key: Tensor
     scale: float | None = None
     mask: Tensor | None = None
     is_causal: bool = False
+    bounds: Tensor | None = None
+    window: int | None = None
+    documents: Tensor | None = None
 
 
 class Listener(Protocol):
@@ -45,7 +52,7 @@ class Listener(Protocol):
         """Receives the queries and keys of one call."""
 
     def record(self, maxima: Tensor, source: str) -> None:
-        """Receives the maxima of one call, shape ``(heads,)``."""
+        """Receives the maxima of one call, shape ``(heads,)`` or, with upper bounds, ``(2, heads)``."""
 
 
 #: Listeners of the attention modules whose forward is running, innermost last; ``None`` for one that is not recorded.
@@ -166,6 +173,10 @@ def _imported_places(scope: dict[str, Any]) -> Iterator[Place]:
     if flex is not None:
         yield flex, "flex_attention", _patch_flex
         patches.append((_original(flex, "flex_attention"), _patch_flex))
+    varlen = sys.modules.get("torch.nn.attention.varlen")
+    if varlen is not None:
+        yield varlen, "varlen_attn", _patch_varlen
+        patches.append((_original(varlen, "varlen_attn"), _patch_varlen))
     for name in list(scope):
         value = _original(scope, name)
         wrapped = getattr(value, "__wrapped__", value) if inspect.isfunction(value) else value
@@ -188,10 +199,9 @@ def unrecorded(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def _patch_sdpa(original: Callable[..., Any]) -> Callable[..., Any]:
-    is_torchs = inspect.isbuiltin(original)  # torch's kernel must not replace the function of another library
-
-    def listen(
+    def measure(
         listener: Listener,
+        log_sum_exp: Tensor | None,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -200,22 +210,24 @@ def _patch_sdpa(original: Callable[..., Any]) -> Callable[..., Any]:
         is_causal: bool = False,
         scale: float | None = None,
         enable_gqa: bool = False,
-    ) -> Tensor | None:
-        bounded = listener.logits == "lse" and is_torchs and not (is_causal and attn_mask is not None)
-        if bounded and supports_log_sum_exp(query, key, value, attn_mask, dropout_p):
-            factor = query.shape[-1] ** -0.5 if scale is None else scale
-            output, bound = attention_log_sum_exp(query, key, value, attn_mask, is_causal, factor)
-            listener.record(bound, "log-sum-exp of scaled_dot_product_attention")
-            return output
-        listener.measure("scaled_dot_product_attention", Logits(query, key, scale, attn_mask, is_causal))
-        return None
+    ) -> None:
+        bounds = None
+        if log_sum_exp is not None and not (is_causal and attn_mask is not None):  # together they may hide a whole row
+            bounds = bounds_of_logits(log_sum_exp, attn_mask)
+            query, key = as_multiplied(query, key)
+        listener.measure("scaled_dot_product_attention", Logits(query, key, scale, attn_mask, is_causal, bounds))
 
     @functools.wraps(original)
     def scaled_dot_product_attention(*args: Any, **kwargs: Any) -> Tensor:
         listener = _listener()
-        output = None if listener is None else listen(listener, *args, **kwargs)
-        return original(*args, **kwargs) if output is None else output
+        if listener is None:
+            return original(*args, **kwargs)
+        output, log_sum_exp = attention_with_log_sum_exp(original, *args, **kwargs)
+        measure(listener, log_sum_exp, *args, **kwargs)
+        return output
 
+    patched: Any = scaled_dot_product_attention
+    patched.watched_function = original
     return scaled_dot_product_attention
 
 
@@ -296,6 +308,28 @@ def _patch_flex(original: Callable[..., Any]) -> Callable[..., Any]:
     return flex_attention
 
 
+def _patch_varlen(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def varlen_attn(*args: Any, **kwargs: Any) -> Any:
+        listener = _listener()
+        if listener is None:
+            return original(*args, **kwargs)
+        with FlashCalls() as seen:
+            output = original(*args, **kwargs)
+        _measure_flash(listener, "varlen_attn", seen)
+        return output
+
+    return varlen_attn
+
+
+def _measure_flash(listener: Listener, source: str, seen: FlashCalls) -> bool:
+    """Measures what a single kernel of FlashAttention tells; whether it tells enough."""
+    call = seen.calls[0] if len(seen.calls) == 1 else None
+    if call is not None:
+        listener.measure(source, Logits(**call._asdict()))
+    return call is not None
+
+
 def _patch_eager(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def eager_attention_forward(
@@ -322,9 +356,35 @@ def _through_interface(
     listener = _listener()
     if listener is None:
         return original(module, query, key, value, attention_mask, **kwargs)
+    _measure_interface(listener, module, query, key, attention_mask, kwargs)
+    return unrecorded(original, module, query, key, value, attention_mask, **kwargs)
+
+
+def _measure_interface(
+    listener: Listener, module: nn.Module, query: Tensor, key: Tensor, attention_mask: Any, kwargs: Mapping[str, Any]
+) -> None:
     visible = _visible(module, query, key, attention_mask, kwargs)
     listener.measure("the attention interface", Logits(query, key, kwargs.get("scaling"), **visible))
-    return unrecorded(original, module, query, key, value, attention_mask, **kwargs)
+
+
+def _through_flash(
+    original: Callable[..., Any],
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    **kwargs: Any,
+) -> Any:
+    """Measures what the kernel tells, which knows the sequences that are packed into one."""
+    listener = _listener()
+    if listener is None or torch.compiler.is_compiling():
+        return _through_interface(original, module, query, key, value, attention_mask, **kwargs)
+    with FlashCalls() as seen:
+        output = unrecorded(original, module, query, key, value, attention_mask, **kwargs)
+    if not _measure_flash(listener, "FlashAttention", seen):
+        _measure_interface(listener, module, query, key, attention_mask, kwargs)
+    return output
 
 
 def _through_torch(original: Callable[..., Any], module: nn.Module, query: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -369,7 +429,8 @@ class _Interface(MutableMapping[str, Callable[..., Any]]):
         return getattr(self._original, name)
 
     def _observed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        return functools.partial(_through_torch if name == "sdpa" else _through_interface, function)
+        through = _through_torch if name == "sdpa" else _through_flash if "flash" in name else _through_interface
+        return functools.partial(through, function)
 
 
 def _visible(module: nn.Module, query: Tensor, key: Tensor, mask: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,11 +15,14 @@ class ClipResult:
     Attributes:
         max_logits: Shape (layers, most heads), reduced over ranks; -inf where a layer has no such head or nothing was
             recorded, +inf where a logit was not finite.
+        bounds: Same shape; at least the largest logit, and equal to ``max_logits`` where that is proven to be the largest.
+            Heads are clipped by it.
         gamma: Same shape; 1 where nothing was clipped.
         owned: Shape (layers, 1); whether the run trains the layer. ``None`` if it trains all.
     """
 
     max_logits: Tensor
+    bounds: Tensor
     gamma: Tensor
     owned: Tensor | None = None
 
@@ -48,6 +51,11 @@ class ClipResult:
     def clipped_heads(self) -> Tensor:
         """Number of heads clipped, a scalar."""
         return (self.gamma < 1).sum()
+
+    @property
+    def uncertified_heads(self) -> Tensor:
+        """Number of heads whose largest logit is not proven to be the largest, a scalar; 0 on a CPU."""
+        return (self.bounds > self.max_logits).sum()
 
     @property
     def nonfinite(self) -> Tensor:

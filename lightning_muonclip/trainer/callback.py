@@ -52,7 +52,8 @@ class MuonClipCallback(Callback):
     clipped together if the Trainer clips, Muon steps, and QK-Clip runs once all query and key weights are updated.
     Attention is found and read before the first forward in training (see :class:`~lightning_muonclip.QKClip`).
 
-    Logs ``muonclip/max_logit``, ``muonclip/min_gamma``, ``muonclip/clipped_heads`` and ``muonclip/nonfinite``; and
+    Logs ``muonclip/max_logit``, ``muonclip/min_gamma``, ``muonclip/clipped_heads`` and ``muonclip/nonfinite``;
+    ``muonclip/uncertified_heads``, the number of heads whose largest logit is not proven to be the largest (0 on a CPU); and
     ``muonclip/unowned_max_logit``, the largest logit of attention that no optimizer trains, such as a teacher's.
 
     Args:
@@ -368,6 +369,7 @@ class MuonClipCallback(Callback):
         if result.owned is not None:
             self._log_largest(pl_module, "muonclip/unowned_max_logit", result.unowned_max_logit)
         pl_module.log("muonclip/clipped_heads", result.clipped_heads.float(), prog_bar=True)
+        pl_module.log("muonclip/uncertified_heads", result.uncertified_heads.float())
         pl_module.log("muonclip/min_gamma", result.min_gamma)
         pl_module.log("muonclip/nonfinite", result.nonfinite.float())
         every = self.log_heads_every_n_steps

@@ -1,8 +1,7 @@
-"""attention_log_sum_exp bounds the largest logit and computes torch's attention."""
+"""The log-sum-exp of torch's kernels: what it is, what it bounds, and that seeing it changes nothing."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
@@ -10,137 +9,151 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import INF, brute_max_logits, causal
+from kernels.test_max_logits import normal
+from oracles import INF, causal
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lightning_muonclip.kernels.log_sum_exp import attention_log_sum_exp, supports_log_sum_exp
+from lightning_muonclip.kernels.hidden import HIDDEN
+from lightning_muonclip.kernels.log_sum_exp import SDPA, attention_with_log_sum_exp, bounds_of_logits
 
-
-def normal(shape: tuple[int, ...], seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def brute_log_sum_exp(query: Tensor, key: Tensor, scale: float, visible: Tensor) -> Tensor:
-    """The largest log-sum-exp per head, from the whole logit matrix in float64; queries that see nothing do not count."""
-    key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
-    logits = scale * torch.einsum("bhid,bhjd->bhij", query.double(), key.double())
-    visible = visible.expand(logits.shape)
-    sums = logits.masked_fill(~visible, -INF).logsumexp(-1)
-    return sums.masked_fill(~visible.any(-1), -INF).amax((0, 2))
-
-
-@st.composite
-def inputs(draw: Any) -> tuple[Tensor, Tensor, Tensor, Tensor | None, bool, float]:
-    batch, key_heads, group = draw(st.integers(1, 3)), draw(st.integers(1, 2)), draw(st.integers(1, 3))
-    dim, length, seed = (
-        draw(st.sampled_from([1, 5, 16])),
-        draw(st.sampled_from([1, 3, 17, 70])),
-        draw(st.integers(0, 999)),
-    )
-    key_length = draw(st.sampled_from([1, 3, 17, 70]))
-    query = draw(st.sampled_from([1.0, 4.0])) * normal((batch, key_heads * group, length, dim), seed)
-    key, value = (normal((batch, key_heads, key_length, dim), seed + i) for i in (1, 2))
-    full = (batch, key_heads * group, length, key_length)
-    shape = tuple(size if draw(st.booleans()) else 1 for size in full)[draw(st.sampled_from([0, 2])) :]
-    mask = normal(shape, seed + 3) > draw(st.sampled_from([-1.0, 0.5, 2.0])) if draw(st.booleans()) else None
-    is_causal = mask is None and draw(st.booleans())
-    return query, key, value, mask, is_causal, draw(st.sampled_from([dim**-0.5, 1.3]))
-
-
-@settings(max_examples=80)
-@given(inputs())
-def test_bounds_the_largest_logit_and_attends_as_torch_does(drawn: Any) -> None:
-    query, key, value, mask, is_causal, scale = drawn
-    assert supports_log_sum_exp(query, key, value, mask, 0.0)
-    query.requires_grad_()
-    output, bounds = attention_log_sum_exp(*drawn)
-    keys = key.shape[-2]
-    visible = torch.ones(1, 1, dtype=torch.bool) if mask is None else mask
-    if is_causal:
-        visible = causal(query.shape[-2], keys)
-    torch.testing.assert_close(bounds.double(), brute_log_sum_exp(query, key, scale, visible), rtol=1e-5, atol=1e-5)
-    largest = brute_max_logits(query, key, scale, visible)
-    rounding = 1e-5 + 1e-5 * largest.abs().clamp(max=1e3)  # finite also where a head sees nothing
-    assert (bounds >= largest - rounding).all()
-    assert (bounds <= largest + math.log(keys) + rounding).all()
-    assert bounds.dtype is torch.float32 and not bounds.requires_grad
-    (gradient,) = torch.autograd.grad(output.square().sum(), query)
-    exact = query.detach().double().requires_grad_()
-    options = {"is_causal": is_causal, "scale": scale, "enable_gqa": True}
-    with sdpa_kernel([SDPBackend.MATH]):
-        expected = F.scaled_dot_product_attention(exact, key.double(), value.double(), mask, **options)
-    sees = visible.any(-1, keepdim=True).expand_as(expected[..., :1])
-    expected = torch.where(sees, expected, 0.0)
-    torch.testing.assert_close(output.double(), expected, rtol=1e-4, atol=1e-4)
-    if sees.all():
-        (expected_gradient,) = torch.autograd.grad(expected.square().sum(), exact)
-        torch.testing.assert_close(gradient.double(), expected_gradient, rtol=1e-3, atol=1e-3)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_the_same_kernel_gives_the_same_bits(dtype: torch.dtype) -> None:
-    query, key, value = (normal((2, 4, 33, 8), seed).to(dtype) for seed in range(3))
-    output, bounds = attention_log_sum_exp(query, key, value, None, True, 0.3)
-    assert torch.equal(output, F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=0.3))
-    assert bounds.dtype is torch.float32
-    expected = brute_log_sum_exp(query, key, 0.3, causal(33))
-    torch.testing.assert_close(bounds.double(), expected, rtol=1e-2 if dtype.itemsize == 2 else 1e-5, atol=0)
-
-
-def test_a_query_that_sees_nothing_does_not_count() -> None:
-    query = key = value = torch.ones(1, 2, 3, 1)
-    visible = torch.tensor([[True, False, True], [False, False, False], [False, True, False]])
-    _, bounds = attention_log_sum_exp(query, -key, value, visible, False, 5.0)  # all logits are -5
-    torch.testing.assert_close(bounds, torch.full((2,), -5 + math.log(2)))
-    _, bounds = attention_log_sum_exp(query, -key, value, visible, False, 5.0, counted=visible & (torch.arange(3) == 1))
-    torch.testing.assert_close(bounds, torch.full((2,), -5.0))
-    _, bounds = attention_log_sum_exp(query, -key, value, torch.zeros(3, 3, dtype=torch.bool), False, 5.0)
-    assert bounds.tolist() == [-INF, -INF]
-
-
-@pytest.mark.parametrize("fill", [INF, torch.nan])
-def test_non_finite_logits_propagate(fill: float) -> None:
-    query, key = normal((2, 3, 33, 8)), normal((2, 3, 33, 8), 1)
-    query[1, 2, 4, 3] = fill
-    assert attention_log_sum_exp(query, key, key, None, True, 1.0)[1].isfinite().tolist() == [True, True, False]
-
-
-Q, K = normal((2, 4, 5, 6)), normal((2, 2, 7, 6), 1)
-ALL = torch.ones(5, 7, dtype=torch.bool)
-REFUSED: dict[str, tuple[Tensor, Tensor, Tensor, Tensor | None, float]] = {
-    "dropout": (Q, K, K, None, 0.1),
-    "an additive mask": (Q, K, K, ALL.float(), 0.0),
-    "values of another width": (Q, K, normal((2, 2, 7, 8)), None, 0.0),
-    "a batch that is broadcast": (Q, K[:1], K[:1], None, 0.0),
-    "heads that cannot share keys": (Q[:, :3], K, K, None, 0.0),
-    "values of other heads": (Q, K, K[:, :1], None, 0.0),
-    "two batch dimensions": (Q[None], K[None], K[None], None, 0.0),
-    "no batch dimension": (Q[0], K[0], K[0], None, 0.0),
-    "keys of another dtype": (Q, K.double(), K, None, 0.0),
-    "channels that are not contiguous": (Q, K, normal((2, 2, 6, 7)).mT, None, 0.0),
-    "no queries": (Q[:, :, :0], K, K, None, 0.0),
-    "no keys": (Q, K[:, :, :0], K[:, :, :0], None, 0.0),
+#: What may be asked of a call: whether the kernel of a CPU tells its log-sum-exp, and further arguments.
+CALLS: dict[str, tuple[bool, dict[str, Any]]] = {
+    "plain": (True, {}),
+    "causal": (True, {"is_causal": True}),
+    "scale": (True, {"scale": -0.7}),
+    "boolean mask": (True, {"attn_mask": normal((2, 1, 33, 33), 5) > -0.5}),
+    "additive mask": (True, {"attn_mask": normal((1, 4, 1, 33), 5)}),
+    "additive mask of three dimensions": (False, {"attn_mask": normal((4, 1, 33), 5)}),
+    "dropout": (False, {"dropout_p": 0.3}),
 }
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_unsupported_inputs_are_left_to_torch(case: str) -> None:
-    assert supports_log_sum_exp(Q, K, K, ALL, 0.0)
-    assert not supports_log_sum_exp(*REFUSED[case])
+def tensors(dtype: torch.dtype = torch.float32, key_heads: int = 4, width: int = 16) -> list[Tensor]:
+    shapes = (2, 33, 4, 16), (2, 33, key_heads, 16), (2, 33, key_heads, width)
+    return [normal(shape, seed).to(dtype).transpose(1, 2).requires_grad_() for seed, shape in enumerate(shapes)]
 
 
-def test_autocast_is_left_to_torch() -> None:
+def results(function: Any, inputs: list[Tensor], options: dict[str, Any]) -> list[Tensor]:
+    """Output and gradients; the same random numbers for every function."""
+    torch.manual_seed(0)
+    output = function(*inputs, **options)
+    return [output, *torch.autograd.grad(output.float().square().sum(), inputs)]
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_to_be_seen_changes_no_bit(dtype: torch.dtype, call: str) -> None:
+    is_told, options = CALLS[call]
+    if "attn_mask" in options and options["attn_mask"].dtype is not torch.bool:
+        options = {"attn_mask": options["attn_mask"].to(dtype)}
+    inputs, seen = tensors(dtype), []
+
+    def watched(*args: Any, **kwargs: Any) -> Tensor:
+        output, log_sum_exp = attention_with_log_sum_exp(SDPA, *args, **kwargs)
+        seen.append(log_sum_exp)
+        return output
+
+    for found, expected in zip(results(watched, inputs, options), results(SDPA, inputs, options)):
+        assert torch.equal(found, expected)
+        assert found.stride() == expected.stride()
+    assert (seen[0] is not None) == is_told
+    if is_told:
+        assert seen[0].dtype is torch.float32 and not seen[0].requires_grad
+        query, key, _ = (x.detach().double() for x in inputs)
+        logits = options.get("scale", 0.25) * query @ key.mT
+        mask = options.get("attn_mask")
+        if options.get("is_causal"):
+            mask = causal(33)
+        if mask is not None:
+            logits = logits.masked_fill(~mask, -INF) if mask.dtype is torch.bool else logits + mask
+        # Half-precision products are accumulated in float32, as all others, but their exponential has 20 bits.
+        atol = 1e-5 if dtype.itemsize > 2 else 1e-4
+        torch.testing.assert_close(seen[0].double(), logits.logsumexp(-1), rtol=1e-5, atol=atol)
+
+
+def test_the_call_is_the_users() -> None:
+    inputs = tensors()
+    with sdpa_kernel(SDPBackend.MATH):
+        output, log_sum_exp = attention_with_log_sum_exp(SDPA, *inputs)
+        assert torch.equal(output, SDPA(*inputs))
+    assert log_sum_exp is None  # the kernel that the user chose tells nothing
+    assert attention_with_log_sum_exp(SDPA, *tensors(width=8))[1] is None
+    assert attention_with_log_sum_exp(SDPA, *(x[0] for x in inputs))[1] is None
+    shared = tensors(key_heads=2)
+    output, log_sum_exp = attention_with_log_sum_exp(SDPA, *shared, enable_gqa=True)
+    assert torch.equal(output, SDPA(*shared, enable_gqa=True))
+    assert log_sum_exp is not None and log_sum_exp.shape == (2, 4, 33)
+
+
+def test_autocast() -> None:
+    inputs = tensors()
     with torch.autocast("cpu", torch.bfloat16):
-        assert not supports_log_sum_exp(Q, K, K, None, 0.0)
-    assert not supports_log_sum_exp(*(x.to("meta") for x in (Q, K, K)), None, 0.0)
+        output, log_sum_exp = attention_with_log_sum_exp(SDPA, *inputs)
+        assert torch.equal(output, SDPA(*inputs))
+    query, key, _ = (x.detach().bfloat16().double() for x in inputs)
+    assert log_sum_exp is not None
+    torch.testing.assert_close(log_sum_exp.double(), (query @ key.mT / 4).logsumexp(-1), rtol=1e-5, atol=1e-5)
 
 
-def test_is_traced_into_one_graph() -> None:
-    def attend(query: Tensor, key: Tensor, mask: Tensor) -> Any:
-        assert supports_log_sum_exp(query, key, key, mask, 0.0)
-        return attention_log_sum_exp(query, key, key, mask, False, 0.5)
+def test_a_function_that_attends_to_something_else_tells_nothing() -> None:
+    def beside_a_sink(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return SDPA(query, *(F.pad(x, (0, 0, 0, 1)) for x in (key, value)), *args, **kwargs)
+
+    inputs = tensors()
+    output, log_sum_exp = attention_with_log_sum_exp(beside_a_sink, *inputs)
+    assert torch.equal(output, beside_a_sink(*inputs))
+    assert log_sum_exp is None
+
+
+@settings(max_examples=80)
+@given(
+    st.integers(0, 2**20),
+    st.booleans(),
+    st.sampled_from([0.0, -3.0, 5.0]),
+    st.lists(st.booleans(), min_size=4, max_size=4),
+)
+def test_bounds_are_above_every_logit(seed: int, is_boolean: bool, bias: float, broadcast: list[bool]) -> None:
+    query, key, value = (normal((2, 3, length, 8), seed + i) for i, length in enumerate((9, 12, 12)))
+    shape = [1 if one else n for one, n in zip(broadcast, (2, 3, 9, 12))]
+    mask = normal(tuple(shape), seed + 3) > 0
+    if not is_boolean:
+        mask = (normal(tuple(shape), seed + 4) + bias).masked_fill(
+            ~mask, [-INF, -1e4, torch.finfo(torch.float32).min][seed % 3]
+        )
+    _, log_sum_exp = attention_with_log_sum_exp(SDPA, query, key, value, mask)
+    assert log_sum_exp is not None
+    bounds = bounds_of_logits(log_sum_exp, mask)
+    assert bounds is not None
+    visible = (mask if is_boolean else mask > HIDDEN).expand(2, 3, 9, 12)
+    largest = (query.double() @ key.double().mT * 8**-0.5).masked_fill(~visible, -INF).amax(-1)
+    assert torch.equal(bounds == -INF, ~visible.any(-1))
+    assert (bounds >= largest - 1e-5).all()
+
+
+def test_an_additive_mask_on_a_device_bounds_nothing() -> None:
+    bounds = torch.zeros(2, 3, 4, device="meta")
+    assert bounds_of_logits(bounds, torch.zeros(4, 4, device="meta")) is None
+    assert bounds_of_logits(bounds, torch.zeros(4, 4, dtype=torch.bool, device="meta")) is not None
+    assert bounds_of_logits(bounds, None) is bounds
+
+
+def test_one_graph() -> None:
+    def attend(*args: Any, **kwargs: Any) -> Any:
+        output, log_sum_exp = attention_with_log_sum_exp(F.scaled_dot_product_attention, *args, **kwargs)
+        return output, None if log_sum_exp is None else bounds_of_logits(log_sum_exp, kwargs.get("attn_mask"))
 
     compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
-    for found, expected in zip(compiled(Q, K, ALL), attend(Q, K, ALL)):
-        assert torch.equal(found, expected)
+    for call in ("causal", "boolean mask", "additive mask", "dropout"):
+        is_told, options = CALLS[call]
+        inputs = tensors()
+        torch.manual_seed(0)
+        found = compiled(*inputs, **options)
+        torch.manual_seed(0)
+        expected = attend(*inputs, **options)
+        assert torch.equal(found[0], expected[0])
+        assert (found[1] is not None) == is_told
+        if is_told:
+            assert torch.equal(found[1], expected[1])
+        gradients = [torch.autograd.grad(out[0].square().sum(), inputs) for out in (found, expected)]
+        assert all(torch.equal(a, b) for a, b in zip(*gradients))

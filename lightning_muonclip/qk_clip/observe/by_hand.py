@@ -72,7 +72,7 @@ def _measure(mode: Measure, logits: Tensor) -> None:
     # Not a method of the mode: torch.compile cannot trace a bound one.
     for softmax in mode.watch.softmaxes:
         if softmax.number == mode.number_of_softmaxes:
-            mode.watch.record_all(_maxima(mode, softmax, logits.detach()), "softmax")
+            mode.watch.record_all(_maxima(mode, softmax, logits.detach())[None], "softmax")
 
 
 @torch.no_grad()

@@ -11,7 +11,9 @@ from torch import Tensor
 
 
 class Ledger:
-    """Maximum logit of every head since the last optimizer step.
+    """Maximum logit of every head since the last optimizer step, and an upper bound on it.
+
+    Both are equal where the maximum is proven; a device that the host must not wait for may leave some unproven.
 
     A forward without gradients, such as the evaluation of averaged weights, counts for a layer only if none with gradients
     ran there. Not a module, since its buffers would be saved in checkpoints and overwritten by DDP's broadcast.
@@ -24,15 +26,21 @@ class Ledger:
     def __init__(self, heads: Sequence[int], device: torch.device) -> None:
         self.heads = tuple(heads)
         shape = (len(self.heads), max(self.heads, default=0))
-        self._seen = torch.full((2, *shape), float("-inf"), device=device)
+        # With gradients and without; the maxima and the bounds.
+        self._seen = torch.full((2, 2, *shape), float("-inf"), device=device)
         self._with_gradients, self._without = self._seen
-        #: The values of the last completed step.
-        self.last_step = torch.full(shape, float("-inf"), device=device)
+        #: The maxima and bounds of the last completed step.
+        self._last_step = torch.full((2, *shape), float("-inf"), device=device)
 
     @property
     def values(self) -> Tensor:
         """Shape (layers, max heads), float32; -inf where there is no such head or nothing was seen since the last step."""
-        is_untrained = (self._with_gradients == float("-inf")).all(-1, keepdim=True)
+        return self.bounded[0]
+
+    @property
+    def bounded(self) -> Tensor:
+        """The values and the upper bounds, shape (2, layers, max heads)."""
+        is_untrained = (self._with_gradients == float("-inf")).all((0, 2), keepdim=True)
         return torch.where(is_untrained, self._without, self._with_gradients)
 
     def rearranged(self, heads: Sequence[int], rows: Sequence[int | None]) -> Ledger:
@@ -46,22 +54,28 @@ class Ledger:
         for row, before in enumerate(rows):
             if before is not None:
                 for target, source in zip(new._tables, self._tables):
-                    target[row, : heads[row]] = source[before, : heads[row]]
+                    target[..., row, : heads[row]] = source[..., before, : heads[row]]
         return new
 
     def record(self, row: int, maxima: Tensor, first: int = 0) -> None:
-        """Updates a row with the ``maxima`` of its heads, or of some of them, starting at ``first``."""
+        """Updates a row.
+
+        Args:
+            row: The layer.
+            maxima: Maxima of its heads, or of some of them: shape ``(heads,)`` or, with upper bounds, ``(2, heads)``.
+            first: The first of these heads.
+        """
         if maxima.device != self._without.device:
-            self._seen, self.last_step = self._seen.to(maxima.device), self.last_step.to(maxima.device)
+            self._seen, self._last_step = self._seen.to(maxima.device), self._last_step.to(maxima.device)
             self._with_gradients, self._without = self._seen
         table = self._with_gradients if torch.is_grad_enabled() else self._without
-        seen = table[row, first : first + maxima.shape[0]]
+        seen = table[:, row, first : first + maxima.shape[-1]]
         seen.copy_(torch.maximum(seen, maxima))
 
     def forget(self, row: int, heads: Tensor) -> None:
         """Drops what was seen of some heads of one layer since the last step, by a mask of its heads."""
         for table in (self._with_gradients, self._without):
-            table[row, : len(heads)].masked_fill_(heads, float("-inf"))
+            table[:, row, : len(heads)].masked_fill_(heads, float("-inf"))
 
     def discard(self) -> None:
         """Drops what was seen since the last step."""
@@ -69,18 +83,27 @@ class Ledger:
 
     def close_step(self) -> None:
         """Ends the step: later records belong to the next one."""
-        self.last_step = self.latest  # an empty step keeps the previous values, so ending a step twice is harmless
+        self._last_step = self._latest  # an empty step keeps the previous values, so ending a step twice is harmless
         self.discard()
 
     @property
     def latest(self) -> Tensor:
         """Maxima of the current step or, before its first forward, of the last one."""
-        values = self.values
-        return torch.where((values == float("-inf")).all(), self.last_step, values)
+        return self._latest[0]
+
+    @property
+    def last_step(self) -> Tensor:
+        """The values of the last completed step."""
+        return self._last_step[0]
+
+    @property
+    def _latest(self) -> Tensor:
+        bounded = self.bounded
+        return torch.where((bounded == float("-inf")).all(), self._last_step, bounded)
 
     @property
     def _tables(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self._with_gradients, self._without, self.last_step
+        return self._with_gradients, self._without, self._last_step
 
 
 def reduce_max(values: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:

@@ -39,7 +39,12 @@ class Recorder:
         self.clips = False
 
     def record_all(self, maxima: Tensor, source: str) -> None:
-        """Records the maxima of every leading index, of which :attr:`AttentionSpec.head_axes` count the heads."""
+        """Records the maxima of every leading index, of which :attr:`AttentionSpec.head_axes` count the heads.
+
+        Args:
+            maxima: Shape ``(1, *lead)`` or, with upper bounds, ``(2, *lead)``.
+            source: Where they come from.
+        """
         axes = self.spec.head_axes or (HeadAxis(1, maxima.shape[-1]),)  # of this rank
         heads = []
         for axis, count, is_inner in axes:
@@ -47,15 +52,18 @@ class Recorder:
             size = maxima.shape[dim] // count
             maxima = maxima.unflatten(dim, (size, count) if is_inner else (count, size))
             heads.append(dim + is_inner - maxima.ndim)
-        others = [dim for dim in range(maxima.ndim) if dim - maxima.ndim not in heads]
-        self.record(maxima.amax(others).flatten(), source)
+        others = [dim for dim in range(1, maxima.ndim) if dim - maxima.ndim not in heads]
+        self.record(maxima.amax(others).flatten(1), source)
 
     def record(self, maxima: Tensor, source: str) -> None:
-        """Records the maxima of one forward, shape ``(heads,)``.
+        """Records the maxima of one forward.
 
-        Under tensor parallelism, these are the heads of this rank.
+        Args:
+            maxima: Shape ``(heads,)`` or, with upper bounds, ``(2, heads)``; under tensor parallelism, the heads of this
+                rank.
+            source: Where they come from.
         """
-        heads, local = self.spec.num_heads, maxima.shape[0]
+        heads, local = self.spec.num_heads, maxima.shape[-1]
         first: int | None = 0
         if local != heads:
             weight, dims = query_weight(self.module, self.spec)

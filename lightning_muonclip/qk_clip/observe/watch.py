@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from lightning_muonclip.kernels.bounded_max_logits import bounded_max_logits
 from lightning_muonclip.kernels.max_logits import max_logits
 from lightning_muonclip.qk_clip.describe.spec import Softmax
 from lightning_muonclip.qk_clip.intercept import Logits, Patches, attention_calls, running
@@ -67,28 +68,46 @@ class Watch:
         if query.is_nested:
             self.record(_nested_max_logits(query, key, scale, logits.is_causal), source)
             return
+        mask, bounds = logits.mask, logits.bounds
+        # An additive mask takes the bound further from the maximum than the logarithm of the number of keys.
+        suffices = self.logits == "lse" and (mask is None or mask.dtype is torch.bool)
         if query.ndim == 2:
             query, key = query[None], key[None]
         lead = query.shape[:-2]
-        if query.ndim == 4 and not any(recorder.spec.head_axes for recorder in self.recorders):
-            self.record(max_logits(query, key, scale=scale, is_causal=logits.is_causal, mask=logits.mask), source)
-            return
-        mask = logits.mask
-        if mask is not None:
-            mask = mask.expand(*lead, *mask.shape[-2:]).flatten(0, -3)
-        if key.shape[:-2] != lead:
-            key = key.repeat_interleave(lead[-1] // key.shape[-3], -3).expand(*lead, *key.shape[-2:])
-        query, key = query.flatten(0, -3), key.flatten(0, -3)
-        maxima = max_logits(query, key, scale=scale, is_causal=logits.is_causal, mask=mask)
-        self.record_all(maxima.view(lead), source)
+        has_heads = query.ndim == 4 and not any(recorder.spec.head_axes for recorder in self.recorders)
+        if not has_heads:  # every leading index counts as a head
+            if mask is not None:
+                mask = mask.expand(*lead, *mask.shape[-2:]).flatten(0, -3)
+            if key.shape[:-2] != lead:
+                key = key.repeat_interleave(lead[-1] // key.shape[-3], -3).expand(*lead, *key.shape[-2:])
+            query, key = query.flatten(0, -3), key.flatten(0, -3)
+            bounds = None if bounds is None else bounds.flatten(0, -2)
+        options: Any = {
+            "scale": scale,
+            "is_causal": logits.is_causal,
+            "window": logits.window,
+            "documents": logits.documents,
+            "mask": mask,
+        }
+        if bounds is None:
+            maxima = max_logits(query, key, **options)
+        elif suffices:
+            source = f"log-sum-exp of {source}"
+            maxima = bounds.amax((0, 2) if has_heads else -1)
+        else:
+            maxima = bounded_max_logits(query, key, bounds, **options)
+        if has_heads:
+            self.record(maxima, source)
+        else:
+            self.record_all(maxima.view(-1, *lead), source)
 
     def record(self, maxima: Tensor, source: str = "the module") -> None:
-        """Records the maxima of one call, shape ``(heads,)``."""
+        """Records the maxima of one call, shape ``(heads,)`` or, with upper bounds, ``(2, heads)``."""
         for recorder in self._recording(maxima):
             recorder.record(maxima, source)
 
     def record_all(self, maxima: Tensor, source: str) -> None:
-        """Records the maxima of one call, one for every leading index of the queries."""
+        """Records the maxima of one call, one for every leading index of the queries, after a dimension of 1 or 2."""
         for recorder in self._recording(maxima):
             recorder.record_all(maxima, source)
 

@@ -37,6 +37,15 @@ def test_records_are_maxima_of_their_row() -> None:
     assert book.values.tolist() == [[1.0, -4.0, -INF], [-INF] * 3]
 
 
+def test_a_bound_is_kept_beside_the_maximum_until_it_is_reached() -> None:
+    book = ledger()
+    book.record(0, torch.tensor([[1.0, -5.0], [3.0, -5.0]]))
+    assert book.bounded[:, 0].tolist() == [[1.0, -5.0, -INF], [3.0, -5.0, -INF]]
+    book.record(0, torch.tensor([3.5, -6.0]))  # of a call that proves its maxima
+    assert book.bounded[:, 0].tolist() == 2 * [[3.5, -5.0, -INF]]
+    assert book.values.tolist() == book.bounded[0].tolist()
+
+
 def test_nan_is_not_forgotten_until_the_step_ends() -> None:
     book = ledger()
     for value in (1.0, math.nan, 2.0):
@@ -169,8 +178,9 @@ def test_a_step_is_one_collective_of_the_group_that_was_given(monkeypatch: pytes
             model(torch.randn(2, 9, 16))
             qk_clip.step()
     assert exchanges == [group]  # what the ranks have found, once
-    # Two layers, of each the maxima and the norms of queries and keys; another row says whether a rank has found more.
-    assert calls == 2 * [((2 * 3 + 1, 4), dist.ReduceOp.MAX, group)]
+    # Two layers, of each the maxima, their bounds and the norms of queries and keys; another row says whether a rank has
+    # found more.
+    assert calls == 2 * [((2 * 4 + 1, 4), dist.ReduceOp.MAX, group)]
 
 
 @pytest.mark.parametrize("model", two_models(), ids=["ours", "third party"])

@@ -1,0 +1,77 @@
+"""What is clipped and shown where a maximum is only bounded, as on a device that the host must not wait for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from oracles import SdpaAttention, snapshot, true_maxima
+from torch import Tensor
+
+from lightning_muonclip import Attention, QKClip
+from lightning_muonclip.attention import tracking
+from lightning_muonclip.kernels import bounded_max_logits as kernels
+from lightning_muonclip.qk_clip.observe import watch
+
+LENGTH = 30  # of which 8 rows of a sequence and head are computed
+
+
+def on_a_device(query: Tensor, key: Tensor, bounds: Tensor, *, scale: float, **pairs: Any) -> Tensor:
+    names = ("is_causal", "window", "documents", "mask")
+    return kernels.top_rows(query, key, bounds, scale, *(pairs.get(name) for name in names))
+
+
+@pytest.fixture(params=[lambda: Attention(16, 4, 2), lambda: SdpaAttention(16, 4, 2)], ids=["ours", "third party"])
+def module(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    for holder in (watch, tracking):
+        monkeypatch.setattr(holder, "bounded_max_logits", on_a_device)
+    torch.manual_seed(0)
+    return request.param()
+
+
+def test_flat_heads_are_clipped_by_the_bound_and_shown_as_computed(module: Any) -> None:
+    x = torch.randn(2, LENGTH, 16)
+    before = snapshot(module)
+    truth = true_maxima(module, x)
+    with QKClip(module, threshold=1.0) as qk_clip:
+        module(x)
+        result = qk_clip.step()
+    shown, bounds = result.max_logits[0].double(), result.bounds[0].double()
+    assert (shown <= truth + 1e-5).all() and (bounds >= truth - 1e-5).all()
+    assert int(result.uncertified_heads) == int((bounds > shown).sum()) > 0
+    torch.testing.assert_close(result.gamma[0].double(), (1 / bounds).clamp(max=1.0), check_dtype=False)
+    assert not torch.equal(snapshot(module)["q_proj.weight"], before["q_proj.weight"])
+    assert (true_maxima(module, x) <= 1.0 + 1e-5).all()
+
+
+def test_peaked_heads_are_proven(module: Any) -> None:
+    with torch.no_grad():
+        module.q_proj.weight.mul_(60)
+    x = torch.randn(2, LENGTH, 16)
+    with QKClip(module, threshold=None) as qk_clip:
+        module(x)
+        result = qk_clip.step()
+    assert int(result.uncertified_heads) == 0
+    torch.testing.assert_close(result.max_logits[0].double(), true_maxima(module, x), rtol=1e-5, atol=1e-5)
+
+
+def test_another_batch_may_prove_a_maximum(module: Any) -> None:
+    flat = torch.randn(2, LENGTH, 16)
+    with QKClip(module, threshold=None) as qk_clip:
+        for x in (flat, 12 * flat):  # the bounds of the first are below the maxima of the second
+            module(x)
+        result = qk_clip.step()
+    assert int(result.uncertified_heads) == 0
+    torch.testing.assert_close(result.max_logits[0].double(), true_maxima(module, 12 * flat), rtol=1e-5, atol=1e-4)
+
+
+def test_a_cpu_proves_every_maximum() -> None:
+    module, x = Attention(16, 4, 2), torch.randn(2, LENGTH, 16)
+    with QKClip(module, threshold=1.0) as qk_clip:
+        module(x)
+        result = qk_clip.step()
+    assert int(result.uncertified_heads) == 0
+    assert torch.equal(result.bounds, result.max_logits)
+    with QKClip(module, threshold=1.0) as qk_clip:
+        assert int(qk_clip.step([[5.0, 0.1, 0.1, 0.1]]).uncertified_heads) == 0
