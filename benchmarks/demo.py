@@ -48,4 +48,4 @@ class Demo:
         loss = F.cross_entropy(self.model(tokens).flatten(0, 1), targets.flatten())
         loss.backward()
         self.optimizer.step()
-        return float(loss)
+        return loss.item()

@@ -2,8 +2,8 @@
 
     python examples/lightning_finetune.py
 
-A sequence classifier with custom attention in plain PyTorch. MuonClip recognizes the attention by the names of its
-projections and intercepts its call of scaled_dot_product_attention.
+A sequence classifier with custom attention in plain PyTorch. MuonClip sees its call of scaled_dot_product_attention, and
+infers from what the module does which weights make which head.
 """
 
 import lightning.pytorch as pl

@@ -148,6 +148,12 @@ def check_config(config: DictConfig, schema: type = TrainConfig) -> None:
         if OmegaConf.is_dict(node) and node.get("_target_") == own._target_:  # type: ignore[attr-defined]
             _check_node(node, own, path)
     _check_node(config, schema, "")
+    callbacks = config.get("callbacks")
+    if callbacks and "muonclip" in callbacks and callbacks.muonclip is None:
+        raise ConfigError(
+            "muonclip=null leaves AdamW with MuonClip's learning rate; use optimizer=adamw,"
+            " or muonclip.threshold=null to clip nothing"
+        )
 
 
 def _check_node(node: DictConfig, schema: type, path: str) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import hydra
 import lightning.pytorch as pl
+import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException, MissingConfigException
 from hydra.types import RunMode
@@ -92,7 +93,13 @@ def _build_module(config: DictConfig, vocab_size: int) -> LitGPT:
     model = build_model(config.model, vocab_size)
     width = config.get("base_hidden_size")
     base = None if width is None else build_model(config.model, vocab_size, width)
-    lit: LitGPT = _build(config.lit, model=model, optimizer=_build(config.optimizer), base=base)
+    optimizer = _build(config.optimizer)
+    try:
+        optimizer([torch.nn.Parameter(torch.zeros(1))])
+    except (TypeError, ValueError) as error:
+        options = {name: value for name, value in config.optimizer.items() if not name.startswith("_")}
+        raise ConfigError(f"{config.optimizer._target_} takes no such options, {options}: {error}") from error
+    lit: LitGPT = _build(config.lit, model=model, optimizer=optimizer, base=base)
     return lit
 
 
@@ -145,7 +152,8 @@ def run_command(name: str, command: Callable[[], Any]) -> None:
 
 def _explain(error: Exception) -> str:
     if isinstance(error, InstantiationException) and error.__cause__ is not None:
-        return str(error.__cause__)
+        is_absent = isinstance(error.__cause__, ImportError)
+        return str(error.__cause__) + ("; pip install 'lightning-muonclip[train]'" if is_absent else "")
     if isinstance(error, MissingConfigException) and error.options:
         return f"could not find {error.missing_cfg_file!r}; known: {', '.join(error.options)}"
     cause: BaseException | None = error

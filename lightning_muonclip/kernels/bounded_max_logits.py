@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
+import operator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,40 +39,45 @@ _AT_ONCE = 2**20
 
 
 class _Rows(NamedTuple):
-    """Some queries, by their sequence, head and position, each of shape (rows,)."""
+    """Some queries, by their sequence, head and position, each of shape (rows,): tensors, or NumPy arrays."""
 
-    batch: Tensor
-    head: Tensor
-    position: Tensor
+    batch: Any
+    head: Any
+    position: Any
 
 
 class _Pairs(NamedTuple):
     """Which pairs are visible, as in :func:`~lightning_muonclip.kernels.max_logits.max_logits`.
 
-    Documents have shape (batch or 1, L), the boolean mask (batch or 1, heads or 1, L or 1, S or 1).
+    Documents have shape (batch or 1, L), the boolean mask (batch or 1, heads or 1, L or 1, S or 1): tensors, or NumPy
+    arrays.
     """
 
     is_causal: bool
     window: int | None
-    documents: Tensor | None
-    mask: Tensor | None
+    documents: Any
+    mask: Any
 
-    def hidden(self, rows: _Rows, keys: int) -> Tensor | None:
+    def numpy(self) -> _Pairs:
+        """The same, of NumPy arrays."""
+        documents, mask = (None if x is None else x.numpy() for x in (self.documents, self.mask))
+        return self._replace(documents=documents, mask=mask)
+
+    def hidden(self, rows: _Rows, columns: Any) -> Any:
         """Which keys some queries do not see, broadcastable to (rows, keys); ``None`` if they see all."""
         here = rows.position[:, None]
-        columns = torch.arange(keys, device=here.device)
         hidden = []
         if self.is_causal:
             hidden.append(columns > here)
         if self.window is not None:
-            hidden.append((columns - here).abs() >= self.window)
+            hidden.append(abs(columns - here) >= self.window)
         if self.documents is not None:
-            documents = self.documents[rows.batch % len(self.documents)]
-            own = documents.gather(1, here)
+            batch = rows.batch % len(self.documents)
+            documents, own = self.documents[batch], self.documents[batch, rows.position][:, None]
             hidden.append((documents != own) | (own < 0))
         if self.mask is not None:
             hidden.append(~self.mask[tuple(index % size for index, size in zip(rows, self.mask.shape))])
-        return functools.reduce(torch.logical_or, hidden) if hidden else None
+        return functools.reduce(operator.or_, hidden) if hidden else None
 
 
 @torch.no_grad()
@@ -147,8 +152,11 @@ def _prepared(
     if mask is not None:
         check_mask(mask, length, keys)
         mask = visible_pairs(mask, batch)
+    pairs = _Pairs(is_causal, window, documents, mask)
+    if query.ndim == 4 and query.shape[0] == key.shape[0]:  # as nearly always, without the cost of doing nothing
+        return query, key, bounds, scale, pairs
     bounds = bounds.expand(*batch, heads, length).reshape(-1, heads, length)
-    return as_batch(query, batch), as_batch(key, batch), bounds, scale, _Pairs(is_causal, window, documents, mask)
+    return as_batch(query, batch), as_batch(key, batch), bounds, scale, pairs
 
 
 def top_rows(
@@ -175,7 +183,11 @@ def top_rows(
     logits = _product(chosen.flatten(1, 2).unflatten(1, (key.shape[1], -1)).flatten(0, 1), key.flatten(0, 1))
     every = torch.arange(batch * heads * count, device=query.device)
     rows = _Rows(every // (heads * count), every // count % heads, positions.flatten())
-    maxima = _largest(logits.flatten(0, 1), rows, scale, pairs).view(batch, heads, count).amax((0, 2))
+    logits = scale * logits.flatten(0, 1)
+    hidden = pairs.hidden(rows, torch.arange(key.shape[2], device=key.device))
+    if hidden is not None:
+        logits = logits.masked_fill(hidden, float("-inf"))
+    maxima = logits.amax(-1).view(batch, heads, count).amax((0, 2))
     upper = torch.maximum(maxima, largest[..., count:].amax((0, 2))) if count < length else maxima
     return torch.stack([maxima, upper])
 
@@ -186,14 +198,6 @@ def _product(chosen: Tensor, key: Tensor) -> Tensor:
         if chosen.device.type == "cuda" and chosen.dtype is not torch.float32:
             return torch.bmm(chosen, key.mT, out_dtype=torch.float32)
         return torch.bmm(chosen.float(), key.float().mT)
-
-
-def _largest(products: Tensor, rows: _Rows, scale: float, pairs: _Pairs) -> Tensor:
-    """The largest logit of each query, shape (rows,), from its products with all keys, shape (rows, keys)."""
-    logits = products if scale > 0 else products.mul_(scale)
-    hidden = pairs.hidden(rows, products.shape[-1])
-    largest = (logits if hidden is None else logits.masked_fill_(hidden, float("-inf"))).amax(-1)
-    return largest.mul_(scale) if scale > 0 else largest
 
 
 def _exact(
@@ -215,7 +219,8 @@ def _exact(
     batch, heads, length = limits.shape
     keys = key.shape[2]
     first = limits.swapaxes(0, 1).reshape(heads, -1).argmax(-1)  # NaN is larger than any number
-    maxima = _of_rows(query, key, (first // length, np.arange(heads), first % length), scale, pairs)
+    visible = pairs.numpy()
+    maxima = _of_rows(query, key, _Rows(first // length, np.arange(heads), first % length), scale, visible)
     is_open = limits > maxima[:, None]
     rows = is_open.nonzero()
     if not len(rows[0]):
@@ -225,24 +230,27 @@ def _exact(
         return max_logits(query, key, scale=scale, **pairs._asdict())
     at_once = max(1, _AT_ONCE // keys)
     for start in range(0, len(rows[0]), at_once):
-        part = tuple(index[start : start + at_once] for index in rows)
-        np.maximum.at(maxima, part[1], _of_rows(query, key, part, scale, pairs))
+        part = _Rows(*(index[start : start + at_once] for index in rows))
+        np.maximum.at(maxima, part.head, _of_rows(query, key, part, scale, visible))
     return torch.from_numpy(maxima)
 
 
-def _of_rows(query: Tensor, key: Tensor, rows: Sequence[Any], scale: float, pairs: _Pairs) -> Any:
-    """The largest logit of each of some queries, in order of sequences and heads, as a NumPy array."""
-    indices = _Rows(*map(torch.from_numpy, rows))
-    chosen = query[indices].float()
-    logits = chosen.new_empty(len(chosen), key.shape[2])
+def _of_rows(query: Tensor, key: Tensor, rows: _Rows, scale: float, pairs: _Pairs) -> Any:
+    """The largest logit of each of some queries, in order of sequences and heads; all but queries and keys are arrays."""
+    chosen = query[tuple(map(torch.from_numpy, rows))].float()
+    products = chosen.new_empty(len(chosen), key.shape[2])
     group = query.shape[1] // key.shape[1]
     start = 0
     # One at a time: gathering their keys would cost more than the products.
-    for (batch, head), own in itertools.groupby(zip(rows[0].tolist(), (rows[1] // group).tolist())):
+    for (batch, head), own in itertools.groupby(zip(rows.batch.tolist(), (rows.head // group).tolist())):
         end = start + sum(1 for _ in own)
-        torch.mm(chosen[start:end], key[batch, head].float().mT, out=logits[start:end])
+        torch.mm(chosen[start:end], key[batch, head].float().mT, out=products[start:end])
         start = end
-    return _largest(logits, indices, scale, pairs).numpy()
+    logits = np.float32(scale) * products.numpy()
+    hidden = pairs.hidden(rows, np.arange(key.shape[2]))
+    if hidden is not None:
+        logits[np.broadcast_to(hidden, logits.shape)] = -np.inf
+    return logits.max(-1)
 
 
 # Opaque to torch.compile, since it branches on values.

@@ -172,6 +172,9 @@ def test_schemas_check_scalars(annotation: Any, scalar: Any) -> None:
         ("data=text", "path"),
         ("data=text data.path=absent", "absent does not exist"),
         ("ckpt_path=absent.ckpt", "ckpt_path=absent.ckpt does not exist"),
+        ("optimizer.lr=null", "torch.optim.AdamW takes no such options, {'lr': None"),
+        ("optimizer.betas=[2,3]", "torch.optim.AdamW takes no such options"),
+        ("muonclip=null", "use optimizer=adamw"),
     ],
 )
 def test_mistakes_are_one_line(train: Any, override: str, message: str) -> None:
