@@ -447,6 +447,8 @@ def valueless(model: nn.Module, x: Tensor) -> dict[str, Callable[[], Any]]:
 @pytest.mark.parametrize("kind", ["fake", "export", "strict export", "meta", "grad", "vmap", "jvp"])
 @pytest.mark.filterwarnings("ignore:There is a performance drop", "ignore:While compiling")
 def test_of_tensors_without_values_nothing_is_recorded(make: Callable[[], Any], is_found: bool, kind: str) -> None:
+    if kind == "strict export" and not is_found and torch.__version__ < "2.11":
+        pytest.skip("torch 2.9 does not export in the stance force_eager, which a QKClip takes until its first step")
     model, x = Residual(make()), torch.randn(2, 9, 16)
     with QKClip(model, example=((x,), {}) if is_found else None) as qk_clip:
         if is_found:
