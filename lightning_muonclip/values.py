@@ -10,7 +10,7 @@ from torch._guards import detect_fake_mode
 from torch.utils._pytree import tree_leaves
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def is_exporting() -> bool:
     """``torch.compiler.is_exporting``, which up to torch 2.11 is true in all code that is compiled."""
     return torch.compiler.is_exporting()  # not traced

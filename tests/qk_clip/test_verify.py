@@ -614,6 +614,15 @@ def test_keys_that_something_else_uses_are_refused() -> None:
         verified(Handing(), torch.randn(2, 5, 16), specs={"first": separate(4, 4, 4)}, unknown="monitor")
 
 
+def test_an_output_that_queries_change_by_themselves_is_noticed() -> None:
+    class Gated(SdpaAttention):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * self.q_proj(x).sigmoid()
+
+    with pytest.raises(ValueError, match="outputs that do not depend on queries and keys should not change"):
+        verified(Residual(Gated(16, 4)), torch.randn(2, 5, 16), specs={"layers.0": separate(4, 4, 4)})
+
+
 def test_clamped_queries_are_refused() -> None:
     class Clamping(SdpaAttention):
         def forward(self, x: Tensor) -> Tensor:

@@ -150,6 +150,22 @@ def test_a_failed_forward_leaves_no_module_running(how: str) -> None:
         assert qk_clip.max_logits.isneginf().all()
 
 
+def test_an_interrupted_forward_ends_with_the_next() -> None:
+    module, unobserved = third_party(), Unobserved()
+    x = torch.randn(2, 9, 16)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt  # for which torch calls no hooks
+
+    with QKClip(module) as qk_clip:
+        module(x)
+        with module.v_proj.register_forward_pre_hook(interrupt), pytest.raises(KeyboardInterrupt):
+            module(x)
+        module(x)
+        unobserved(x)
+        close(qk_clip.max_logits, true_maxima(module, x))
+
+
 @either
 def test_a_module_that_is_used_twice_has_one_row(make: Callable[[], Any]) -> None:
     layer = make()
