@@ -535,6 +535,24 @@ def test_a_gain_of_all_heads_is_verified_at_once() -> None:
     assert [(proof.num_heads, proof.scaled) for proof in found.proofs] == [(4, "q and k")]
 
 
+def test_gains_of_every_head_may_stand_beside_one_that_all_share() -> None:
+    class Normed(SdpaAttention):
+        def __init__(self) -> None:
+            super().__init__(16, 4, 2)
+            self.of_heads, self.of_all = nn.Parameter(torch.rand(4, 1, 4)), nn.Parameter(torch.rand(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            parts = (p(x).unflatten(-1, (-1, 4)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+            query, key, value = parts
+            query, key = (F.rms_norm(part, (4,)) * gain for part, gain in ((query, self.of_heads), (key, self.of_all)))
+            return F.scaled_dot_product_attention(query, key, value, enable_gqa=True).transpose(1, 2).flatten(2)
+
+    gains = Projection("of_heads", "q(H d)", dim=(0, 2)), Projection("of_all", "k(d)")
+    spec = replace(separate(4, 2, 4), qk_norm=True, gains=gains)
+    [proof] = verified(Normed(), torch.randn(2, 5, 16), specs={"": spec}, qk_norm="gain").proofs
+    assert proof.scaled == "q and k"
+
+
 @pytest.mark.parametrize("options", [{"logits": "off"}, {"logits": "lse"}, {"threshold": None}, {"every_n_steps": 3}])
 def test_with_every_way_to_observe(options: dict[str, Any]) -> None:
     model, x = Residual(SdpaAttention(16, 4, 2), Attention(16, 4)), torch.randn(2, 5, 16)
