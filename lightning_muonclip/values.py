@@ -10,9 +10,15 @@ from torch._guards import detect_fake_mode
 from torch.utils._pytree import tree_leaves
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def is_exporting() -> bool:
+    """``torch.compiler.is_exporting``, which up to torch 2.11 is true in all code that is compiled."""
+    return torch.compiler.is_exporting()  # not traced
+
+
 def has_values(tree: Any) -> bool:
     """Whether no tensor is fake (as in torch.export), on the meta device, or inside a transform of ``torch.func``."""
-    if torch.compiler.is_exporting():
+    if is_exporting():
         return False
     if torch.compiler.is_dynamo_compiling():
         return True  # the numbers come when the graph runs

@@ -63,6 +63,16 @@ def to_local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def local_part(values: Tensor, tensor: Tensor) -> Tensor:
+    """The part of values that broadcast against a whole tensor which broadcasts against the local shard.
+
+    Raises:
+        ValueError: If the sharding is not supported.
+    """
+    sides = zip(local_box(tensor), values.shape)
+    return values[tuple(slice(None) if size == 1 else side for side, size in sides)]
+
+
 def sharded_dims(tensor: Tensor) -> set[int]:
     """The dimensions along which a tensor is sharded."""
     if not isinstance(tensor, DTensor):

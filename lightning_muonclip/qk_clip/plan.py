@@ -8,9 +8,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from lightning_muonclip.parallel.shards import local_box, to_local
+from lightning_muonclip.parallel.shards import local_part, to_local
 from lightning_muonclip.qk_clip.describe.declared import AttentionModules
 from lightning_muonclip.qk_clip.describe.layout import KEY_KINDS, KINDS, NO_HEAD, QUERY_KINDS, layout_kinds, spread
 from lightning_muonclip.qk_clip.describe.spec import AttentionSpec
@@ -127,7 +126,7 @@ class ClipPlan:
         flat = torch.cat([gamma.new_ones(1), self._factors(gamma).flatten()])
         params = self.params
         factors = [
-            _aligned(factor, param, weight.dims)
+            local_part(spread(factor, weight.dims, param), param)
             for factor, param, (_, weight, _) in zip(flat[self._index].split(self._lengths), params, self.scaled)
         ]
         local = [to_local(param) for param in params]
@@ -184,14 +183,6 @@ def clipped_weights(
     if lora == "monitor" and any(is_adapted(module, projection) for projection in makes_logits):
         return [], "adapted by LoRA"
     return weights_of(module, name, spec.projections, spec), ""
-
-
-def _aligned(factor: Tensor, param: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """The factors of this rank's channels of a parameter, shaped to multiply its local shard."""
-    factor = spread(factor, dims, param)
-    if isinstance(param, DTensor):
-        factor = factor[tuple(side if dim in dims else slice(None) for dim, side in enumerate(local_box(param)))]
-    return factor
 
 
 def _is_owned(module: nn.Module, weight: Weight, owned: Collection[Tensor] | None) -> bool:

@@ -152,6 +152,8 @@ def every_layout() -> dict[str, Any]:
     results = {"ddp": train(plain()), "ddp, sharded momentum": train(plain(), shard_momentum=True)}
     for name, (shape, placements) in LAYOUTS.items():
         results[name] = train(sharded(init_device_mesh("cpu", shape), placements))
+    turned = DeviceMesh("cpu", torch.tensor([[0, 2], [1, 3]]))
+    results["ranks in another order"] = train(sharded(turned, [Shard(0), Shard(1)]))
     results["tensor parallel and FSDP2"] = train(
         fully_sharded(init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp")))
     )
@@ -315,7 +317,9 @@ PARTED = sum(w.numel() for kind, own in weights().items() for w in own if kind !
 ALL = sum(w.numel() for own in weights().values() for w in own)
 
 
-@pytest.mark.parametrize("layout", ["ddp", "ddp, sharded momentum", *LAYOUTS, "tensor parallel and FSDP2"])
+@pytest.mark.parametrize(
+    "layout", ["ddp", "ddp, sharded momentum", *LAYOUTS, "ranks in another order", "tensor parallel and FSDP2"]
+)
 class TestEveryLayout:
     def test_is_what_one_process_computes(self, layout: str, results: list[dict[str, Any]]) -> None:
         for weight, whole in zip(results[0][layout][0], expected()):

@@ -609,6 +609,14 @@ class TestParts:
             found = [view[own] for view, cut in zip(views, self.PARTS) for own in cut]
             assert_all_close(found, alone["params"], atol=1e-5)
 
+    def test_on_either_dimension(self) -> None:
+        down, cut = matrices([(6, 6)])[0], [torch.arange(3), torch.arange(3, 6)]
+        across = nn.Parameter(down.detach().mT.clone())
+        down.grad = torch.randn(6, 6)
+        across.grad = down.grad.mT.contiguous()
+        Muon([down, across], LR, parts={down: (0, cut), across: (1, cut)}, dtype=torch.float32).step()
+        torch.testing.assert_close(across, down.mT, atol=1e-5, rtol=0)
+
 
 class TestGroupSchedules:
     def test_a_group_has_its_own_schedule_with_its_own_steps(self) -> None:

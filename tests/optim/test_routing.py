@@ -215,6 +215,11 @@ def test_names_of_embeddings(name: str) -> None:
     assert reasons(inside)[f"layers.0.{name}.weight"] == ("muon", "hidden matrix")
 
 
+def test_an_embedding_may_be_one_of_a_list() -> None:
+    module = nn.ModuleDict({"embeddings": nn.ModuleList([nn.Linear(16, 50)]), "hidden": nn.Linear(16, 16)})
+    assert reasons(module)["embeddings.0.weight"] == ("adamw", "embedding")
+
+
 def test_an_embedding_inside_of_a_block_is_known_by_its_class() -> None:
     inside = nn.ModuleList([nn.ModuleDict({"positions": nn.Embedding(8, 4), "hidden": nn.Linear(4, 4)})])
     assert reasons(inside)["0.positions.weight"] == ("adamw", "embedding")

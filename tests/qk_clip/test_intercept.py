@@ -737,8 +737,12 @@ def test_a_mask_combines_with_causality(logits: str) -> None:
     mask = ARE_SEEN[:, :LENGTH].clone()
     mask[0, 0] = False  # the first query sees nothing
     expected_output = module(x, x, attn_mask=mask & causal(LENGTH))
+    try:
+        module(x, x, attn_mask=mask, is_causal=True)
+    except RuntimeError:
+        pytest.skip("torch takes both up to 2.13, on a CPU")
     with QKClip(module, logits=logits) as qk_clip:
-        output = module(x, x, attn_mask=mask, is_causal=True)  # on a CPU torch takes both
+        output = module(x, x, attn_mask=mask, is_causal=True)
         torch.testing.assert_close(output, expected_output)
         close(qk_clip.max_logits, module.expected(x, x, visible=mask & causal(LENGTH)))
 

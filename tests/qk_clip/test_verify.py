@@ -535,6 +535,24 @@ def test_a_gain_of_all_heads_is_verified_at_once() -> None:
     assert [(proof.num_heads, proof.scaled) for proof in found.proofs] == [(4, "q and k")]
 
 
+def test_gains_of_every_head_may_stand_beside_one_that_all_share() -> None:
+    class Normed(SdpaAttention):
+        def __init__(self) -> None:
+            super().__init__(16, 4, 2)
+            self.of_heads, self.of_all = nn.Parameter(torch.rand(4, 1, 4)), nn.Parameter(torch.rand(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            parts = (p(x).unflatten(-1, (-1, 4)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+            query, key, value = parts
+            query, key = (F.rms_norm(part, (4,)) * gain for part, gain in ((query, self.of_heads), (key, self.of_all)))
+            return F.scaled_dot_product_attention(query, key, value, enable_gqa=True).transpose(1, 2).flatten(2)
+
+    gains = Projection("of_heads", "q(H d)", dim=(0, 2)), Projection("of_all", "k(d)")
+    spec = replace(separate(4, 2, 4), qk_norm=True, gains=gains)
+    [proof] = verified(Normed(), torch.randn(2, 5, 16), specs={"": spec}, qk_norm="gain").proofs
+    assert proof.scaled == "q and k"
+
+
 @pytest.mark.parametrize("options", [{"logits": "off"}, {"logits": "lse"}, {"threshold": None}, {"every_n_steps": 3}])
 def test_with_every_way_to_observe(options: dict[str, Any]) -> None:
     model, x = Residual(SdpaAttention(16, 4, 2), Attention(16, 4)), torch.randn(2, 5, 16)
@@ -614,6 +632,15 @@ def test_keys_that_something_else_uses_are_refused() -> None:
         verified(Handing(), torch.randn(2, 5, 16), specs={"first": separate(4, 4, 4)}, unknown="monitor")
 
 
+def test_an_output_that_queries_change_by_themselves_is_noticed() -> None:
+    class Gated(SdpaAttention):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * self.q_proj(x).sigmoid()
+
+    with pytest.raises(ValueError, match="outputs that do not depend on queries and keys should not change"):
+        verified(Residual(Gated(16, 4)), torch.randn(2, 5, 16), specs={"layers.0": separate(4, 4, 4)})
+
+
 def test_clamped_queries_are_refused() -> None:
     class Clamping(SdpaAttention):
         def forward(self, x: Tensor) -> Tensor:
@@ -635,9 +662,11 @@ class Counting(nn.Module):
         super().__init__()
         self.norm = nn.BatchNorm1d(16)
         self.register_buffer("count", torch.zeros(()))
+        self.register_buffer("total", torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:
         self.count = self.count + 1
+        self.total.add_(1)
         return F.dropout(self.norm(x.transpose(1, 2)).transpose(1, 2), 0.1, training=True)
 
 

@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lightning_muonclip.parallel.shards import on_all_ranks, to_local
+from lightning_muonclip.parallel.shards import local_part, on_all_ranks, to_local
 from lightning_muonclip.qk_clip.describe.describe import Found
 from lightning_muonclip.qk_clip.describe.infer import Layout
 from lightning_muonclip.qk_clip.describe.isolate import DetachedCopies, apart, undisturbed
@@ -106,31 +105,25 @@ def _scaled(found: Sequence[Found]) -> Iterator[None]:
         offsets = {name: table.offset for name, table in own.layout.tables}
         params = {name: own.module.get_parameter(name) for name in offsets}
         for name, factor in factors(own.layout, of, params).items():
-            by.setdefault(params[name], (_like(factor, params[name]), offsets[name]))
+            # On shards: torch 2.9 redistributes to the wrong ranks what two mesh dimensions shard along one dimension.
+            by.setdefault(params[name], (local_part(factor, params[name]).to(to_local(params[name])), offsets[name]))
     before: dict[Tensor, Tensor] = {}
     try:
         for param, (factor, offset) in by.items():
-            scaled = (param + offset) * factor - offset
-            if not torch.equal((scaled + offset) / factor - offset, param):  # subnormal numbers, rounded away
-                before[param] = param.clone()
+            shard = to_local(param)
+            scaled = (shard + offset) * factor - offset
+            if not torch.equal((scaled + offset) / factor - offset, shard):  # subnormal numbers, rounded away
+                before[param] = shard.clone()
             _write(param, scaled)
         yield
     finally:
         for param, (factor, offset) in by.items():
-            _write(param, before[param] if param in before else (param + offset) / factor - offset)
+            _write(param, before[param] if param in before else (to_local(param) + offset) / factor - offset)
 
 
-def _write(param: Tensor, value: Tensor) -> None:
+def _write(param: Tensor, shard: Tensor) -> None:
     """Changes a parameter by ``.data``, which leaves graphs valid that have saved it."""
-    to_local(param).data.copy_(to_local(value))
-
-
-def _like(factor: Tensor, param: Tensor) -> Tensor:
-    factor = factor.to(param.device, param.dtype)
-    if not isinstance(param, DTensor):
-        return factor
-    mesh = param.device_mesh
-    return DTensor.from_local(factor, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    to_local(param).data.copy_(shard)
 
 
 @contextmanager
@@ -139,14 +132,14 @@ def _rounded_gains(found: Sequence[Found]) -> Iterator[None]:
     gains: set[Tensor] = set()
     for own in _described(found):
         gains |= {own.module.get_parameter(name) for name, table in own.layout.tables if table.offset}  # type: ignore[union-attr]
-    before: dict[Tensor, Tensor] = {param: param.clone() for param in gains}
+    before: dict[Tensor, Tensor] = {param: to_local(param).clone() for param in gains}
     try:
         for param in gains:
-            _write(param, (param * 64).round() / 64)
+            _write(param, (to_local(param) * 64).round() / 64)
         yield
     finally:
-        for param, value in before.items():
-            _write(param, value)
+        for param, shard in before.items():
+            _write(param, shard)
 
 
 def _refuse_ties(model: nn.Module, found: Sequence[Found]) -> None:

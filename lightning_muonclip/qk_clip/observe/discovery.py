@@ -30,7 +30,7 @@ from lightning_muonclip.qk_clip.describe.find import Example, find_attention, sp
 from lightning_muonclip.qk_clip.intercept import attends_by_interface
 from lightning_muonclip.qk_clip.observe.recorder import ReportsMaxLogits
 from lightning_muonclip.qk_clip.owned import Owned, has_part_of
-from lightning_muonclip.values import has_values
+from lightning_muonclip.values import has_values, is_exporting
 
 UNKNOWN_CHOICES = ("error", "monitor")
 
@@ -223,7 +223,7 @@ class _Entered:
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         discovery = self._discovery()
-        if discovery is not None and module.training and not torch.compiler.is_exporting():
+        if discovery is not None and module.training and not is_exporting():
             discovery.entered(module, args, kwargs)
 
     def __reduce__(self) -> tuple[type, tuple[()]]:

@@ -9,17 +9,13 @@ from attentions import BATCH, LENGTH, WIDTH, Drawn, Options
 from torch import Tensor, nn
 
 from lightning_muonclip.qk_clip.describe.describe import Found, describe
+from lightning_muonclip.qk_clip.describe.find import find_attention
 from lightning_muonclip.qk_clip.describe.gate import gate
 from lightning_muonclip.qk_clip.describe.survey import Survey
 
 
 def gated(model: nn.Module) -> list[Found]:
-    x = torch.randn(BATCH, LENGTH, WIDTH)
-    with torch.no_grad(), Survey(model) as survey:
-        model(x)
-    found = describe(survey.calls)
-    gate(survey.calls[0][0], found)
-    return found
+    return find_attention(model, ((torch.randn(BATCH, LENGTH, WIDTH),), {})).found
 
 
 class Handed(nn.Module):

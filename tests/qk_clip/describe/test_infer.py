@@ -7,13 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from attentions import BATCH, LENGTH, WIDTH, Drawn, Options
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lightning_muonclip.qk_clip.describe.describe import Found, describe
+from lightning_muonclip.qk_clip.describe.isolate import Isolated
 from lightning_muonclip.qk_clip.describe.layout import KINDS
+from lightning_muonclip.qk_clip.describe.probe import MIXED, SIDES, Probe
+from lightning_muonclip.qk_clip.describe.prove import deviation
 from lightning_muonclip.qk_clip.describe.survey import Survey
 
 options = st.builds(
@@ -140,6 +144,13 @@ def test_more_heads_than_one_digit_tells(heads: int) -> None:
     assert table.kinds.unique_consecutive().tolist() == [0, 1, 5]
 
 
+def test_of_thousands_of_channels_none_seems_to_feed_one_side_by_chance() -> None:
+    module = made(Options(heads=2, channels=1024, tied=True))
+    isolated = Isolated(module, (inputs(),), {}, torch.float32)  # less exact, so that chance has more room
+    sides = Probe(isolated, isolated.run()).coordinates(lambda output: output.side, len(SIDES))
+    assert (sides["projections.0.weight", (0,)] == MIXED).all()
+
+
 def test_queries_alone_where_key_heads_are_shared_in_another_order() -> None:
     module = made(Options(heads=4, groups=2, every=True))
     (found,) = described(module, inputs())
@@ -184,6 +195,12 @@ def test_what_does_not_scale_is_refused_or_watched(own: Options) -> None:
         assert not torch.allclose(b, 4 * a, rtol=1e-3)
 
 
+def test_masks_deviate_by_nothing_and_lost_numbers_by_all() -> None:
+    masked, lost = torch.tensor([1.0, -torch.inf]), torch.tensor([1.0, torch.nan])
+    assert deviation(masked, masked.clone()) == 0
+    assert deviation(masked, lost) == deviation(lost, lost.clone()) == torch.inf
+
+
 class Twice(nn.Module):
     """One module that attends twice in a forward, and another between."""
 
@@ -198,6 +215,25 @@ class Twice(nn.Module):
 def test_a_module_that_runs_twice_is_one_attention() -> None:
     found = described(Twice(), inputs())
     assert [(own.name, own.calls) for own in found] == [("a", [0, 2]), ("b", [1])]
+
+
+class Several(nn.Module):
+    """One module that attends twice, with other weights each time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.projections = nn.ModuleList(nn.Linear(WIDTH, 3 * WIDTH) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for projection in self.projections:
+            heads = projection(x).unflatten(-1, (3, 4, -1)).permute(2, 0, 3, 1, 4)
+            x = x + F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+        return x
+
+
+def test_several_attentions_in_one_module_are_refused() -> None:
+    found = described(Several(), inputs())
+    assert [own.reason for own in found] == ["it makes several attentions with weights of their own"] * 2
 
 
 def test_the_forward_of_the_model_is_left_as_it_was() -> None:

@@ -63,6 +63,16 @@ def test_scripted_attention_is_counted_and_refused() -> None:
     assert found.layout is None and found.reason
 
 
+class HalfHidden(Hidden):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(self.q(x), self.k(x), x) + super().forward(x)
+
+
+def test_attention_of_which_one_call_is_hidden_is_refused() -> None:
+    for found in describe(surveyed(HalfHidden(), torch.randn(BATCH, LENGTH, WIDTH)).calls):
+        assert found.layout is None and found.reason == "of its 2 attention calls, 1 can be followed when it runs alone"
+
+
 class HandMade(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         weights = (x @ x.mT).exp()

@@ -150,6 +150,22 @@ def test_a_failed_forward_leaves_no_module_running(how: str) -> None:
         assert qk_clip.max_logits.isneginf().all()
 
 
+def test_an_interrupted_forward_ends_with_the_next() -> None:
+    module, unobserved = third_party(), Unobserved()
+    x = torch.randn(2, 9, 16)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt  # for which torch calls no hooks
+
+    with QKClip(module) as qk_clip:
+        module(x)
+        with module.v_proj.register_forward_pre_hook(interrupt), pytest.raises(KeyboardInterrupt):
+            module(x)
+        module(x)
+        unobserved(x)
+        close(qk_clip.max_logits, true_maxima(module, x))
+
+
 @either
 def test_a_module_that_is_used_twice_has_one_row(make: Callable[[], Any]) -> None:
     layer = make()
@@ -447,6 +463,8 @@ def valueless(model: nn.Module, x: Tensor) -> dict[str, Callable[[], Any]]:
 @pytest.mark.parametrize("kind", ["fake", "export", "strict export", "meta", "grad", "vmap", "jvp"])
 @pytest.mark.filterwarnings("ignore:There is a performance drop", "ignore:While compiling")
 def test_of_tensors_without_values_nothing_is_recorded(make: Callable[[], Any], is_found: bool, kind: str) -> None:
+    if kind == "strict export" and not is_found and torch.__version__ < "2.11":
+        pytest.skip("torch 2.9 does not export in the stance force_eager, which a QKClip takes until its first step")
     model, x = Residual(make()), torch.randn(2, 9, 16)
     with QKClip(model, example=((x,), {}) if is_found else None) as qk_clip:
         if is_found:
