@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_muonclip.kernels.hidden import HIDDEN
+from lightning_muonclip.values import is_exporting
 
 #: Kernels of scaled_dot_product_attention. Their second output is the log-sum-exp, of shape (batch, heads, L or more).
 _KERNELS = {
@@ -64,7 +65,7 @@ def attention_with_log_sum_exp(
     """
     if not torch.compiler.is_compiling():
         return _seen(function, *args, **kwargs)
-    if function is SDPA and not torch.compiler.is_exporting():
+    if function is SDPA and not is_exporting():
         return _in_graph(*args, **kwargs)
     return function(*args, **kwargs), None
 
