@@ -159,6 +159,7 @@ def _prepared(
     return as_batch(query, batch), as_batch(key, batch), bounds, scale, pairs
 
 
+@torch.no_grad()
 def top_rows(
     query: Tensor,
     key: Tensor,

@@ -38,15 +38,19 @@ class _Seen(TorchDispatchMode):
 
     def __init__(self, query: Tensor, key: Tensor) -> None:
         super().__init__()
-        self._sizes = *query.shape[:-1], key.shape[-2]
+        self._expected = _described(*as_multiplied(query, key))
         self.log_sum_exp: Tensor | None = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         # Whoever has replaced torch's function may call it with other queries and keys.
-        if func.name().partition(".")[0] in _KERNELS and (*args[0].shape[:-1], args[1].shape[-2]) == self._sizes:
+        if func.name().partition(".")[0] in _KERNELS and _described(*args[:2]) == self._expected:
             self.log_sum_exp = out[1]
         return out
+
+
+def _described(query: Tensor, key: Tensor) -> tuple[Any, ...]:
+    return query.dtype, *query.shape[:-1], key.shape[-2]
 
 
 def attention_with_log_sum_exp(

@@ -231,7 +231,11 @@ def test_another_function_in_its_place_gets_the_arguments_as_they_were_given(mon
     for logits in ("exact", "lse"):
         with QKClip(module, logits=logits) as qk_clip:
             module(x, x, is_causal=True)
-            close(qk_clip.max_logits, module.expected(x, x, visible=causal(LENGTH)))
+            expected = module.expected(x, x, visible=causal(LENGTH))
+            if logits == "exact":
+                close(qk_clip.max_logits, expected)
+            else:
+                assert (qk_clip.max_logits[0] >= expected - 1e-5).all()
     assert set(received) == {True}
 
 

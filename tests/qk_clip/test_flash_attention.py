@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernels.test_flash import ids_of, logits_of, stand_ins  # noqa: F401  a fixture
+from kernels.test_flash_kernels import ids_of, logits_of, stand_ins  # noqa: F401  a fixture
 from oracles import brute_max_logits
 from torch import Tensor, nn
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from kernels.test_max_logits import normal
 from oracles import brute_max_logits
+from test_max_logits import normal
 from torch import Tensor
 
 from lightning_muonclip.kernels.bounded_max_logits import bounded_max_logits
