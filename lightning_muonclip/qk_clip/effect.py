@@ -18,11 +18,10 @@ from lightning_muonclip.qk_clip.describe.layout import KEY_KINDS, KINDS, NO_HEAD
 from lightning_muonclip.qk_clip.observe.ledger import Late
 from lightning_muonclip.qk_clip.plan import ClipPlan, Scaled
 
-#: A clip is of no use if queries times keys have shrunk by so much while the largest logit has fallen by less than that.
-_SHRUNK, _FELL = 0.5, 0.9
-
-#: After so many clips in a row, a head starts anew: weights that updates keep at their size never shrink within.
-_WINDOW = 32
+#: Clips in a row are of no use if queries times keys have shrunk by so much while the largest logit has fallen by less than
+#: that, and if at least half of what was clipped, in logarithms, is still gone. Clips that hold the logits against updates
+#: multiply to almost nothing, while the updates keep the weights near their size.
+_SHRUNK, _FELL, _KEPT = 0.5, 0.9, 0.5
 
 #: A clip by so much is undone if the norms are back at what they were, up to that, twice.
 _STRONG, _SAME, _TWICE = 0.64, 0.05, 2
@@ -52,8 +51,9 @@ class Effect:
         self._last = Late()
         self._told: set[tuple[str, int]] = set()
         # What the host knows of every head: whether it is no longer clipped; the norms and the gamma of the last step; the
-        # norms and the largest logit at the first of the present row of clips, and their number; how often one was undone.
-        stopped, self._norms, self._gamma, self._first_norms, self._first_logits, self._run, self._undone = (
+        # norms and the largest logit at the first of the present row of clips, and their product, 0 if there are none; how
+        # often one was undone.
+        stopped, self._norms, self._gamma, self._first_norms, self._first_logits, self._product, self._undone = (
             memory.numpy()
         )
         self.stopped = torch.from_numpy(stopped > 0).to(plan.params[0].device)
@@ -63,7 +63,7 @@ class Effect:
     def memory(self) -> Tensor:
         """What it knows of every head, for a checkpoint: float64, shape (:data:`REMEMBERED`, layers, heads)."""
         self.consider()
-        numbers = self._norms, self._gamma, self._first_norms, self._first_logits, self._run, self._undone
+        numbers = self._norms, self._gamma, self._first_norms, self._first_logits, self._product, self._undone
         return torch.from_numpy(np.stack([self.stopped.cpu().numpy(), *numbers]).astype(np.float64))
 
     def measure(self) -> Tensor:
@@ -104,13 +104,14 @@ class Effect:
         with np.errstate(invalid="ignore"):  # infinite weights
             is_back = np.abs(norms - self._norms) <= _SAME * self._norms
         clipped = gamma < 1
-        has_shrunk = (self._run > 0) & (norms <= _SHRUNK * self._first_norms)
+        has_shrunk = (self._product > 0) & (norms <= np.minimum(_SHRUNK, self._product**_KEPT) * self._first_norms)
         useless = is_new & clipped & has_shrunk & (logits >= _FELL * self._first_logits)
         if useless.any():
             self.stopped = self.stopped | torch.from_numpy(useless).to(self.stopped.device)
         self._undone = np.where(is_new & (self._gamma <= _STRONG), (self._undone + 1) * is_back, self._undone)
-        starts = is_new & clipped & ((self._run == 0) | (self._run >= _WINDOW))
-        self._run = np.where(is_new, np.where(clipped, np.where(starts, 1, self._run + 1), 0), self._run)
+        starts = is_new & clipped & (self._product == 0)
+        product = np.where(clipped, np.where(starts, gamma, self._product * gamma), 0.0)
+        self._product = np.where(is_new, product, self._product)
         self._first_norms = np.where(starts, norms, self._first_norms)
         self._first_logits = np.where(starts, logits, self._first_logits)
         self._norms, self._gamma = np.where(is_new, norms, self._norms), np.where(is_new, gamma, self._gamma)

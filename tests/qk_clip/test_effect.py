@@ -94,6 +94,27 @@ def test_at_the_threshold_clipping_goes_on(growth: float, groups: int) -> None:
         assert (qk_clip.clips >= 80).all() and not qk_clip.state_dict()["effect"][..., 0].any()
 
 
+@pytest.mark.parametrize("shrinks", [0.99, 0.96, 0.9])
+def test_logits_that_grow_although_the_weights_shrink_are_clipped(shrinks: float) -> None:
+    """As they explode: updates turn queries and keys towards what is large in the residual stream, or that grows itself."""
+    torch.manual_seed(0)
+    model = Residual(SdpaAttention(16, 4, bias=False))
+    enlarge(model)
+    growth, x = 1.6, X
+    with QKClip(model, threshold=1.0) as qk_clip:
+        model(x)
+        qk_clip.step()
+        for _ in range(60):
+            with torch.no_grad():
+                for projection in (model.layers[0].q_proj, model.layers[0].k_proj):
+                    projection.weight *= (growth * shrinks) ** 0.5
+            x = x / shrinks**0.5  # so that every logit is 1.6 times the threshold again
+            model(x)
+            qk_clip.step()
+        assert (qk_clip.clips >= 58).all()
+        assert not qk_clip.state_dict()["effect"][..., 0].any()
+
+
 def test_falling_logits_are_clipped_as_long_as_they_are_too_large() -> None:
     model = Residual(SdpaAttention(16, 4))
     enlarge(model)
