@@ -29,6 +29,7 @@ class Demo:
         torch.manual_seed(0)
         self.data = TextDataModule()
         self.model = GPT(functools.partial(Attention, num_attention_heads=HEADS), self.data.vocab_size, WIDTH, LAYERS)
+        threshold = None if logits == "off" else threshold
         self.optimizer = MuonClip(self.model, lr=lr, threshold=threshold, logits=logits)
         self.lr = lr
         self.steps = 0

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import operator
 from typing import Any, NamedTuple
 
@@ -33,6 +34,9 @@ ROWS = 8
 
 #: What a pair of a sequence and a head costs a CPU beside its logits, in logits of a whole pass.
 _OVERHEAD = 4096
+
+#: Bounds that are no further above ln(keys) are those of logits that are nearly equal, which no bound tells apart.
+_FLAT = 2.0
 
 #: Logits that a CPU computes at once.
 _AT_ONCE = 2**20
@@ -219,6 +223,8 @@ def _exact(
     limits = bounds.numpy()
     batch, heads, length = limits.shape
     keys = key.shape[2]
+    if limits.max() <= math.log(keys) + _FLAT:
+        return max_logits(query, key, scale=scale, **pairs._asdict())
     first = limits.swapaxes(0, 1).reshape(heads, -1).argmax(-1)  # NaN is larger than any number
     visible = pairs.numpy()
     maxima = _of_rows(query, key, _Rows(first // length, np.arange(heads), first % length), scale, visible)
