@@ -7,7 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._guards import detect_fake_mode
+from torch.nn import Parameter
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils._pytree import tree_leaves
+
+_PLAIN = {Tensor, Parameter}
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -23,6 +27,8 @@ def has_values(tree: Any) -> bool:
     if torch.compiler.is_dynamo_compiling():
         return True  # the numbers come when the graph runs
     tensors = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
-    if detect_fake_mode(tensors) is not None:
+    # Detection takes as long as a small layer, and plain tensors outside of all modes need none.
+    is_plain = _get_current_dispatch_mode() is None and all(type(x) in _PLAIN for x in tensors)
+    if not is_plain and detect_fake_mode(tensors) is not None:
         return False
     return not any(x.is_meta or torch._C._functorch.is_functorch_wrapped_tensor(x) for x in tensors)
