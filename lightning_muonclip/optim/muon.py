@@ -14,6 +14,7 @@ from torch.optim.optimizer import ParamsT
 from lightning_muonclip.optim.adamw import adamw_step
 from lightning_muonclip.optim.coefficients import Coefficients, resolve_schedule
 from lightning_muonclip.optim.gradients import gradient
+from lightning_muonclip.optim.names import bare_name
 from lightning_muonclip.optim.options import (
     ADAMW_DEFAULTS,
     as_dtype,
@@ -24,8 +25,7 @@ from lightning_muonclip.optim.options import (
     for_torch,
     from_torch,
 )
-from lightning_muonclip.optim.parts import Parts, intern_parts
-from lightning_muonclip.optim.stacking import KINDS
+from lightning_muonclip.optim.parts import KINDS, Parts, intern_parts, named_parts
 from lightning_muonclip.optim.step import Matrix, MatrixStep, gain_momentum, scalar
 from lightning_muonclip.parallel.agreement import check_models
 from lightning_muonclip.parallel.holders import share_key
@@ -65,8 +65,10 @@ class Muon(Optimizer):
             :func:`~lightning_muonclip.optim.orthogonalize.working_dtype`).
         stack_numel: Most elements in one batched call, which bounds the transient memory of a step; a larger matrix goes
             alone. ``None`` is the default of the device, :data:`.stacking.STACK_NUMEL`.
-        parts: The matrices inside a fused weight: its output dimension, and the output channels of each matrix, which
-            together cover all channels once. Each matrix is orthogonalized and scaled as if it were a separate parameter.
+        parts: The matrices inside of fused weights,
+            ``{name: (dimension of the output channels, [channels of each matrix])}``; a name may be a shell-style pattern,
+            or the weight itself. They cover all channels once. Each matrix is orthogonalized and scaled as if it were a
+            separate parameter.
         process_group: The data-parallel ranks that replicate the plain weights, as under DDP: each matrix has one owner
             rank, which orthogonalizes it. ``None`` is the default group, if torch.distributed is initialized. DTensors use
             their own mesh. Ranks that train apart need it: a group of one rank, or of those that train together.
@@ -105,7 +107,7 @@ class Muon(Optimizer):
         *,
         dtype: torch.dtype | str | None = None,
         stack_numel: int | None = None,
-        parts: Mapping[Tensor, tuple[int, Sequence[Tensor]]] | None = None,
+        parts: Mapping[Any, tuple[int, Sequence[Any]]] | None = None,
         process_group: dist.ProcessGroup | None = None,
         shard_momentum: bool = False,
     ) -> None:
@@ -163,14 +165,20 @@ class Muon(Optimizer):
                 self._parts.pop()
                 raise
 
-    def set_parts(self, parts: Mapping[Tensor, tuple[int, Sequence[Tensor]]]) -> None:
+    def set_parts(self, parts: Mapping[Any, tuple[Any, ...]]) -> None:
         """Replaces ``parts``, once the matrices inside of fused weights are known; the momentum does not depend on them.
 
         Raises:
-            ValueError: If they do not cover their weights.
+            ValueError: If they do not cover their weights, or if a name matches none.
         """
         # By place in the groups, where another tensor may take the place of a weight: fully_shard, to_empty.
-        own = intern_parts(parts)
+        groups = [group for group in self.param_groups if group["algorithm"] == "muon"]
+        pairs = (pair for group in groups for pair in zip(group.get("param_names", ()), group["params"]))
+        names = {p: [name, bare_name(name)] for name, p in pairs}
+        kinds = {p: group["kind"] for group in groups for p in group["params"]}
+        #: The matrices inside of fused weights, by weight.
+        self.parts = named_parts(parts, names)
+        own = intern_parts(self.parts, kinds)
         self._parts = [[own.get(p) for p in group["params"]] for group in self.param_groups]
 
     def __getstate__(self) -> dict[str, Any]:

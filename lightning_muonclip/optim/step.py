@@ -73,7 +73,8 @@ class MatrixStep:
         """The cost of orthogonalizing a weight."""
         shapes = [matrix_shape(param.shape, group["kind"])]
         if parts is not None:
-            shapes = [(count, channels, param.shape[1 - parts.dim]) for count, channels in parts.sizes()]
+            batch, fan_in = shapes[0][0], _fan_in(shapes[0], parts)
+            shapes = [(batch * count, channels, fan_in) for count, channels in parts.sizes()]
         schedule = resolve_schedule(group["ns_coefficients"], group["ns_steps"])
         unit = torch.finfo(self._working_dtype(param.device)).eps / 2
         return sum(count * cheapest_flops(schedule, m, n, unit) for count, m, n in shapes)
@@ -125,9 +126,10 @@ class MatrixStep:
             eps=group["eps"],
             dtype=self._working_dtype(whole[0].device),
         )
+        kind, bound = group["kind"], self._bound(whole[0].device)
         if parts := matrices[0].parts:
-            return directions_of_parts(whole, moving, parts, orthogonal)
-        return directions(whole, moving, group["kind"], orthogonal, self._bound(whole[0].device))
+            return directions_of_parts(whole, moving, parts, kind, orthogonal, bound)
+        return directions(whole, moving, kind, orthogonal, bound)
 
     def _subtract(self, matrices: Sequence[Matrix], shards: Sequence[Tensor]) -> None:
         """Steps weights along this rank's shards of their directions."""
@@ -144,12 +146,17 @@ class MatrixStep:
     def _scale(self, matrix: Matrix) -> float | Tensor:
         name = matrix.group["adjust_lr_fn"] or "original"
         param, parts = matrix.param, matrix.parts
-        _, fan_out, fan_in = matrix_shape(param.shape, matrix.group["kind"])
+        shape = matrix_shape(param.shape, matrix.group["kind"])
         if parts is None:
-            return LR_ADJUSTMENTS[name](fan_out, fan_in)
-        factors = parts.factors(name, param.shape[1 - parts.dim], matrix.weight.device)
+            return LR_ADJUSTMENTS[name](*shape[1:])
+        factors = parts.factors(name, _fan_in(shape, parts), param.ndim, matrix.weight.device)
         side = local_box(param)[parts.dim]
         return factors.narrow(parts.dim, side.start, side.stop - side.start)
+
+
+def _fan_in(shape: tuple[int, int, int], parts: Parts) -> int:
+    """Of the matrices of a weight, which is a batch of this shape."""
+    return shape[1] if parts.is_transposed else shape[2]
 
 
 def gain_momentum(matrices: Sequence[Matrix], momentum: float) -> None:
@@ -191,9 +198,12 @@ def with_gradient(matrices: Sequence[Matrix], is_shared: bool) -> list[Tensor]:
             continue
         shape, box = (m.param.shape, local_box(m.param)) if is_shared else (m.weight.shape, whole_box(m.weight.shape))
         if m.parts is not None:
-            channels = m.grad.new_zeros(shape[m.parts.dim], dtype=torch.bool)
-            channels[box[m.parts.dim]] = m.grad.any(1 - m.parts.dim)
-            found[i] = m.parts.where_any(channels).to(m.grad.dtype)
+            dim, batch = m.parts.dim, len(shape) - 2 if m.group["kind"] == "experts" else 0
+            channels = m.grad.new_zeros(*shape[:batch], shape[dim], dtype=torch.bool)
+            others = tuple(other for other in range(batch, len(shape)) if other != dim)
+            own = (*box[:batch], box[dim])
+            channels[own] = m.grad.any(others)
+            found[i] = m.parts.where_any(channels.view(-1, shape[dim])).to(m.grad.dtype)
         else:
             experts = m.grad.new_zeros(shape[:-2], dtype=torch.bool)
             experts[box[:-2]] = m.grad.any(-1).any(-1)

@@ -15,11 +15,12 @@ from torch.optim import Optimizer
 
 from lightning_muonclip.optim.muon import Muon
 from lightning_muonclip.optim.options import check_muon_options
-from lightning_muonclip.optim.routing import check_router, route_params, routes_under, routing_table
+from lightning_muonclip.optim.routing import Route, check_router, route_params, routes_under, routing_table
 from lightning_muonclip.parallel.grad_norm import clip_grad_norm_, total_norm
 from lightning_muonclip.parallel.shards import to_local
 from lightning_muonclip.qk_clip.clip import QKClip
 from lightning_muonclip.qk_clip.describe.declared import AttentionModules
+from lightning_muonclip.qk_clip.describe.fused import FusedWeights
 from lightning_muonclip.qk_clip.describe.spec import AttentionSpec
 from lightning_muonclip.qk_clip.describe.split import check_split, matrix_parts
 from lightning_muonclip.qk_clip.observe.capture import Capture
@@ -42,7 +43,7 @@ from lightning_muonclip.trainer.mixin import MaxLogitsMixin
 from lightning_muonclip.trainer.strategies import check_strategy, restores_optimizers
 
 
-@takes_keywords_of(QKClip, Muon, but=("model", "example", "observer", "process_group", "params", "parts"))
+@takes_keywords_of(QKClip, Muon, but=("model", "example", "observer", "process_group", "params"))
 class MuonClipCallback(Callback):
     """Trains any transformer with MuonClip: Muon for hidden matrices, the user's optimizer for the rest, QK-Clip.
 
@@ -68,7 +69,7 @@ class MuonClipCallback(Callback):
         verify: Whether to prove on the first batch that every spec scales the weights of its heads (see
             :meth:`QKClip.verify <lightning_muonclip.QKClip.verify>`).
         split: What Muon orthogonalizes of a fused projection: queries, keys and values apart (``"qkv"``), every head
-            (``"heads"``), or all of it together (``"none"``).
+            (``"heads"``), every two neighbouring heads (``"pairs"``), or all of it together (``"none"``).
         exclude: Shell-style patterns of parameter names that stay with the user's optimizer.
         include: Patterns of parameter names to give to Muon that it would not get by default.
         router: The optimizer of the routers of experts: ``"muon"``, or ``"adamw"`` for the user's (see
@@ -76,7 +77,7 @@ class MuonClipCallback(Callback):
         log_heads_every_n_steps: Logs every head's maximum at this interval; ``None`` never does.
         **options: Any other keyword of :class:`~lightning_muonclip.QKClip` (``shared_keys``, ``qk_norm``, ``logits``,
             ``lora``, ``every_n_steps``, ``unknown``) and of :class:`~lightning_muonclip.Muon` (``momentum``, ``nesterov``,
-            ``ns_coefficients``, ``ns_steps``, ``eps``, ``dtype``, ``stack_numel``, ``shard_momentum``).
+            ``ns_coefficients``, ``ns_steps``, ``eps``, ``dtype``, ``stack_numel``, ``parts``, ``shard_momentum``).
 
     Raises:
         ValueError: If an argument is out of range; when fitting starts, if the Trainer, the optimizer or the model cannot
@@ -109,6 +110,7 @@ class MuonClipCallback(Callback):
     ) -> None:
         clip_options, muon_options = share_out(options, QKClip, Muon)
         self._clip_options = {"threshold": threshold, "alpha": alpha, **clip_options}
+        self._given_parts = muon_options.pop("parts") or {}
         self._muon_options = {"adjust_lr_fn": adjust_lr_fn, **muon_options}
         check_clip_options(**self._clip_options)
         check_muon_options(lr=lr or 0.0, weight_decay=weight_decay or 0.0, **self._muon_options)
@@ -131,8 +133,9 @@ class MuonClipCallback(Callback):
         self.last: ClipResult | None = None
         self._groups: FollowingGroups | None = None
         self._observer: Observer | None = None
-        #: The attention whose fused weights Muon splits.
-        self._attention: AttentionModules = {}
+        #: The attention and the fused weights that Muon splits.
+        self._known: tuple[AttentionModules, FusedWeights] = ({}, {})
+        self._routes: list[Route] = []
         self._restored_clips: dict[str, Any] | None = None
         self._handles: list[Any] = []
         self._capture: Capture | None = None
@@ -187,12 +190,11 @@ class MuonClipCallback(Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Moves the hidden matrices to Muon and starts observing, before any optimizer is restored."""
         optimizer = users_optimizer(trainer)
-        routes = routes_under(optimizer, route_params(pl_module, self.exclude, self.include, self.router))
-        self._groups = FollowingGroups(optimizer, routes, self.lr)
+        self._routes = routes_under(optimizer, route_params(pl_module, self.exclude, self.include, self.router))
+        self._groups = FollowingGroups(optimizer, self._routes, self.lr)
         self._observer = self._observe(pl_module)
-        self._attention = self._observer.attention
-        parts = matrix_parts(pl_module, self._attention, self.split)
-        self.muon = Muon(self._groups.groups, parts=parts, **self._muon_options)
+        self._known = self._observer.attention, self._observer.fused
+        self.muon = Muon(self._groups.groups, parts=self._parts_of(pl_module), **self._muon_options)
         self._groups.follow(optimizer, self.muon, self.lr, self.weight_decay)
         if scaler_of(trainer) is not None and not any(group["params"] for group in optimizer.param_groups):
             raise ValueError(
@@ -208,7 +210,8 @@ class MuonClipCallback(Callback):
             self._restore_clips()
             for own in (self.muon, optimizer):
                 self._handles += after_steps(own, self._apply_qk_clip)
-        rank_zero_info(f"MuonClip routes the parameters as follows\n{routing_table(routes)}")
+        table = routing_table(self._routes, self.muon.parts)
+        rank_zero_info(f"MuonClip routes the parameters as follows\n{table}")
         self._follow_attention()
 
     def _observe(self, pl_module: pl.LightningModule) -> Observer:
@@ -306,11 +309,23 @@ class MuonClipCallback(Callback):
         assert self.muon is not None
         assert self._observer is not None
         attention = self._observer.settle() if self.qk_clip is None else self.qk_clip.settle()
-        if attention is self._attention:
+        before, self._known = self._known, (attention, self._observer.fused)
+        if all(now is earlier for now, earlier in zip(self._known, before)):
             return
-        self._attention = attention
-        self.muon.set_parts(matrix_parts(pl_module, attention, self.split))
+        self.muon.set_parts(self._parts_of(pl_module))
         self._follow_attention()
+        self._tell_parts()
+
+    def _parts_of(self, pl_module: pl.LightningModule) -> dict[Any, Any]:
+        """The matrices in fused weights; the user's word goes above what is found."""
+        attention, fused = self._known
+        return {**matrix_parts(pl_module, attention, self.split, fused), **self._given_parts}
+
+    def _tell_parts(self) -> None:
+        assert self.muon is not None
+        split = [route for route in self._routes if len(self.muon.parts.get(route.param, ((), ()))[1]) > 1]
+        if split:
+            rank_zero_info(f"Muon takes these weights for several matrices\n{routing_table(split, self.muon.parts)}")
 
     def _follow_attention(self) -> None:
         """Decides after whose step QK-Clip runs, and says what it will scale."""

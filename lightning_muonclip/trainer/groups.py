@@ -9,8 +9,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_muonclip.optim.parts import KINDS
 from lightning_muonclip.optim.routing import Route, routing_table
-from lightning_muonclip.optim.stacking import KINDS
 
 
 class FollowingGroups:

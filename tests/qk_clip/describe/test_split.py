@@ -119,7 +119,7 @@ def test_a_transposed_weight_is_scaled_by_its_own_fan_out() -> None:
     parts = matrix_parts(model, attention, "qkv")
     for module in model.modules():
         if isinstance(module, Conv1D):
-            dim, channels = parts[module.weight]
+            dim, channels, _ = parts[module.weight]
             assert dim == 1
             assert sum(map(len, channels)) == module.weight.shape[1]
     up = model.h[0].mlp.c_fc.weight  # (8, 32): fan-out 32
@@ -160,7 +160,7 @@ def test_parts_that_do_not_cover_their_weight_are_refused() -> None:
     "make", [lambda: MuonClip(SdpaAttention(8, 2), split="q"), lambda: MuonClipCallback(split="q")]
 )
 def test_an_unknown_split_is_refused(make: Any) -> None:
-    with pytest.raises(ValueError, match="unknown split 'q'; use one of qkv, heads, none"):
+    with pytest.raises(ValueError, match="unknown split 'q'; use one of qkv, heads, pairs, none"):
         make()
 
 
