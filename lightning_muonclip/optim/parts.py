@@ -40,7 +40,7 @@ class Parts:
             sizes[len(own)].append(own)
         self.count = sum(map(len, channels))
         self._channels = {torch.device("cpu"): [torch.stack(own).cpu() for own in sizes.values()]}
-        self._factors: dict[tuple[str, int, int, torch.device], Tensor] = {}
+        self._factors: dict[tuple[str, int, int, torch.device, torch.dtype], Tensor] = {}
 
     def channels_on(self, device: torch.device) -> list[Tensor]:
         """Channels of the matrices, one tensor of shape (matrices, channels) per size."""
@@ -63,11 +63,12 @@ class Parts:
         """
         return torch.cat([channels[:, own].any(-1).flatten() for own in self.channels_on(channels.device)])
 
-    def factors(self, adjustment: str, fan_in: int, ndim: int, device: torch.device) -> Tensor:
-        """Per-channel scale of the update under the named adjustment, shaped to multiply a weight of so many dimensions."""
-        key = (adjustment, fan_in, ndim, device)
+    def factors(self, adjustment: str, fan_in: int, weight: Tensor) -> Tensor:
+        """Per-channel scale of the update under the named adjustment, shaped to multiply the weight or a shard of it."""
+        ndim, device, dtype = weight.ndim, weight.device, torch.promote_types(weight.dtype, torch.float32)
+        key = (adjustment, fan_in, ndim, device, dtype)
         if key not in self._factors:
-            factors = torch.empty(self.count)
+            factors = torch.empty(self.count, dtype=dtype)
             for channels in self.channels_on(torch.device("cpu")):
                 factors[channels] = LR_ADJUSTMENTS[adjustment](channels.shape[1], fan_in)
             shape = [-1 if dim == self.dim else 1 for dim in range(ndim)]

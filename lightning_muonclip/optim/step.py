@@ -149,7 +149,7 @@ class MatrixStep:
         shape = matrix_shape(param.shape, matrix.group["kind"])
         if parts is None:
             return LR_ADJUSTMENTS[name](*shape[1:])
-        factors = parts.factors(name, _fan_in(shape, parts), param.ndim, matrix.weight.device)
+        factors = parts.factors(name, _fan_in(shape, parts), matrix.weight)
         side = local_box(param)[parts.dim]
         return factors.narrow(parts.dim, side.start, side.stop - side.start)
 

@@ -65,6 +65,7 @@ class _Weight:
         dim: The dimension of its output channels.
         groups: Channels that belong together, as masks that have nothing in common.
         activated: The channels that went through a nonlinear function.
+        is_gated: Whether some of its channels were multiplied with others.
         is_clear: Whether it was always used in the same way.
     """
 
@@ -73,6 +74,7 @@ class _Weight:
         self.dim: int | None = None
         self.groups: list[Tensor] = []
         self.activated: Tensor | None = None
+        self.is_gated = False
         self.is_clear = True
 
     @property
@@ -120,7 +122,11 @@ class _Weight:
         if not groups or not bool(torch.stack(groups).any(0).all()) or min(int(group.sum()) for group in groups) < 2:
             groups = [torch.ones(self.param.shape[self.dim], dtype=torch.bool)]
         curved = [self.activated is not None and bool((group & self.activated).any()) for group in groups]
-        names = tuple("gate" if own else "up" for own in curved) if len(groups) == 2 and sum(curved) == 1 else ()
+        names = (
+            tuple("gate" if own else "up" for own in curved)
+            if self.is_gated and len(groups) == 2 and sum(curved) == 1
+            else ()
+        )
         return FusedWeight(self.dim, [group.nonzero()[:, 0] for group in groups], names)
 
 
@@ -149,7 +155,7 @@ class Channels(TorchDispatchMode):
         for leaf, param in module.named_parameters(recurse=False):
             if param.ndim > 1 and param.is_floating_point():
                 full = f"{name}.{leaf}".lstrip(".")
-                self._weights.setdefault(full, _Weight(param))
+                self._weights.setdefault(full, _Weight(param)).param = param
                 self._sources.setdefault(param, (full, param.detach()))
 
     def found(self) -> FusedWeights:
@@ -166,44 +172,45 @@ class Channels(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        if isinstance(func, torch._ops.OpOverload):
+        try:
             self._follow(func, args, kwargs, out)
-        else:
+        except (
+            RuntimeError,
+            TypeError,
+            ValueError,
+            LookupError,
+        ):  # jagged, sparse, of complex numbers
             self._take(args)
         return out
 
     def _follow(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        if not isinstance(func, torch._ops.OpOverload):
+            self._take(args)
+            return
         name = func._schema.name.partition("::")[2]
         first = _PRODUCTS.get(name, 0)
         if name in _PRODUCTS and self._multiply(args[first], args[first + 1], name == "linear", out):
             return
-        if (
-            args
-            and isinstance(args[0], Tensor)
-            and args[0] in self._sources
-            and self._pass_weight(func, name, args, kwargs, out)
-        ):
+        if args and self._is_source(args[0]) and self._pass_weight(func, name, args, kwargs, out):
             return
         if name == "convolution":
             self._convolve(args[0], args[1], args[8], args[6], out)
         elif not any(self._tags_of(x) for x in _tensors(args)):
             return
         elif name in _COPIES:
-            self._tags[out[0] if isinstance(out, tuple) else out] = self._tags_of(args[0])
+            self._set_tags(out[0] if isinstance(out, tuple) else out, self._tags_of(args[0]))
         elif name == "copy_":  # what stores does not compute
-            self._set_tags(
-                out,
-                {
-                    own: _Tag(tag.numbers.expand(out.shape), tag.activated)
-                    for own, tag in self._tags_of(args[1]).items()
-                },
-            )
+            own = self._tags_of(args[1]).items()
+            self._set_tags(out, {name: _Tag(tag.numbers.expand(out.shape), tag.activated) for name, tag in own})
         elif func.is_view or name in _MOVES:
             self._move(func, args, kwargs, out)
         elif torch.Tag.pointwise in func.tags:
             self._combine(name, [x for x in _tensors(args) if self._tags_of(x)], out)
         else:
             self._take(args)
+
+    def _is_source(self, x: Any) -> bool:
+        return isinstance(x, Tensor) and x in self._sources
 
     def _pass_weight(self, func: Any, name: str, args: Any, kwargs: Any, out: Any) -> bool:
         """Follows what is still a part of a parameter, or a copy of one."""
@@ -227,8 +234,8 @@ class Channels(TorchDispatchMode):
     def _multiply(self, left: Any, right: Any, is_linear: bool, out: Any) -> bool:
         """Numbers the channels of a product of an activation and a weight."""
         self._take((left, right))
-        is_left = left in self._sources
-        if not isinstance(out, Tensor) or is_left == (right in self._sources):
+        is_left = self._is_source(left)
+        if is_left == self._is_source(right):
             return False
         name, source = self._sources[left if is_left else right]
         matrix = source.mT if is_left != is_linear else source  # (..., in, out)
@@ -292,6 +299,8 @@ class Channels(TorchDispatchMode):
         alike = {own: _alike(tags) for own, tags in together.items()}
         if name in _FACTORS and len(operands) > 1 and (len(together) > 1 or not all(alike.values())):
             self._take(operands)  # a product of two outputs is no output of either
+            for own, tags in together.items():
+                self._weights[own].is_gated |= len(tags) > 1
             self._set_tags(out, {})
             return
         result = {}
