@@ -25,7 +25,7 @@ STEPS = 3
 
 #: Shapes of matrices, experts and convolutions; rows that four ranks share unevenly or not at all.
 MATRICES = [(12, 6), (6, 12), (12, 6), (5, 9), (3, 8), (16, 16), (1, 4), (6, 12)]
-EXPERTS = [(4, 6, 8), (6, 5, 3)]
+EXPERTS = [(4, 6, 8), (6, 5, 3), (4, 5, 12)]
 CONVOLUTIONS = [(8, 3, 2, 2)]
 FUSED = (10, 7)
 
@@ -48,6 +48,8 @@ def gradients(step: int) -> list[Tensor]:
         found["experts"][0][1] = 0
         found["experts"][0][2, :, :-1] = 0
         found["experts"][1][3:] = 0
+        found["experts"][2][1] = 0
+        found["experts"][2][2, :, step - 1 :: 2] = 0
         found["convolution"][0][1:] = 0
         found["fused"][0][2 - step :: 2] = 0
     return [gradient for own in found.values() for gradient in own]
@@ -58,7 +60,10 @@ def make(params: dict[str, list[Any]], **options: Any) -> tuple[Muon, list[Any]]
         {"params": own, "kind": "matrix" if kind == "fused" else kind, "lr": 0.02 * (1 + i), "momentum": 0.95 - 0.1 * i}
         for i, (kind, own) in enumerate(params.items())
     ]
-    parts = {params["fused"][0]: (0, [torch.arange(0, 10, 2), torch.arange(1, 10, 2)])}
+    parts = {  # the last experts have gate and up in turns, and inputs first
+        params["fused"][0]: (0, [range(0, 10, 2), range(1, 10, 2)]),
+        params["experts"][-1]: (2, [range(0, 12, 2), range(1, 12, 2)]),
+    }
     options = {"dtype": torch.float32, "adjust_lr_fn": "match_rms_adamw", **options}
     return Muon(groups, parts=parts, **options), [p for own in params.values() for p in own]
 
