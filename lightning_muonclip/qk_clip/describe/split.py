@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_muonclip.qk_clip.describe.declared import AttentionModules, is_inside, named_modules
 from lightning_muonclip.qk_clip.describe.fused import FusedWeight, FusedWeights
 from lightning_muonclip.qk_clip.describe.layout import SPLITS, split_channels
-from lightning_muonclip.qk_clip.describe.names import TRANSPOSED_LINEARS, qualified_names
+from lightning_muonclip.qk_clip.describe.names import stores_inputs_first
 from lightning_muonclip.qk_clip.describe.spec import Projection
 from lightning_muonclip.qk_clip.describe.weights import channel_map
 
@@ -74,30 +74,23 @@ def _declared(model: nn.Module) -> MatrixParts:
     """The parts that a class tells."""
     parts: MatrixParts = {}
     for module in model.modules():
-        if not set(TRANSPOSED_LINEARS).isdisjoint(qualified_names(type(module))):  # fully_shard makes a subclass
-            transposed = module.get_parameter("weight")
-            parts[transposed] = FusedWeight(1, [torch.arange(transposed.shape[1])])
+        if stores_inputs_first(module):
+            for param in module.parameters(recurse=False):
+                if param.ndim > 1:
+                    parts[param] = FusedWeight(param.ndim - 1, [torch.arange(param.shape[-1])])
         parts |= _of_experts(module) | _of_gates(module)
     return parts
 
 
 def _of_experts(module: nn.Module) -> MatrixParts:
-    """Of the experts of Hugging Face, (experts, out, in) or transposed; gate and up one after the other, or in turns."""
-    settings = vars(module)
-    if not settings.keys() >= {"is_transposed", "is_concatenated", "has_gate"}:
+    """Gate and up in the experts of Hugging Face, one after the other or in turns."""
+    param = module._parameters.get("gate_up_proj")
+    if param is None or param.ndim != 3 or not vars(module).get("has_gate"):
         return {}
-    parts: MatrixParts = {}
-    for name, param in module.named_parameters(recurse=False):
-        if param.ndim != 3:
-            continue
-        dim = 2 if settings["is_transposed"] else 1
-        channels = torch.arange(param.shape[dim])
-        if settings["has_gate"] and name == "gate_up_proj":
-            halves = channels.chunk(2) if settings["is_concatenated"] else (channels[::2], channels[1::2])
-            parts[param] = FusedWeight(dim, list(halves), ("gate", "up"))
-        elif settings["is_transposed"]:
-            parts[param] = FusedWeight(dim, [channels])
-    return parts
+    dim = 2 if stores_inputs_first(module) else 1
+    channels = torch.arange(param.shape[dim])
+    halves = channels.chunk(2) if module.is_concatenated else (channels[::2], channels[1::2])
+    return {param: FusedWeight(dim, list(halves), ("gate", "up"))}
 
 
 def _of_gates(module: nn.Module) -> MatrixParts:
