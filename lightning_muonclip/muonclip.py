@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from lightning_muonclip.optim.muon import Muon, evaluated
 from lightning_muonclip.optim.routing import split_params
+from lightning_muonclip.optim.schedules import Schedule
 from lightning_muonclip.qk_clip.clip import QKClip
 from lightning_muonclip.qk_clip.describe.declared import AttentionModules
 from lightning_muonclip.qk_clip.describe.spec import AttentionSpec
 from lightning_muonclip.qk_clip.describe.split import matrix_parts
-from lightning_muonclip.qk_clip.rehearsal import is_rehearsal
 from lightning_muonclip.qk_clip.result import ClipResult
+from lightning_muonclip.rehearsal import is_rehearsal
 from lightning_muonclip.signatures import share_out, takes_keywords_of
 
 #: The entry of the first group that has the counts of QK-Clip in a saved state.
@@ -32,7 +33,7 @@ class MuonClip(Muon):
     Args:
         model: The model; frozen parameters are left out.
         lr: Learning rate.
-        weight_decay: Decoupled weight decay.
+        weight_decay: Decoupled weight decay, or a function from the number of steps to it.
         adjust_lr_fn: Scale of Muon's update; with ``"match_rms_adamw"`` AdamW's learning rate and weight decay carry over.
         adamw_lr: AdamW's own learning rate; ``None`` is ``lr``.
         adamw_weight_decay: AdamW's own weight decay, of embeddings, output heads and other tensors; ``None`` is
@@ -73,11 +74,11 @@ class MuonClip(Muon):
         self,
         model: nn.Module,
         lr: float | Tensor = 1e-3,
-        weight_decay: float = 0.1,
+        weight_decay: float | Schedule = 0.1,
         *,
         adjust_lr_fn: str | None = "match_rms_adamw",
         adamw_lr: float | Tensor | None = None,
-        adamw_weight_decay: float | None = None,
+        adamw_weight_decay: float | Schedule | None = None,
         adamw_betas: tuple[float, float] = (0.9, 0.95),
         adamw_eps: float = 1e-8,
         decay_vectors: bool = False,

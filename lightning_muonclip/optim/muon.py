@@ -13,6 +13,7 @@ from torch.optim.optimizer import ParamsT
 
 from lightning_muonclip.optim.adamw import adamw_step
 from lightning_muonclip.optim.coefficients import Coefficients, resolve_schedule
+from lightning_muonclip.optim.decay import scalar
 from lightning_muonclip.optim.gradients import gradient
 from lightning_muonclip.optim.names import bare_name
 from lightning_muonclip.optim.options import (
@@ -26,11 +27,13 @@ from lightning_muonclip.optim.options import (
     from_torch,
 )
 from lightning_muonclip.optim.parts import KINDS, Parts, intern_parts, named_parts
-from lightning_muonclip.optim.step import Matrix, MatrixStep, gain_momentum, scalar
+from lightning_muonclip.optim.schedules import SCHEDULED, Schedule, set_scheduled
+from lightning_muonclip.optim.step import Matrix, MatrixStep, gain_momentum
 from lightning_muonclip.parallel.agreement import check_models
 from lightning_muonclip.parallel.holders import share_key
 from lightning_muonclip.parallel.shards import sharded_dims, to_local
 from lightning_muonclip.parallel.shared import SharedWeights
+from lightning_muonclip.rehearsal import is_rehearsal
 
 
 class Muon(Optimizer):
@@ -51,8 +54,9 @@ class Muon(Optimizer):
     Args:
         params: Matrices, named matrices, or parameter groups of them. Error messages use the names.
         lr: Learning rate :math:`\eta`.
-        weight_decay: Decoupled weight decay :math:`\lambda`.
-        momentum: :math:`\mu`.
+        weight_decay: Decoupled weight decay :math:`\lambda`, or a function from the number of steps taken, 0 at first, to
+            it, such as :func:`~lightning_muonclip.decay_to_zero`. A group may have its own.
+        momentum: :math:`\mu`, or such a function, as :func:`~lightning_muonclip.momentum_warmup` makes.
         nesterov: Whether to use Nesterov momentum; otherwise :math:`U_t = B_t`.
         ns_coefficients: A schedule or its name (see :func:`~lightning_muonclip.optim.coefficients.resolve_schedule`);
             ``None`` is the library's default, ``"jordan"`` torch's own.
@@ -69,6 +73,8 @@ class Muon(Optimizer):
             ``{name: (dimension of the output channels, [channels of each matrix])}``; a name may be a shell-style pattern,
             or the weight itself. They cover all channels once. Each matrix is orthogonalized and scaled as if it were a
             separate parameter.
+        cautious_weight_decay: Whether a weight is decayed only where its update has not the other sign (arXiv 2510.12402);
+            in groups for AdamW too.
         process_group: The data-parallel ranks that replicate the plain weights, as under DDP: each matrix has one owner
             rank, which orthogonalizes it. ``None`` is the default group, if torch.distributed is initialized. DTensors use
             their own mesh. Ranks that train apart need it: a group of one rank, or of those that train together.
@@ -97,8 +103,8 @@ class Muon(Optimizer):
         self,
         params: ParamsT,
         lr: float | Tensor = 1e-3,
-        weight_decay: float = 0.1,
-        momentum: float = 0.95,
+        weight_decay: float | Schedule = 0.1,
+        momentum: float | Schedule = 0.95,
         nesterov: bool = True,
         ns_coefficients: Coefficients | None = None,
         eps: float = 1e-7,
@@ -108,6 +114,7 @@ class Muon(Optimizer):
         dtype: torch.dtype | str | None = None,
         stack_numel: int | None = None,
         parts: Mapping[Any, tuple[int, Sequence[Any]]] | None = None,
+        cautious_weight_decay: bool = False,
         process_group: dist.ProcessGroup | None = None,
         shard_momentum: bool = False,
     ) -> None:
@@ -124,10 +131,13 @@ class Muon(Optimizer):
             "eps": eps,
             "ns_steps": len(schedule.polynomials),
             "adjust_lr_fn": adjust_lr_fn,
+            "cautious_weight_decay": cautious_weight_decay,
         }
         check_muon_options(**defaults, dtype=dtype, stack_numel=stack_numel)
         self._matrix_step = MatrixStep(as_dtype(dtype), stack_numel)
         self._parts: list[list[Parts | None]] = []
+        #: Of groups that have some: an entry "scheduled" is a place in this list.
+        self._schedules: list[dict[str, Schedule]] = []
         super().__init__(params, defaults)
         self.set_parts(parts or {})
 
@@ -143,6 +153,7 @@ class Muon(Optimizer):
             schedule = resolve_schedule(param_group["ns_coefficients"], param_group.get("ns_steps"))
             param_group.update(ns_coefficients=schedule.plain(), ns_steps=len(schedule.polynomials))
         check_muon_options(**{key: param_group.get(key, value) for key, value in self.defaults.items()})
+        self._take_schedules(param_group)
         param_group["schedule"] = (
             None  # its place in a state that torch can load; torch flattens the keys of live groups
         )
@@ -165,6 +176,22 @@ class Muon(Optimizer):
                 self._parts.pop()
                 raise
 
+    def _take_schedules(self, group: dict[str, Any]) -> None:
+        """Keeps the functions of a group apart, for a state cannot hold them."""
+        values = {key: group.get(key, self.defaults[key]) for key in SCHEDULED}
+        schedules = {key: value for key, value in values.items() if callable(value)}
+        if schedules:
+            group.update(scheduled=len(self._schedules), steps=0)
+            self._schedules.append(schedules)
+            group.update({key: schedule(0) for key, schedule in schedules.items()})
+
+    def _set_scheduled(self, steps: int) -> None:
+        """Counts steps, and sets what is scheduled for the next one."""
+        for group in self.param_groups:
+            if "scheduled" in group:
+                group["steps"] += steps
+                set_scheduled(group, self._schedules[group["scheduled"]], group["steps"])
+
     def set_parts(self, parts: Mapping[Any, tuple[Any, ...]]) -> None:
         """Replaces ``parts``, once the matrices inside of fused weights are known; the momentum does not depend on them.
 
@@ -186,15 +213,17 @@ class Muon(Optimizer):
             "shard_momentum": self.shard_momentum,
             "_matrix_step": self._matrix_step,
             "_parts": self._parts,
+            "_schedules": self._schedules,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("process_group", None)  # cannot be pickled
         self.__dict__.setdefault("_parts", [])
-        for group in self.param_groups:
-            group.setdefault("algorithm", "muon")  # absent in a checkpoint of torch.optim.Muon
-            group.setdefault("kind", "matrix")
+        self.__dict__.setdefault("_schedules", [])
+        for group in self.param_groups:  # absent in a checkpoint of torch.optim.Muon
+            for key, value in {"algorithm": "muon", "kind": "matrix", "cautious_weight_decay": False}.items():
+                group.setdefault(key, value)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -205,6 +234,7 @@ class Muon(Optimizer):
 
     def _update(self) -> None:
         # What a subclass's step() calls: torch wraps the step() of every class in the optimizer's hooks.
+        counts = bool(self._schedules) and not is_rehearsal(self)
         shared = self._share()
         if not shared.are_proven:
             params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
@@ -221,6 +251,8 @@ class Muon(Optimizer):
                     matrices += self._matrices(number)
         with torch.profiler.record_function("muonclip::muon"):
             self._matrix_step.step(matrices, shared)
+        if counts:
+            self._set_scheduled(1)
 
     def _matrices(self, number: int) -> list[Matrix]:
         """Decays the weights of one group and updates their momentum, each on the shard of this rank."""
@@ -233,7 +265,8 @@ class Muon(Optimizer):
             for p, grad, buffer, own in zip(params, grads, buffers, parts)
         ]
         gain_momentum(matrices, group["momentum"])
-        torch._foreach_mul_([m.weight for m in matrices], 1 - scalar(group["lr"]) * group["weight_decay"])
+        if not group["cautious_weight_decay"]:  # which needs the updates
+            torch._foreach_mul_([m.weight for m in matrices], 1 - scalar(group["lr"]) * group["weight_decay"])
         return matrices
 
     def _with_parts(self, number: int) -> Iterator[tuple[Tensor, Parts | None]]:
@@ -340,7 +373,13 @@ class Muon(Optimizer):
         """
         check_state(state_dict, self.param_groups)
         groups = [from_torch(group) for group in state_dict["param_groups"]]
+        scheduled = [group.get("scheduled") for group in self.param_groups]
         super().load_state_dict({**state_dict, "param_groups": groups})
+        for group, place in zip(self.param_groups, scheduled):  # the functions are this optimizer's own
+            steps = group.pop("steps", 0)
+            group.pop("scheduled", None)
+            group.update({} if place is None else {"scheduled": place, "steps": steps})
+        self._set_scheduled(0)
         self._consolidated = None
         self._drop_others_momentum()
 

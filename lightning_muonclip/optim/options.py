@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from lightning_muonclip.optim.coefficients import SCHEDULES, resolve_schedule
+from lightning_muonclip.optim.schedules import Schedule, at_step
 
 #: Update scale by shape (m, n) of the weight, m being fan-out. Names are those of torch.optim.Muon.
 LR_ADJUSTMENTS: dict[str, Callable[[int, int], float]] = {
@@ -24,8 +25,8 @@ ADAMW_DEFAULTS: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8}
 
 def check_muon_options(
     lr: float | Tensor,
-    weight_decay: float,
-    momentum: float,
+    weight_decay: float | Schedule,
+    momentum: float | Schedule,
     nesterov: bool,
     ns_coefficients: Any,
     adjust_lr_fn: str | None,
@@ -38,11 +39,11 @@ def check_muon_options(
     """Raises ValueError if an option is out of range, with its value and what is possible."""
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"a tensor lr must have one element, got shape {tuple(lr.shape)}")
-    for name, value in {"lr": lr, "weight_decay": weight_decay, "eps": eps}.items():
+    for name, value in {"lr": lr, "weight_decay": at_step(weight_decay, 0), "eps": eps}.items():
         if not value >= 0:
             raise ValueError(f"{name} must be >= 0, got {value}")
-    if not 0 <= momentum < 1:
-        raise ValueError(f"momentum must be in [0, 1), got {momentum}")
+    if not 0 <= at_step(momentum, 0) < 1:
+        raise ValueError(f"momentum must be in [0, 1), got {at_step(momentum, 0)}")
     if adjust_lr_fn is not None and adjust_lr_fn not in LR_ADJUSTMENTS:
         raise ValueError(f"unknown adjust_lr_fn {adjust_lr_fn!r}; use one of {', '.join(LR_ADJUSTMENTS)}, or None")
     if stack_numel is not None and (not isinstance(stack_numel, int) or stack_numel < 1):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_muonclip.optim.coefficients import resolve_schedule
+from lightning_muonclip.optim.decay import decay_cautiously, scalar
 from lightning_muonclip.optim.options import LR_ADJUSTMENTS
 from lightning_muonclip.optim.orthogonalize import orthogonalize, working_dtype
 from lightning_muonclip.optim.parts import Parts
@@ -140,8 +141,11 @@ class MatrixStep:
                 direction, scale = direction * scale, 1.0
             alike[matrix.number, scale].append((matrix, direction))
         for (_, scale), own in alike.items():
-            rate = -scalar(own[0][0].group["lr"]) * scale
-            _add_scaled([matrix.weight for matrix, _ in own], [direction for _, direction in own], rate)
+            group, weights = own[0][0].group, [matrix.weight for matrix, _ in own]
+            found = [direction for _, direction in own]
+            if group["cautious_weight_decay"]:
+                decay_cautiously(weights, found, scalar(group["lr"]) * group["weight_decay"])
+            _add_scaled(weights, found, -scalar(group["lr"]) * scale)
 
     def _scale(self, matrix: Matrix) -> float | Tensor:
         name = matrix.group["adjust_lr_fn"] or "original"
@@ -209,11 +213,6 @@ def with_gradient(matrices: Sequence[Matrix], is_shared: bool) -> list[Tensor]:
             experts[box[:-2]] = m.grad.any(-1).any(-1)
             found[i] = experts.flatten().to(m.grad.dtype)
     return [found[i] for i in range(len(matrices))]
-
-
-def scalar(lr: float | Tensor) -> float | Tensor:
-    """The learning rate as a zero-dimensional tensor, as foreach products require."""
-    return lr.reshape(()) if isinstance(lr, Tensor) else lr
 
 
 def _add_scaled(params: list[Tensor], along: list[Tensor], scale: float | Tensor) -> None:

@@ -28,11 +28,11 @@ from lightning_muonclip.qk_clip.observe.watch import watch_of
 from lightning_muonclip.qk_clip.options import check_clip_options
 from lightning_muonclip.qk_clip.owned import has_part_of
 from lightning_muonclip.qk_clip.plan import ClipPlan
-from lightning_muonclip.qk_clip.rehearsal import after_steps
 from lightning_muonclip.qk_clip.result import ClipResult
 from lightning_muonclip.qk_clip.rule import qk_clip_gamma
 from lightning_muonclip.qk_clip.summary import summary_table
 from lightning_muonclip.qk_clip.verify import Verification, verify_attention
+from lightning_muonclip.rehearsal import after_steps
 
 
 class QKClip:

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from lightning_muonclip.optim.muon import Muon
 from lightning_muonclip.optim.options import check_muon_options
 from lightning_muonclip.optim.routing import Route, check_router, route_params, routes_under, routing_table
+from lightning_muonclip.optim.schedules import Schedule
 from lightning_muonclip.parallel.grad_norm import clip_grad_norm_, total_norm
 from lightning_muonclip.parallel.shards import to_local
 from lightning_muonclip.qk_clip.clip import QKClip
@@ -26,8 +27,8 @@ from lightning_muonclip.qk_clip.describe.split import check_split, matrix_parts
 from lightning_muonclip.qk_clip.observe.capture import Capture
 from lightning_muonclip.qk_clip.observe.observer import Observer
 from lightning_muonclip.qk_clip.options import check_clip_options
-from lightning_muonclip.qk_clip.rehearsal import after_steps
 from lightning_muonclip.qk_clip.result import ClipResult
+from lightning_muonclip.rehearsal import after_steps
 from lightning_muonclip.signatures import share_out, takes_keywords_of
 from lightning_muonclip.trainer.checkpoints import (
     WITHOUT_CALLBACK,
@@ -63,7 +64,8 @@ class MuonClipCallback(Callback):
         lr: Base learning rate of Muon, under the schedule of the user's groups, relative to their initial rate
             (``max_lr / div_factor`` for OneCycleLR). ``None`` follows the user's groups, whose rate should be one for
             AdamW: there is a warning with the rate if no class of the optimizer has Adam in its name, or if it is 1 or more.
-        weight_decay: Muon's own weight decay; ``None`` follows the user's groups.
+        weight_decay: Muon's own weight decay, or a function from the number of steps to it; ``None`` follows the user's
+            groups. A group that has no decay then has none.
         adjust_lr_fn: Scale of Muon's update; with ``"match_rms_adamw"`` AdamW's learning rate and weight decay carry over.
         specs: Layouts of attention modules by name, as :class:`~lightning_muonclip.QKClip` takes them.
         verify: Whether to prove on the first batch that every spec scales the weights of its heads (see
@@ -96,7 +98,7 @@ class MuonClipCallback(Callback):
         threshold: float | None = 100.0,
         alpha: float = 0.5,
         lr: float | None = None,
-        weight_decay: float | None = None,
+        weight_decay: float | Schedule | None = None,
         *,
         adjust_lr_fn: str | None = "match_rms_adamw",
         specs: Mapping[str, AttentionSpec | None] | None = None,
@@ -112,8 +114,10 @@ class MuonClipCallback(Callback):
         self._clip_options = {"threshold": threshold, "alpha": alpha, **clip_options}
         self._given_parts = muon_options.pop("parts") or {}
         self._muon_options = {"adjust_lr_fn": adjust_lr_fn, **muon_options}
+        if callable(weight_decay):
+            self._muon_options["weight_decay"] = weight_decay
         check_clip_options(**self._clip_options)
-        check_muon_options(lr=lr or 0.0, weight_decay=weight_decay or 0.0, **self._muon_options)
+        check_muon_options(**{"lr": lr or 0.0, "weight_decay": weight_decay or 0.0, **self._muon_options})
         check_split(split)
         check_router(router)
         if verify and self._clip_options["logits"] == "off":

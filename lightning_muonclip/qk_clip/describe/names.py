@@ -21,7 +21,7 @@ def qualified_names(cls: type) -> list[str]:
 
 
 def stores_inputs_first(module: Any) -> bool:
-    """Whether the matrices of a module are (in, out), as its class says; experts of Hugging Face have an attribute for it."""
+    """Whether the matrices of a module are (in, out), as its class says. Hugging Face's experts have an attribute."""
     has_experts = {"is_transposed", "is_concatenated"} <= vars(module).keys()
     return (has_experts and bool(module.is_transposed)) or not set(TRANSPOSED_LINEARS).isdisjoint(
         qualified_names(type(module))  # fully_shard makes a subclass
