@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
@@ -18,16 +19,19 @@ from lightning_muonclip.optim.gradients import gradient
 from lightning_muonclip.optim.names import bare_name
 from lightning_muonclip.optim.options import (
     ADAMW_DEFAULTS,
+    NOT_OF_TORCH,
     as_dtype,
     check_matrices,
     check_muon_options,
     check_params,
     check_state,
+    dtype_name,
     for_torch,
     from_torch,
 )
 from lightning_muonclip.optim.parts import KINDS, Parts, intern_parts, named_parts
 from lightning_muonclip.optim.schedules import SCHEDULED, Schedule, set_scheduled
+from lightning_muonclip.optim.second_moment import state_shape
 from lightning_muonclip.optim.step import Matrix, MatrixStep, gain_momentum
 from lightning_muonclip.parallel.agreement import check_models
 from lightning_muonclip.parallel.holders import share_key
@@ -75,6 +79,11 @@ class Muon(Optimizer):
             separate parameter.
         cautious_weight_decay: Whether a weight is decayed only where its update has not the other sign (arXiv 2510.12402);
             in groups for AdamW too.
+        second_moment: ``"rows"`` divides every row of an orthogonalized update, or every column of a matrix that is wider
+            than tall, by a running mean of its length, and restores the norm of the matrix: NorMuon, arXiv 2510.05491.
+        second_moment_beta: How much of that mean stays at a step.
+        momentum_dtype: The dtype of the momentum, or its name; ``None`` is that of the weight. ``"bfloat16"`` for weights in
+            float32 halves the state; it is then rounded up or down by chance, such that small changes are not lost.
         process_group: The data-parallel ranks that replicate the plain weights, as under DDP: each matrix has one owner
             rank, which orthogonalizes it. ``None`` is the default group, if torch.distributed is initialized. DTensors use
             their own mesh. Ranks that train apart need it: a group of one rank, or of those that train together.
@@ -115,6 +124,9 @@ class Muon(Optimizer):
         stack_numel: int | None = None,
         parts: Mapping[Any, tuple[int, Sequence[Any]]] | None = None,
         cautious_weight_decay: bool = False,
+        second_moment: str | None = None,
+        second_moment_beta: float = 0.95,
+        momentum_dtype: torch.dtype | str | None = None,
         process_group: dist.ProcessGroup | None = None,
         shard_momentum: bool = False,
     ) -> None:
@@ -132,6 +144,9 @@ class Muon(Optimizer):
             "ns_steps": len(schedule.polynomials),
             "adjust_lr_fn": adjust_lr_fn,
             "cautious_weight_decay": cautious_weight_decay,
+            "second_moment": second_moment,
+            "second_moment_beta": second_moment_beta,
+            "momentum_dtype": dtype_name(momentum_dtype),
         }
         check_muon_options(**defaults, dtype=dtype, stack_numel=stack_numel)
         self._matrix_step = MatrixStep(as_dtype(dtype), stack_numel)
@@ -222,7 +237,7 @@ class Muon(Optimizer):
         self.__dict__.setdefault("_parts", [])
         self.__dict__.setdefault("_schedules", [])
         for group in self.param_groups:  # absent in a checkpoint of torch.optim.Muon
-            for key, value in {"algorithm": "muon", "kind": "matrix", "cautious_weight_decay": False}.items():
+            for key, value in NOT_OF_TORCH.items():
                 group.setdefault(key, value)
 
     @torch.no_grad()
@@ -259,10 +274,12 @@ class Muon(Optimizer):
         group, elsewhere = self.param_groups[number], self._kept_elsewhere()
         params, parts = zip(*((p, own) for p, own in self._with_parts(number) if p.grad is not None))
         grads = [gradient(p) for p in params]
-        buffers = [None if p in elsewhere else self._momentum_buffer(p, grad) for p, grad in zip(params, grads)]
+        buffers = [None if p in elsewhere else self._momentum_buffer(p, grad, group) for p, grad in zip(params, grads)]
+        moments = [self._second_moment(p, group, own) for p, own in zip(params, parts)]
+        locals_ = ([None if state is None else to_local(state) for state in own] for own in (buffers, moments))
         matrices = [
-            Matrix(p, to_local(p), to_local(grad), None if buffer is None else to_local(buffer), number, group, own)
-            for p, grad, buffer, own in zip(params, grads, buffers, parts)
+            Matrix(p, to_local(p), to_local(grad), buffer, moment, number, group, own)
+            for p, grad, buffer, moment, own in zip(params, grads, *locals_, parts)
         ]
         gain_momentum(matrices, group["momentum"])
         if not group["cautious_weight_decay"]:  # which needs the updates
@@ -283,11 +300,33 @@ class Muon(Optimizer):
             )
         return zip(params, self._parts[number])
 
-    def _momentum_buffer(self, param: Tensor, grad: Tensor) -> Tensor:
+    def _momentum_buffer(self, param: Tensor, grad: Tensor, group: dict[str, Any]) -> Tensor:
         state = self.state[param]
         if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(grad, memory_format=torch.preserve_format)
+            dtype = as_dtype(group["momentum_dtype"])
+            state["momentum_buffer"] = torch.zeros_like(grad, dtype=dtype, memory_format=torch.preserve_format)
         return state["momentum_buffer"]
+
+    def _second_moment(self, param: Tensor, group: dict[str, Any], parts: Parts | None) -> Tensor | None:
+        if group["second_moment"] is None:
+            return None
+        state = self.state[param]
+        shape = state_shape(param.shape, group["kind"], parts)
+        if "second_moment" not in state or state["second_moment"].shape != shape:  # its parts may have become known
+            state["second_moment"] = self._zero_moment(param, group["kind"], parts, shape)
+        return state["second_moment"]
+
+    def _zero_moment(self, param: Tensor, kind: str, parts: Parts | None, shape: tuple[int, ...]) -> Tensor:
+        """Sharded as the experts are; otherwise all ranks have all of it."""
+        own = to_local(param)
+        dtype = torch.promote_types(own.dtype, torch.float32)
+        if not (isinstance(param, DTensor) and _has_whole_matrices(param, kind)):
+            return torch.zeros(shape, dtype=dtype, device=own.device)
+        zeros = torch.zeros(state_shape(own.shape, kind, parts), dtype=dtype, device=own.device)
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(
+            zeros, param.device_mesh, param.placements, run_check=False, shape=torch.Size(shape), stride=stride
+        )
 
     # Several ranks --------------------------------------------------------------------------------------------------
 
@@ -327,7 +366,19 @@ class Muon(Optimizer):
 
     def _drop_others_momentum(self) -> None:
         for param in self._kept_elsewhere():
-            self.state.pop(param, None)
+            self.state[param].pop("momentum_buffer", None)
+            if not self.state[param]:
+                del self.state[param]
+
+    def _restore_dtypes(self, state_dict: dict[str, Any]) -> None:
+        """Torch loads every state in the dtype of its weight."""
+        numbers = [i for group in state_dict["param_groups"] for i in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for i, p in zip(numbers, params):
+            for key in ("momentum_buffer", "second_moment"):
+                saved = state_dict["state"].get(i, {}).get(key)
+                if saved is not None and saved.dtype != self.state[p][key].dtype:
+                    self.state[p][key] = saved.to(self.state[p][key].device, copy=True)
 
     @torch.no_grad()
     def consolidate_state_dict(self, to: int = 0) -> None:
@@ -361,8 +412,10 @@ class Muon(Optimizer):
         state_dict["param_groups"] = [for_torch(group) for group in state_dict["param_groups"]]
         if self._consolidated:
             numbers = {p: i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
-            momenta = {numbers[p]: {"momentum_buffer": momentum} for p, momentum in self._consolidated.items()}
-            state_dict["state"] = dict(sorted((state_dict["state"] | momenta).items()))
+            states = state_dict["state"]
+            for p, momentum in self._consolidated.items():
+                states[numbers[p]] = {"momentum_buffer": momentum, **states.get(numbers[p], {})}
+            state_dict["state"] = dict(sorted(states.items()))
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -375,6 +428,7 @@ class Muon(Optimizer):
         groups = [from_torch(group) for group in state_dict["param_groups"]]
         scheduled = [group.get("scheduled") for group in self.param_groups]
         super().load_state_dict({**state_dict, "param_groups": groups})
+        self._restore_dtypes(state_dict)
         for group, place in zip(self.param_groups, scheduled):  # the functions are this optimizer's own
             steps = group.pop("steps", 0)
             group.pop("scheduled", None)

@@ -29,7 +29,8 @@ def set_gradients(params: list[nn.Parameter], seed: int) -> None:
 def weights() -> list[nn.Parameter]:
     generator = torch.Generator().manual_seed(9)
     return [
-        nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64)) for shape in [(6, 4), (6, 4), (2, 3, 4)]
+        nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64))
+        for shape in [(6, 4), (6, 4), (2, 3, 4)]
     ]
 
 
@@ -199,7 +200,9 @@ class TestSchedules:
 
     def test_muonclip(self) -> None:
         model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4), nn.LayerNorm(4))
-        optimizer = MuonClip(model, LR, decay_to_zero(0.2, 4), momentum=momentum_warmup(2), logits="off", unknown="monitor")
+        optimizer = MuonClip(
+            model, LR, decay_to_zero(0.2, 4), momentum=momentum_warmup(2), logits="off", unknown="monitor"
+        )
         decays = []
         for _ in range(4):
             decays.append([group["weight_decay"] for group in optimizer.param_groups])
