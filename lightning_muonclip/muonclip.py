@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from lightning_muonclip.optim.schedules import Schedule
 from lightning_muonclip.qk_clip.clip import QKClip
 from lightning_muonclip.qk_clip.describe.declared import AttentionModules
 from lightning_muonclip.qk_clip.describe.spec import AttentionSpec
-from lightning_muonclip.qk_clip.describe.split import matrix_parts
+from lightning_muonclip.qk_clip.describe.split import attention_heads, matrix_parts
 from lightning_muonclip.qk_clip.result import ClipResult
 from lightning_muonclip.rehearsal import is_rehearsal
 from lightning_muonclip.signatures import share_out, takes_keywords_of
@@ -125,6 +126,7 @@ class MuonClip(Muon):
         qk_clip.observer.owned.add(self)
         self.qk_clip: QKClip | None = qk_clip
         self._known_fused = attention, qk_clip.observer.fused
+        self.set_heads(partial(attention_heads, attention))
         #: Maxima and clips of the last step.
         self.last: ClipResult | None = None
 
@@ -156,6 +158,7 @@ class MuonClip(Muon):
         if any(now is not before for now, before in zip(known, self._known_fused)):
             self.set_parts(self._parts_of(self.qk_clip, known[0]))
             self._known_fused = known
+            self.set_heads(partial(attention_heads, known[0]))
         self._update()
         self.last = self.qk_clip.step(max_logits)
         return loss

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
@@ -30,12 +29,13 @@ from lightning_muonclip.optim.options import (
     from_torch,
 )
 from lightning_muonclip.optim.parts import KINDS, Parts, intern_parts, named_parts
-from lightning_muonclip.optim.schedules import SCHEDULED, Schedule, set_scheduled
-from lightning_muonclip.optim.second_moment import state_shape
+from lightning_muonclip.optim.schedules import GroupSchedules, Schedule
+from lightning_muonclip.optim.states import has_whole_matrices, momentum_buffer, restore_dtypes, second_moment
+from lightning_muonclip.optim.stats import Heads, Stats, Tracker
 from lightning_muonclip.optim.step import Matrix, MatrixStep, gain_momentum
 from lightning_muonclip.parallel.agreement import check_models
-from lightning_muonclip.parallel.holders import share_key
-from lightning_muonclip.parallel.shards import sharded_dims, to_local
+from lightning_muonclip.parallel.holders import group_of, share_key
+from lightning_muonclip.parallel.shards import to_local
 from lightning_muonclip.parallel.shared import SharedWeights
 from lightning_muonclip.rehearsal import is_rehearsal
 
@@ -84,6 +84,7 @@ class Muon(Optimizer):
         second_moment_beta: How much of that mean stays at a step.
         momentum_dtype: The dtype of the momentum, or its name; ``None`` is that of the weight. ``"bfloat16"`` for weights in
             float32 halves the state; it is then rounded up or down by chance, such that small changes are not lost.
+        track_stats: Whether :meth:`stats` can tell what the matrices do. May be turned on and off between steps.
         process_group: The data-parallel ranks that replicate the plain weights, as under DDP: each matrix has one owner
             rank, which orthogonalizes it. ``None`` is the default group, if torch.distributed is initialized. DTensors use
             their own mesh. Ranks that train apart need it: a group of one rank, or of those that train together.
@@ -127,6 +128,7 @@ class Muon(Optimizer):
         second_moment: str | None = None,
         second_moment_beta: float = 0.95,
         momentum_dtype: torch.dtype | str | None = None,
+        track_stats: bool = False,
         process_group: dist.ProcessGroup | None = None,
         shard_momentum: bool = False,
     ) -> None:
@@ -149,10 +151,9 @@ class Muon(Optimizer):
             "momentum_dtype": dtype_name(momentum_dtype),
         }
         check_muon_options(**defaults, dtype=dtype, stack_numel=stack_numel)
-        self._matrix_step = MatrixStep(as_dtype(dtype), stack_numel)
+        self._matrix_step = MatrixStep(as_dtype(dtype), stack_numel, Tracker(track_stats))
         self._parts: list[list[Parts | None]] = []
-        #: Of groups that have some: an entry "scheduled" is a place in this list.
-        self._schedules: list[dict[str, Schedule]] = []
+        self._schedules = GroupSchedules()
         super().__init__(params, defaults)
         self.set_parts(parts or {})
 
@@ -168,7 +169,7 @@ class Muon(Optimizer):
             schedule = resolve_schedule(param_group["ns_coefficients"], param_group.get("ns_steps"))
             param_group.update(ns_coefficients=schedule.plain(), ns_steps=len(schedule.polynomials))
         check_muon_options(**{key: param_group.get(key, value) for key, value in self.defaults.items()})
-        self._take_schedules(param_group)
+        self._schedules.take(param_group, self.defaults)
         param_group["schedule"] = (
             None  # its place in a state that torch can load; torch flattens the keys of live groups
         )
@@ -191,21 +192,9 @@ class Muon(Optimizer):
                 self._parts.pop()
                 raise
 
-    def _take_schedules(self, group: dict[str, Any]) -> None:
-        """Keeps the functions of a group apart, for a state cannot hold them."""
-        values = {key: group.get(key, self.defaults[key]) for key in SCHEDULED}
-        schedules = {key: value for key, value in values.items() if callable(value)}
-        if schedules:
-            group.update(scheduled=len(self._schedules), steps=0)
-            self._schedules.append(schedules)
-            group.update({key: schedule(0) for key, schedule in schedules.items()})
-
-    def _set_scheduled(self, steps: int) -> None:
-        """Counts steps, and sets what is scheduled for the next one."""
-        for group in self.param_groups:
-            if "scheduled" in group:
-                group["steps"] += steps
-                set_scheduled(group, self._schedules[group["scheduled"]], group["steps"])
+    def set_heads(self, heads: Heads | Callable[[], Heads]) -> None:
+        """Tells the heads of attention, whose imbalance :meth:`stats` shows, or how to find them."""
+        self._matrix_step.tracker.heads = heads
 
     def set_parts(self, parts: Mapping[Any, tuple[Any, ...]]) -> None:
         """Replaces ``parts``, once the matrices inside of fused weights are known; the momentum does not depend on them.
@@ -235,7 +224,7 @@ class Muon(Optimizer):
         super().__setstate__(state)
         self.__dict__.setdefault("process_group", None)  # cannot be pickled
         self.__dict__.setdefault("_parts", [])
-        self.__dict__.setdefault("_schedules", [])
+        self.__dict__.setdefault("_schedules", GroupSchedules())
         for group in self.param_groups:  # absent in a checkpoint of torch.optim.Muon
             for key, value in NOT_OF_TORCH.items():
                 group.setdefault(key, value)
@@ -249,7 +238,7 @@ class Muon(Optimizer):
 
     def _update(self) -> None:
         # What a subclass's step() calls: torch wraps the step() of every class in the optimizer's hooks.
-        counts = bool(self._schedules) and not is_rehearsal(self)
+        counts = self._schedules.exist and not is_rehearsal(self)
         shared = self._share()
         if not shared.are_proven:
             params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
@@ -267,20 +256,25 @@ class Muon(Optimizer):
         with torch.profiler.record_function("muonclip::muon"):
             self._matrix_step.step(matrices, shared)
         if counts:
-            self._set_scheduled(1)
+            self._schedules.set(self.param_groups, 1)
 
     def _matrices(self, number: int) -> list[Matrix]:
         """Decays the weights of one group and updates their momentum, each on the shard of this rank."""
         group, elsewhere = self.param_groups[number], self._kept_elsewhere()
         params, parts = zip(*((p, own) for p, own in self._with_parts(number) if p.grad is not None))
         grads = [gradient(p) for p in params]
-        buffers = [None if p in elsewhere else self._momentum_buffer(p, grad, group) for p, grad in zip(params, grads)]
-        moments = [self._second_moment(p, group, own) for p, own in zip(params, parts)]
+        buffers = [
+            None if p in elsewhere else momentum_buffer(self.state[p], grad, group) for p, grad in zip(params, grads)
+        ]
+        moments = [second_moment(self.state[p], p, group, own) for p, own in zip(params, parts)]
         locals_ = ([None if state is None else to_local(state) for state in own] for own in (buffers, moments))
         matrices = [
             Matrix(p, to_local(p), to_local(grad), buffer, moment, number, group, own)
             for p, grad, buffer, moment, own in zip(params, grads, *locals_, parts)
         ]
+        if self.track_stats:
+            for m in matrices:
+                self._matrix_step.tracker.begin(m.param, m.weight, m.grad)
         gain_momentum(matrices, group["momentum"])
         if not group["cautious_weight_decay"]:  # which needs the updates
             torch._foreach_mul_([m.weight for m in matrices], 1 - scalar(group["lr"]) * group["weight_decay"])
@@ -300,33 +294,41 @@ class Muon(Optimizer):
             )
         return zip(params, self._parts[number])
 
-    def _momentum_buffer(self, param: Tensor, grad: Tensor, group: dict[str, Any]) -> Tensor:
-        state = self.state[param]
-        if "momentum_buffer" not in state:
-            dtype = as_dtype(group["momentum_dtype"])
-            state["momentum_buffer"] = torch.zeros_like(grad, dtype=dtype, memory_format=torch.preserve_format)
-        return state["momentum_buffer"]
+    @property
+    def track_stats(self) -> bool:
+        """Whether the next steps are tracked."""
+        return self._matrix_step.tracker.is_on
 
-    def _second_moment(self, param: Tensor, group: dict[str, Any], parts: Parts | None) -> Tensor | None:
-        if group["second_moment"] is None:
+    @track_stats.setter
+    def track_stats(self, is_on: bool) -> None:
+        self._matrix_step.tracker.is_on = is_on
+        self._matrix_step.tracker.forget()
+
+    def stats(self) -> Stats:
+        """What the matrices did in the last step, by name; nothing for those without a gradient.
+
+        ``update_rms``: root mean square of the update without the learning rate. ``update_to_weight``: norm of the update
+        over that of the weight. ``stable_rank``: squared Frobenius over squared spectral norm of what is orthogonalized, the
+        mean over the matrices in a weight. ``head_imbalance``: the largest over the mean norm of its heads, NaN where there
+        are none. ``zero_gradients``: share of gradient entries that are zero.
+
+        Waits for the device. Call it on all ranks.
+
+        Raises:
+            RuntimeError: If ``track_stats`` is off.
+        """
+        if not self.track_stats:
+            raise RuntimeError(
+                "Muon has tracked nothing; create it with track_stats=True, or set track_stats before a step"
+            )
+        return self._matrix_step.tracker.read(self.param_groups, self._group_of)
+
+    def _group_of(self, param: Tensor) -> dist.ProcessGroup | None:
+        """The ranks that hold a weight or parts of it, if there are others."""
+        if share_key(param, self.process_group) is None:
             return None
-        state = self.state[param]
-        shape = state_shape(param.shape, group["kind"], parts)
-        if "second_moment" not in state or state["second_moment"].shape != shape:  # its parts may have become known
-            state["second_moment"] = self._zero_moment(param, group["kind"], parts, shape)
-        return state["second_moment"]
-
-    def _zero_moment(self, param: Tensor, kind: str, parts: Parts | None, shape: tuple[int, ...]) -> Tensor:
-        """Sharded as the experts are; otherwise all ranks have all of it."""
-        own = to_local(param)
-        dtype = torch.promote_types(own.dtype, torch.float32)
-        if not (isinstance(param, DTensor) and _has_whole_matrices(param, kind)):
-            return torch.zeros(shape, dtype=dtype, device=own.device)
-        zeros = torch.zeros(state_shape(own.shape, kind, parts), dtype=dtype, device=own.device)
-        stride = torch.empty(shape, device="meta").stride()
-        return DTensor.from_local(
-            zeros, param.device_mesh, param.placements, run_check=False, shape=torch.Size(shape), stride=stride
-        )
+        place = self._share().place(param)
+        return group_of(param, self.process_group) if place is None else place[0].group
 
     # Several ranks --------------------------------------------------------------------------------------------------
 
@@ -340,7 +342,7 @@ class Muon(Optimizer):
             for number, group in enumerate(self.param_groups):
                 for p, parts in self._with_parts(number) if group["algorithm"] == "muon" else ():
                     if share_key(p, self.process_group) is not None:
-                        own = local_costs if _has_whole_matrices(p, group["kind"]) else costs
+                        own = local_costs if has_whole_matrices(p, group["kind"]) else costs
                         own[p] = self._matrix_step.flops(p, group, parts)
             check_models(self.param_groups, list(costs), self.process_group)
             self._shared = SharedWeights(costs, local_costs, self.process_group)
@@ -369,16 +371,6 @@ class Muon(Optimizer):
             self.state[param].pop("momentum_buffer", None)
             if not self.state[param]:
                 del self.state[param]
-
-    def _restore_dtypes(self, state_dict: dict[str, Any]) -> None:
-        """Torch loads every state in the dtype of its weight."""
-        numbers = [i for group in state_dict["param_groups"] for i in group["params"]]
-        params = [p for group in self.param_groups for p in group["params"]]
-        for i, p in zip(numbers, params):
-            for key in ("momentum_buffer", "second_moment"):
-                saved = state_dict["state"].get(i, {}).get(key)
-                if saved is not None and saved.dtype != self.state[p][key].dtype:
-                    self.state[p][key] = saved.to(self.state[p][key].device, copy=True)
 
     @torch.no_grad()
     def consolidate_state_dict(self, to: int = 0) -> None:
@@ -428,12 +420,8 @@ class Muon(Optimizer):
         groups = [from_torch(group) for group in state_dict["param_groups"]]
         scheduled = [group.get("scheduled") for group in self.param_groups]
         super().load_state_dict({**state_dict, "param_groups": groups})
-        self._restore_dtypes(state_dict)
-        for group, place in zip(self.param_groups, scheduled):  # the functions are this optimizer's own
-            steps = group.pop("steps", 0)
-            group.pop("scheduled", None)
-            group.update({} if place is None else {"scheduled": place, "steps": steps})
-        self._set_scheduled(0)
+        restore_dtypes(self.state, self.param_groups, state_dict)
+        self._schedules.restore(self.param_groups, scheduled)
         self._consolidated = None
         self._drop_others_momentum()
 
@@ -444,9 +432,3 @@ def evaluated(closure: Callable[[], Any] | None) -> Any:
         return None
     with torch.enable_grad():
         return closure()
-
-
-def _has_whole_matrices(param: Tensor, kind: str) -> bool:
-    """Whether every matrix is whole on one rank, as in an expert stack that is sharded by experts."""
-    dims = sharded_dims(param)
-    return kind == "experts" and bool(dims) and max(dims) < param.ndim - 2

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,8 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 #: Takes the number of steps that were taken, 0 before the first, and returns a value.
 Schedule = Callable[[int], Any]
 
-#: What a group may give as a schedule.
-SCHEDULED = ("momentum", "weight_decay")
+_SCHEDULED = ("momentum", "weight_decay")
 
 
 def at_step(value: Any, step: int) -> Any:
@@ -70,6 +69,46 @@ class GroupScheduler(LRScheduler):
         """Goes on at the saved step."""
         super().load_state_dict(state_dict)
         self.get_lr()
+
+
+class GroupSchedules:
+    """The functions that groups of one optimizer have given for numbers; a state could not hold them.
+
+    A group that has some has an entry ``"scheduled"``, which tells them from those of others, and counts ``"steps"``.
+    """
+
+    def __init__(self) -> None:
+        self._functions: list[dict[str, Schedule]] = []
+
+    @property
+    def exist(self) -> bool:
+        """Whether any group has some."""
+        return bool(self._functions)
+
+    def take(self, group: dict[str, Any], defaults: Mapping[str, Any]) -> None:
+        """Takes the functions of a new group, which gets their first values."""
+        values = {key: group.get(key, defaults[key]) for key in _SCHEDULED}
+        own = {key: value for key, value in values.items() if callable(value)}
+        if own:
+            group.update(scheduled=len(self._functions), steps=0)
+            group.update({key: schedule(0) for key, schedule in own.items()})
+            self._functions.append(own)
+
+    def set(self, groups: Sequence[dict[str, Any]], steps: int) -> None:
+        """Counts steps, and sets what is scheduled for the next one."""
+        for group in groups:
+            if "scheduled" in group:
+                group["steps"] += steps
+                set_scheduled(group, self._functions[group["scheduled"]], group["steps"])
+
+    def restore(self, groups: Sequence[dict[str, Any]], scheduled: Sequence[int | None]) -> None:
+        """Goes on at the steps of groups that were loaded, perhaps from an optimizer with other functions or none."""
+        for group, own in zip(groups, scheduled):
+            steps = group.pop("steps", 0)
+            group.pop("scheduled", None)
+            if own is not None:
+                group.update(scheduled=own, steps=steps)
+        self.set(groups, 0)
 
 
 def set_scheduled(group: dict[str, Any], schedules: dict[str, Schedule], step: int) -> None:

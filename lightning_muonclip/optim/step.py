@@ -20,6 +20,7 @@ from lightning_muonclip.optim.parts import Parts
 from lightning_muonclip.optim.restarts import cheapest_flops
 from lightning_muonclip.optim.second_moment import normalizing_factors, received, sums_of_squares, to_send
 from lightning_muonclip.optim.stacking import STACK_NUMEL, directions, directions_of_parts, matrix_shape, stacks
+from lightning_muonclip.optim.stats import Tracker
 from lightning_muonclip.parallel.exchange import Exchange, Result, wires
 from lightning_muonclip.parallel.shards import local_box, whole_box
 from lightning_muonclip.parallel.shared import SharedWeights
@@ -51,9 +52,11 @@ class MatrixStep:
     Args:
         dtype: Working dtype of Newton-Schulz; ``None`` is the fastest that the device has in hardware.
         stack_numel: Most elements that are orthogonalized together; ``None`` is :data:`.stacking.STACK_NUMEL`.
+        tracker: Takes down what the matrices do, if it is on.
     """
 
-    def __init__(self, dtype: torch.dtype | None, stack_numel: int | None) -> None:
+    def __init__(self, dtype: torch.dtype | None, stack_numel: int | None, tracker: Tracker) -> None:
+        self.tracker = tracker
         self.dtype = dtype
         self.stack_numel = stack_numel
 
@@ -138,6 +141,9 @@ class MatrixStep:
     ) -> list[Tensor]:
         """Orthogonalized updates of whole matrices that are stacked together."""
         group = matrices[0].group
+        if self.tracker.is_on:
+            for matrix, update in zip(matrices, whole):
+                self.tracker.note_momentum(matrix.param, update, group["kind"], matrix.parts)
         orthogonal = partial(
             orthogonalize,
             coefficients=group["ns_coefficients"],
@@ -157,6 +163,8 @@ class MatrixStep:
             if sums:
                 direction = direction * self._normalizing(matrix, sums[0], direction.shape)
             scale = self._scale(matrix)
+            if self.tracker.is_on:
+                self.tracker.note_update(matrix.param, direction, scale)
             if isinstance(scale, Tensor):
                 direction, scale = direction * scale, 1.0
             alike[matrix.number, scale].append((matrix, direction))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -17,13 +19,14 @@ from lightning_muonclip.optim.muon import Muon
 from lightning_muonclip.optim.options import check_muon_options
 from lightning_muonclip.optim.routing import Route, check_router, route_params, routes_under, routing_table
 from lightning_muonclip.optim.schedules import Schedule
+from lightning_muonclip.optim.stats import Stats, summarized
 from lightning_muonclip.parallel.grad_norm import clip_grad_norm_, total_norm
 from lightning_muonclip.parallel.shards import to_local
 from lightning_muonclip.qk_clip.clip import QKClip
 from lightning_muonclip.qk_clip.describe.declared import AttentionModules
 from lightning_muonclip.qk_clip.describe.fused import FusedWeights
 from lightning_muonclip.qk_clip.describe.spec import AttentionSpec
-from lightning_muonclip.qk_clip.describe.split import check_split, matrix_parts
+from lightning_muonclip.qk_clip.describe.split import attention_heads, check_split, matrix_parts
 from lightning_muonclip.qk_clip.observe.capture import Capture
 from lightning_muonclip.qk_clip.observe.observer import Observer
 from lightning_muonclip.qk_clip.options import check_clip_options
@@ -44,7 +47,7 @@ from lightning_muonclip.trainer.mixin import MaxLogitsMixin
 from lightning_muonclip.trainer.strategies import check_strategy, restores_optimizers
 
 
-@takes_keywords_of(QKClip, Muon, but=("model", "example", "observer", "process_group", "params"))
+@takes_keywords_of(QKClip, Muon, but=("model", "example", "observer", "process_group", "params", "track_stats"))
 class MuonClipCallback(Callback):
     """Trains any transformer with MuonClip: Muon for hidden matrices, the user's optimizer for the rest, QK-Clip.
 
@@ -77,6 +80,9 @@ class MuonClipCallback(Callback):
         router: The optimizer of the routers of experts: ``"muon"``, or ``"adamw"`` for the user's (see
             :func:`~lightning_muonclip.optim.routing.route_params`, which also tells where every parameter goes and why).
         log_heads_every_n_steps: Logs every head's maximum at this interval; ``None`` never does.
+        log_stats_every_n_steps: Logs what Muon's matrices do at this interval, as :meth:`Muon.stats
+            <lightning_muonclip.Muon.stats>` has it: the mean of each figure as ``muon/<figure>``, that of each matrix as
+            ``muon/<figure>/<name>``; ``None`` never does.
         **options: Any other keyword of :class:`~lightning_muonclip.QKClip` (``shared_keys``, ``qk_norm``, ``logits``,
             ``lora``, ``every_n_steps``, ``unknown``) and of :class:`~lightning_muonclip.Muon` (``momentum``, ``nesterov``,
             ``ns_coefficients``, ``ns_steps``, ``eps``, ``dtype``, ``stack_numel``, ``parts``, ``shard_momentum``).
@@ -108,6 +114,7 @@ class MuonClipCallback(Callback):
         include: Sequence[str] = (),
         router: str = "muon",
         log_heads_every_n_steps: int | None = None,
+        log_stats_every_n_steps: int | None = None,
         **options: Any,
     ) -> None:
         clip_options, muon_options = share_out(options, QKClip, Muon)
@@ -131,6 +138,9 @@ class MuonClipCallback(Callback):
         self.include = tuple(include)
         self.router = router
         self.log_heads_every_n_steps = log_heads_every_n_steps
+        self.log_stats_every_n_steps = log_stats_every_n_steps
+        #: What Muon's matrices did in the last step that was logged.
+        self.last_stats: Stats = {}
         self.muon: Muon | None = None
         self.qk_clip: QKClip | None = None
         #: Maxima and clips of the last step; ``None`` before the first, and after one that was skipped or not due.
@@ -287,6 +297,8 @@ class MuonClipCallback(Callback):
         self._verify()
         self._groups.follow(optimizer, self.muon, self.lr, self.weight_decay)
         self._take_up_attention(pl_module)
+        if self.log_stats_every_n_steps:
+            self.muon.track_stats = (trainer.global_step + 1) % self.log_stats_every_n_steps == 0
         scaler = scaler_of(trainer)
         if scaler is not None:
             scaler.unscale_(self.muon)
@@ -317,6 +329,7 @@ class MuonClipCallback(Callback):
         if all(now is earlier for now, earlier in zip(self._known, before)):
             return
         self.muon.set_parts(self._parts_of(pl_module))
+        self.muon.set_heads(partial(attention_heads, attention))
         self._follow_attention()
         self._tell_parts()
 
@@ -377,6 +390,8 @@ class MuonClipCallback(Callback):
         if trainer.global_step == self._last_step:
             return  # accumulating gradients
         self._last_step = trainer.global_step
+        if self.log_stats_every_n_steps and self.muon.track_stats:
+            self._log_stats(trainer, self.muon.stats())
         if self.last is not None:
             self._log(trainer, pl_module, self.last)
         elif self.qk_clip is not None:
@@ -402,6 +417,14 @@ class MuonClipCallback(Callback):
             }
             for logger in trainer.loggers:
                 logger.log_metrics(heads, step=trainer.global_step - 1)
+
+    def _log_stats(self, trainer: pl.Trainer, stats: Stats) -> None:
+        self.last_stats = stats
+        values = {f"muon/{figure}": value for figure, value in summarized(stats).items()}
+        for name, own in stats.items():
+            values |= {f"muon/{figure}/{name}": value for figure, value in own.items() if not math.isnan(value)}
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=trainer.global_step - 1)
 
     def _log_largest(self, pl_module: pl.LightningModule, name: str, value: Tensor, **options: Any) -> None:
         """Logs a maximum; that of the last step, if none was recorded in this one."""

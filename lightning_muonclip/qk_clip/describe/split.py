@@ -106,7 +106,16 @@ def _of_gates(module: nn.Module) -> MatrixParts:
     }
 
 
-def _of_attention(attention: AttentionModules, split: str) -> MatrixParts:
+def attention_heads(attention: AttentionModules) -> dict[Tensor, tuple[int, list[list[Tensor]]]]:
+    """The heads in the weights of attention: their output dimension, and the channels of each; queries, keys, the rest."""
+    whole, apart = _of_attention(attention, "qkv", single=True), _of_attention(attention, "heads", single=True)
+    return {
+        weight: (dim, [[head for head in apart[weight].channels if bool(torch.isin(head, own).all())] for own in kinds])
+        for weight, (dim, kinds, _) in whole.items()
+    }
+
+
+def _of_attention(attention: AttentionModules, split: str, single: bool = False) -> MatrixParts:
     parts: MatrixParts = {}
     for name, (module, spec) in attention.items():
         for projection in spec.projections:
@@ -115,7 +124,7 @@ def _of_attention(attention: AttentionModules, split: str) -> MatrixParts:
                 continue
             dims, channels = channel_map(name, projection.name, projection.layout, projection.dims, weight, spec)
             own = split_channels(channels, split)
-            if len(dims) == 1 and (dims != (0,) or len(own) > 1):
+            if len(dims) == 1 and (single or dims != (0,) or len(own) > 1):
                 parts[weight] = FusedWeight(dims[0], own)
     return parts
 
