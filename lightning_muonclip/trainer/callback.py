@@ -141,6 +141,7 @@ class MuonClipCallback(Callback):
         self.log_stats_every_n_steps = log_stats_every_n_steps
         #: What Muon's matrices did in the last step that was logged.
         self.last_stats: Stats = {}
+        self.last_stats_step = 0
         self.muon: Muon | None = None
         self.qk_clip: QKClip | None = None
         #: Maxima and clips of the last step; ``None`` before the first, and after one that was skipped or not due.
@@ -419,7 +420,7 @@ class MuonClipCallback(Callback):
                 logger.log_metrics(heads, step=trainer.global_step - 1)
 
     def _log_stats(self, trainer: pl.Trainer, stats: Stats) -> None:
-        self.last_stats = stats
+        self.last_stats, self.last_stats_step = stats, trainer.global_step
         values = {f"muon/{figure}": value for figure, value in summarized(stats).items()}
         for name, own in stats.items():
             values |= {f"muon/{figure}/{name}": value for figure, value in own.items() if not math.isnan(value)}
