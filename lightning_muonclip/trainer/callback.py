@@ -251,7 +251,8 @@ class MuonClipCallback(Callback):
         """Notes the step that training starts from."""
         self._last_step, self._has_started = trainer.global_step, True
         if self.muon is not None:
-            warn_of_other_settings(self.muon)
+            cycled = any("max_momentum" in group for group in trainer.optimizers[0].param_groups)
+            warn_of_other_settings(self.muon, but=("momentum",) if cycled else ())
         if self.verify and self.qk_clip is not None:
             self._verified.clear()
             self._capture = Capture(self.qk_clip.observer)
