@@ -224,6 +224,7 @@ class Muon(Optimizer):
         super().__setstate__(state)
         self.__dict__.setdefault("process_group", None)  # cannot be pickled
         self.__dict__.setdefault("_parts", [])
+        self.__dict__.setdefault("parts", {})
         self.__dict__.setdefault("_schedules", GroupSchedules())
         for group in self.param_groups:  # absent in a checkpoint of torch.optim.Muon
             for key, value in NOT_OF_TORCH.items():

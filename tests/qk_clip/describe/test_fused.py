@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
 from processes import on_ranks
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from lightning_muonclip import Muon, MuonClip
 from lightning_muonclip.optim.routing import route_params, routing_table
@@ -283,6 +286,26 @@ def test_several_matrices(wire: str) -> None:
     assert {name: ([own.tolist() for own in parts.channels], parts.names) for name, parts in found.items()} == (
         {"layer.weight": (expected, names)}
     )
+
+
+def sharded() -> list[list[int]]:
+    """The parts that a forward under FSDP2 shows."""
+    model = nn.Sequential(Wired(gated), nn.Identity())
+    fully_shard(model[0], mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    optimizer = MuonClip(model, 0.1, threshold=None, include=["0.layer.weight"])
+    model(torch.randn(2, 5, 8)).sum().backward()
+    optimizer.step()
+    return [own.tolist() for own in optimizer.parts[model[0].layer.weight][1]]
+
+
+def test_under_fsdp2() -> None:
+    assert on_ranks(2, sharded) == [[[0, 2, 4], [1, 3, 5]]] * 2
+
+
+def test_under_autocast() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        found = shown(Wired(gated), torch.randn(2, 5, 8))
+    assert [own.tolist() for own in found["layer.weight"].channels] == [[0, 2, 4], [1, 3, 5]]
 
 
 def test_a_weight_that_is_used_both_ways_is_left_alone() -> None:
