@@ -43,6 +43,8 @@ SETS = {
 
 #: On a CPU, larger sets are measured by one layer.
 MOST_ON_CPU = 2**24
+#: Heads, their channels and the width of one layer's attention.
+HEADS = {"cpu": {"gpt2_small": (12, 64, 768)}, "cuda": {"gpt2_small": (12, 64, 768), "wide": (32, 128, 4096)}}
 
 #: Limits torch, oneDNN and MKL to AVX2, on processors of any vendor. On such a CPU, oneDNN's bfloat16 is slow and MKL's
 #: float32 fast. Without the last variable, float32 would keep AVX-512, which would favor us.
@@ -178,6 +180,19 @@ def shape_case(shape: Shape, rounds: int) -> dict[str, Any]:
     return {"shape": shape, "peer": PEER, "results": compare(seconds, PEER)}
 
 
+def heads_case(name: str, heads: int, head_dim: int, width: int, rounds: int) -> dict[str, Any]:
+    """Queries, keys and values of one layer as one weight: whole, apart, in pairs of heads, and head by head."""
+    print(f"\n{name}: {heads} heads of {head_dim}x{width}")
+    rows, functions = heads * head_dim, {}
+    sizes = {"whole": 3 * rows, "qkv": rows, "pairs": 2 * head_dim, "heads": head_dim}
+    for split, size in sizes.items():
+        [weight] = parameters([(3 * rows, width)])
+        parts = {weight: (0, list(torch.arange(3 * rows).split(size)))}
+        functions[split] = step_of(Muon([weight], LR, parts=parts, dtype=torch.float32))
+    seconds = side_by_side(functions, rounds=rounds, warm_up=2)
+    return {"heads": [heads, head_dim, width], "peer": "qkv", "results": compare(seconds, "qkv")}
+
+
 def main() -> None:
     """The command line."""
     kind = device().type
@@ -186,6 +201,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="how many layers of each set; all of them on a GPU")
     parser.add_argument("--rounds", type=int, default=10 if kind == "cuda" else 5)
     parser.add_argument("--by-shape", action="store_true", help="also every 2-D shape by itself, in float32")
+    parser.add_argument("--heads", action="store_true", help="also one layer's attention, whole and head by head")
     parser.add_argument("--no-bf16-hardware", action="store_true", help="hold a CPU to AVX2")
     given = parser.parse_args()
     if given.no_bf16_hardware and any(os.environ.get(key) != value for key, value in AVX2.items()):
@@ -198,9 +214,10 @@ def main() -> None:
         cases.append(case(name, own, min(layers, own.layers), given.rounds))
         if given.by_shape:
             shapes += [shape_case(shape, given.rounds) for shape in dict.fromkeys(own.layer) if len(shape) == 2]
+    heads = [heads_case(name, *own, given.rounds) for name, own in HEADS[kind].items()] if given.heads else []
     environment = AVX2 if given.no_bf16_hardware else {}
     benchmark = "muon_step_no_bf16" if given.no_bf16_hardware else "muon_step"
-    save(benchmark, environment=environment, cases=cases, shapes=shapes)
+    save(benchmark, environment=environment, cases=cases, shapes=shapes, heads=heads)
 
 
 def _deferred(make: Callable[[list[Parameter]], Optimizer], params: list[Parameter]) -> Callable[[], Any]:

@@ -10,6 +10,7 @@ from lightning_muonclip.muonclip import MuonClip
 from lightning_muonclip.optim.muon import Muon
 from lightning_muonclip.optim.orthogonalize import orthogonalize
 from lightning_muonclip.optim.routing import split_params
+from lightning_muonclip.optim.schedules import GroupScheduler, decay_to_zero, momentum_warmup
 from lightning_muonclip.qk_clip.clip import QKClip
 from lightning_muonclip.qk_clip.describe.declared import register_attention
 from lightning_muonclip.qk_clip.describe.spec import AttentionSpec, Projection
@@ -23,6 +24,7 @@ __all__ = [
     "Attention",
     "AttentionMask",
     "AttentionSpec",
+    "GroupScheduler",
     "MaxLogits",
     "MaxLogitsMixin",
     "MultiheadLatentAttention",
@@ -31,6 +33,8 @@ __all__ = [
     "MuonClipCallback",
     "Projection",
     "QKClip",
+    "decay_to_zero",
+    "momentum_warmup",
     "muonclip_qk_clip",
     "mup",
     "orthogonalize",

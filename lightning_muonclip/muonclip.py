@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,18 +12,20 @@ from torch import Tensor, nn
 
 from lightning_muonclip.optim.muon import Muon, evaluated
 from lightning_muonclip.optim.routing import split_params
+from lightning_muonclip.optim.schedules import Schedule
 from lightning_muonclip.qk_clip.clip import QKClip
+from lightning_muonclip.qk_clip.describe.declared import AttentionModules
 from lightning_muonclip.qk_clip.describe.spec import AttentionSpec
-from lightning_muonclip.qk_clip.describe.split import matrix_parts
-from lightning_muonclip.qk_clip.rehearsal import is_rehearsal
+from lightning_muonclip.qk_clip.describe.split import attention_heads, matrix_parts
 from lightning_muonclip.qk_clip.result import ClipResult
+from lightning_muonclip.rehearsal import is_rehearsal
 from lightning_muonclip.signatures import share_out, takes_keywords_of
 
 #: The entry of the first group that has the counts of QK-Clip in a saved state.
 _COUNTS = "qk_clip_counts"
 
 
-@takes_keywords_of(QKClip, Muon, but=("observer", "params", "parts"))
+@takes_keywords_of(QKClip, Muon, but=("observer", "params"))
 class MuonClip(Muon):
     """The optimizer of Kimi K2 for a whole model: Muon for hidden matrices, AdamW for the rest, then QK-Clip.
 
@@ -31,7 +34,7 @@ class MuonClip(Muon):
     Args:
         model: The model; frozen parameters are left out.
         lr: Learning rate.
-        weight_decay: Decoupled weight decay.
+        weight_decay: Decoupled weight decay, or a function from the number of steps to it.
         adjust_lr_fn: Scale of Muon's update; with ``"match_rms_adamw"`` AdamW's learning rate and weight decay carry over.
         adamw_lr: AdamW's own learning rate; ``None`` is ``lr``.
         adamw_weight_decay: AdamW's own weight decay, of embeddings, output heads and other tensors; ``None`` is
@@ -41,7 +44,7 @@ class MuonClip(Muon):
         decay_vectors: Whether AdamW also decays biases and parameters of one dimension, such as the gains of norms.
         specs: Layouts of attention modules by name, as :class:`~lightning_muonclip.QKClip` takes them.
         split: What Muon orthogonalizes of a fused projection: queries, keys and values apart (``"qkv"``), every head
-            (``"heads"``), or all of it together (``"none"``).
+            (``"heads"``), every two neighbouring heads (``"pairs"``), or all of it together (``"none"``).
         exclude: Shell-style patterns of parameter names to give to AdamW.
         include: Patterns of parameter names to give to Muon that it would not get by default.
         router: The optimizer of the routers of experts: ``"muon"`` or ``"adamw"`` (see
@@ -50,7 +53,8 @@ class MuonClip(Muon):
         **options: Any other keyword of :class:`~lightning_muonclip.QKClip` (``threshold``, ``alpha``, ``shared_keys``,
             ``qk_norm``, ``logits``, ``lora``, ``every_n_steps``, ``unknown``, ``example``) and of
             :class:`~lightning_muonclip.Muon` (``momentum``, ``nesterov``, ``ns_coefficients``, ``ns_steps``, ``eps``,
-            ``dtype``, ``stack_numel``, ``shard_momentum``). With ``logits="off"`` the maxima are given to :meth:`step`.
+            ``dtype``, ``stack_numel``, ``parts``, ``shard_momentum``). With ``logits="off"`` the maxima are given to
+            :meth:`step`.
 
     Raises:
         ValueError: If an argument is out of range, or the attention cannot be read.
@@ -71,11 +75,11 @@ class MuonClip(Muon):
         self,
         model: nn.Module,
         lr: float | Tensor = 1e-3,
-        weight_decay: float = 0.1,
+        weight_decay: float | Schedule = 0.1,
         *,
         adjust_lr_fn: str | None = "match_rms_adamw",
         adamw_lr: float | Tensor | None = None,
-        adamw_weight_decay: float | None = None,
+        adamw_weight_decay: float | Schedule | None = None,
         adamw_betas: tuple[float, float] = (0.9, 0.95),
         adamw_eps: float = 1e-8,
         decay_vectors: bool = False,
@@ -105,13 +109,13 @@ class MuonClip(Muon):
         qk_clip = QKClip(model, specs=specs, process_group=process_group, **clip_options)
         try:
             attention = qk_clip.observer.attention
-            parts = matrix_parts(model, attention, split)
+            self._split, self._given_parts = split, muon_options.pop("parts") or {}
             super().__init__(
                 groups,
                 lr,
                 weight_decay,
                 adjust_lr_fn=adjust_lr_fn,
-                parts=parts,
+                parts=self._parts_of(qk_clip, attention),
                 process_group=process_group,
                 **muon_options,
             )
@@ -121,8 +125,8 @@ class MuonClip(Muon):
         self.param_groups[0][_COUNTS] = None  # a flattened state is read by the keys that are there
         qk_clip.observer.owned.add(self)
         self.qk_clip: QKClip | None = qk_clip
-        self._split = split
-        self._split_attention = attention
+        self._known_fused = attention, qk_clip.observer.fused
+        self.set_heads(partial(attention_heads, attention))
         #: Maxima and clips of the last step.
         self.last: ClipResult | None = None
 
@@ -148,15 +152,20 @@ class MuonClip(Muon):
         if is_rehearsal(self):
             self._update()
             return loss
-        attention = self.qk_clip.settle()
+        known = self.qk_clip.settle(), self.qk_clip.observer.fused
         if self._shared is None:
             self._check_that_params_are_the_models()
-        if attention is not self._split_attention:
-            self.set_parts(matrix_parts(self.qk_clip.model, attention, self._split))
-            self._split_attention = attention
+        if any(now is not before for now, before in zip(known, self._known_fused)):
+            self.set_parts(self._parts_of(self.qk_clip, known[0]))
+            self._known_fused = known
+            self.set_heads(partial(attention_heads, known[0]))
         self._update()
         self.last = self.qk_clip.step(max_logits)
         return loss
+
+    def _parts_of(self, qk_clip: QKClip, attention: AttentionModules) -> dict[Any, Any]:
+        """The matrices in fused weights; the user's word goes above what is found."""
+        return {**matrix_parts(qk_clip.model, attention, self._split, qk_clip.observer.fused), **self._given_parts}
 
     def _check_that_params_are_the_models(self) -> None:
         assert self.qk_clip is not None

@@ -24,7 +24,7 @@ from lightning_muonclip.mup_forward import Forwards, Multiplier
 from lightning_muonclip.qk_clip.describe.declared import AttentionModules
 from lightning_muonclip.qk_clip.describe.find import Example
 from lightning_muonclip.qk_clip.describe.layout import QUERY_KINDS, spread
-from lightning_muonclip.qk_clip.describe.names import TRANSPOSED_LINEARS, qualified_names
+from lightning_muonclip.qk_clip.describe.names import stores_inputs_first
 from lightning_muonclip.qk_clip.describe.weights import weights_of
 from lightning_muonclip.qk_clip.observe.observer import Observer
 from lightning_muonclip.tables import table
@@ -355,10 +355,12 @@ def _classify(name: str, shape: torch.Size, base: torch.Size, owner: nn.Module, 
     if len(shape) < 2:
         growth = math.prod(growths)
         return (FINITE if growth == 1 else VECTOR), growth
-    if _is_transposed(type(owner)):
+    if isinstance(owner, _TRANSPOSED) or (len(shape) == 2 and stores_inputs_first(owner)):
         fan_in, fan_out = growths[0], math.prod(growths[1:])
     elif isinstance(owner, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         fan_in, fan_out = math.prod(growths[1:]), growths[0]
+    elif stores_inputs_first(owner):
+        fan_in, fan_out = growths[-2], math.prod(growths) / growths[-2]
     else:  # (out, in), or a stack of such matrices
         fan_in, fan_out = growths[-1], math.prod(growths[:-1])
     if fan_in == fan_out == 1:
@@ -369,10 +371,6 @@ def _classify(name: str, shape: torch.Size, base: torch.Size, owner: nn.Module, 
         in_block = any(part.isdigit() for part in name.split(".")[:-2])
         return (OUTPUT if isinstance(owner, nn.Linear) and not in_block else BOTTLENECK), fan_in
     return HIDDEN, fan_in
-
-
-def _is_transposed(cls: type[nn.Module]) -> bool:
-    return issubclass(cls, _TRANSPOSED) or any(name in TRANSPOSED_LINEARS for name in qualified_names(cls))
 
 
 class _Counterparts:

@@ -194,7 +194,7 @@ def test_classes_of_latent_attention_and_of_bare_parameters() -> None:
     assert "bottleneck" in str(scaled)
 
 
-@pytest.mark.parametrize("kind", ["Conv1D", "subclass", "sharded", "embedding"])
+@pytest.mark.parametrize("kind", ["Conv1D", "subclass", "sharded", "embedding", "experts"])
 def test_layers_of_a_class_made_of_another_are_what_they_were(kind: str) -> None:
     # Their weights are (in, out): read as (out, in), what grows would be fan-in.
     conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
@@ -205,6 +205,11 @@ def test_layers_of_a_class_made_of_another_are_what_they_were(kind: str) -> None
     def make(width: int) -> nn.Module:
         if kind == "embedding":
             return nn.Sequential(Table(7, width))
+        if kind == "experts":  # as GPT-OSS has them
+            experts = nn.Module()
+            experts.is_transposed, experts.is_concatenated = True, False
+            experts.weight = nn.Parameter(torch.randn(2, 3, width))
+            return nn.Sequential(experts)
         layer = conv1d(width, 3)  # from 3 to the width
         if kind == "subclass":
             layer.__class__ = type("LoRAConv1D", (conv1d,), {})

@@ -51,8 +51,8 @@ def test_an_unknown_keyword_is_refused(keyword: str) -> None:
 
 @pytest.mark.parametrize("cls", [MuonClipCallback, MuonClip])
 def test_every_option_of_muon_and_qk_clip_is_a_keyword_with_its_default(cls: type) -> None:
-    objects = {"model", "observer", "process_group", "params", "parts"}
-    objects |= {"example"} if cls is MuonClipCallback else set()
+    objects = {"model", "observer", "process_group", "params"}
+    objects |= {"example", "track_stats"} if cls is MuonClipCallback else set()
     own_defaults = {"adjust_lr_fn", "lr", "weight_decay"}  # the callback and MuonClip have their own defaults for these
     found = inspect.signature(cls).parameters
     for builds in (QKClip, Muon):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from lightning_muonclip.metrics import MaxLogits
+from lightning_muonclip.optim.stats import FIGURES, summarized
 from lightning_muonclip.trainer.callback import MuonClipCallback
 from lightning_muonclip.trainer.mixin import MaxLogitsMixin
 
@@ -94,6 +96,45 @@ class LogitPictures(Callback):
         self.uncertified = list(state_dict.get("uncertified", ()))
 
 
+class StatPictures(Callback):
+    """Plots what Muon's matrices did as ``muon.png`` when fitting ends, if MuonClipCallback logs it.
+
+    Args:
+        dirpath: Folder of the plot.
+    """
+
+    def __init__(self, dirpath: str) -> None:
+        self.dirpath = Path(dirpath)
+        #: The step, and the mean of each figure over the matrices.
+        self.history: list[tuple[int, dict[str, float]]] = []
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Records what was logged."""
+        self._record(trainer)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Saves the plot."""
+        self._record(trainer)  # MuonClipCallback may come after this one
+        if len(self.history) > 1 and trainer.is_global_zero:
+            self.dirpath.mkdir(parents=True, exist_ok=True)
+            draw_stats(self.history, self.dirpath / "muon.png")
+
+    def _record(self, trainer: pl.Trainer) -> None:
+        clip = _muonclip_callback(trainer)
+        if clip is not None and clip.last_stats and (not self.history or self.history[-1][0] < clip.last_stats_step):
+            self.history.append((clip.last_stats_step, summarized(clip.last_stats)))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The history."""
+        return {"history": self.history}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores the history."""
+        self.history = list(state_dict["history"])
+
+
 class CompareRuns(HydraCallback):
     """After a sweep (``muonclip-train -m ...``), plots the largest logit of every run in one figure."""
 
@@ -146,6 +187,19 @@ def _mark(axes: Any, history: Tensor, uncertified: Tensor) -> None:
     if len(step):
         axes.scatter(step, history[step, layer, head], marker="x", color="black", s=12, label="not proven")
         axes.legend(fontsize="small", ncols=2)
+
+
+def draw_stats(history: Sequence[tuple[int, dict[str, float]]], path: Path) -> None:
+    """Plots one panel per figure, over the steps."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 2.6), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(FIGURES)), FIGURES):
+        points = [(step, figures[name]) for step, figures in history if name in figures]
+        axes.plot(*zip(*points) if points else ((), ()), lw=1.2)
+        axes.set(xlabel="step", title=name.replace("_", " "))
+        axes.set_ylim(bottom=0)
+    figure.savefig(path, dpi=150)
 
 
 def _muonclip_callback(trainer: pl.Trainer) -> MuonClipCallback | None:

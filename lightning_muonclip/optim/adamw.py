@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from lightning_muonclip.optim.decay import decay_cautiously, scalar
 from lightning_muonclip.optim.gradients import gradient
 
 
@@ -29,11 +30,19 @@ def adamw_step(state: MutableMapping[Tensor, Any], group: dict[str, Any], params
                 "exp_avg_sq": zeros.clone(),
             }
     states = [state[p] for p in params]
+    if "max_momentum" in group:  # OneCycleLR and CyclicLR, where another group of the optimizer has momentum
+        group["betas"] = group["momentum"], group["betas"][1]
     beta1, beta2 = group["betas"]
+    grads, means = [gradient(p) for p in params], [own["exp_avg"] for own in states]
+    weight_decay = group["weight_decay"]
+    if group["cautious_weight_decay"]:
+        # The sign of the update is that of the mean.
+        decay_cautiously(params, torch._foreach_lerp(means, grads, 1 - beta1), scalar(group["lr"]) * weight_decay)
+        weight_decay = 0.0
     adamw(
         params,
-        [gradient(p) for p in params],
-        [own["exp_avg"] for own in states],
+        grads,
+        means,
         [own["exp_avg_sq"] for own in states],
         [],
         [own["step"] for own in states],
@@ -41,7 +50,7 @@ def adamw_step(state: MutableMapping[Tensor, Any], group: dict[str, Any], params
         beta1=beta1,
         beta2=beta2,
         lr=group["lr"],
-        weight_decay=group["weight_decay"],
+        weight_decay=weight_decay,
         eps=group["eps"],
         maximize=False,
     )

@@ -13,24 +13,31 @@ from torch.optim.optimizer import ParamsT
 
 from lightning_muonclip.optim.adamw import adamw_step
 from lightning_muonclip.optim.coefficients import Coefficients, resolve_schedule
+from lightning_muonclip.optim.decay import scalar
 from lightning_muonclip.optim.gradients import gradient
+from lightning_muonclip.optim.names import bare_name
 from lightning_muonclip.optim.options import (
     ADAMW_DEFAULTS,
+    NOT_OF_TORCH,
     as_dtype,
     check_matrices,
     check_muon_options,
     check_params,
     check_state,
+    dtype_name,
     for_torch,
     from_torch,
 )
-from lightning_muonclip.optim.parts import Parts, intern_parts
-from lightning_muonclip.optim.stacking import KINDS
-from lightning_muonclip.optim.step import Matrix, MatrixStep, gain_momentum, scalar
+from lightning_muonclip.optim.parts import KINDS, Parts, intern_parts, named_parts
+from lightning_muonclip.optim.schedules import GroupSchedules, Schedule
+from lightning_muonclip.optim.states import has_whole_matrices, momentum_buffer, restore_dtypes, second_moment
+from lightning_muonclip.optim.stats import Heads, Stats, Tracker
+from lightning_muonclip.optim.step import Matrix, MatrixStep, gain_momentum
 from lightning_muonclip.parallel.agreement import check_models
-from lightning_muonclip.parallel.holders import share_key
-from lightning_muonclip.parallel.shards import sharded_dims, to_local
+from lightning_muonclip.parallel.holders import group_of, share_key
+from lightning_muonclip.parallel.shards import to_local
 from lightning_muonclip.parallel.shared import SharedWeights
+from lightning_muonclip.rehearsal import is_rehearsal
 
 
 class Muon(Optimizer):
@@ -51,8 +58,9 @@ class Muon(Optimizer):
     Args:
         params: Matrices, named matrices, or parameter groups of them. Error messages use the names.
         lr: Learning rate :math:`\eta`.
-        weight_decay: Decoupled weight decay :math:`\lambda`.
-        momentum: :math:`\mu`.
+        weight_decay: Decoupled weight decay :math:`\lambda`, or a function from the number of steps taken, 0 at first, to
+            it, such as :func:`~lightning_muonclip.decay_to_zero`. A group may have its own.
+        momentum: :math:`\mu`, or such a function, as :func:`~lightning_muonclip.momentum_warmup` makes.
         nesterov: Whether to use Nesterov momentum; otherwise :math:`U_t = B_t`.
         ns_coefficients: A schedule or its name (see :func:`~lightning_muonclip.optim.coefficients.resolve_schedule`);
             ``None`` is the library's default, ``"jordan"`` torch's own.
@@ -65,8 +73,18 @@ class Muon(Optimizer):
             :func:`~lightning_muonclip.optim.orthogonalize.working_dtype`).
         stack_numel: Most elements in one batched call, which bounds the transient memory of a step; a larger matrix goes
             alone. ``None`` is the default of the device, :data:`.stacking.STACK_NUMEL`.
-        parts: The matrices inside a fused weight: its output dimension, and the output channels of each matrix, which
-            together cover all channels once. Each matrix is orthogonalized and scaled as if it were a separate parameter.
+        parts: The matrices inside of fused weights,
+            ``{name: (dimension of the output channels, [channels of each matrix])}``; a name may be a shell-style pattern,
+            or the weight itself. They cover all channels once. Each matrix is orthogonalized and scaled as if it were a
+            separate parameter.
+        cautious_weight_decay: Whether a weight is decayed only where its update has not the other sign (arXiv 2510.12402);
+            in groups for AdamW too.
+        second_moment: ``"rows"`` divides every row of an orthogonalized update, or every column of a matrix that is wider
+            than tall, by a running mean of its length, and restores the norm of the matrix: NorMuon, arXiv 2510.05491.
+        second_moment_beta: How much of that mean stays at a step.
+        momentum_dtype: The dtype of the momentum, or its name; ``None`` is that of the weight. ``"bfloat16"`` for weights in
+            float32 halves the state; it is then rounded up or down by chance, such that small changes are not lost.
+        track_stats: Whether :meth:`stats` can tell what the matrices do. May be turned on and off between steps.
         process_group: The data-parallel ranks that replicate the plain weights, as under DDP: each matrix has one owner
             rank, which orthogonalizes it. ``None`` is the default group, if torch.distributed is initialized. DTensors use
             their own mesh. Ranks that train apart need it: a group of one rank, or of those that train together.
@@ -95,8 +113,8 @@ class Muon(Optimizer):
         self,
         params: ParamsT,
         lr: float | Tensor = 1e-3,
-        weight_decay: float = 0.1,
-        momentum: float = 0.95,
+        weight_decay: float | Schedule = 0.1,
+        momentum: float | Schedule = 0.95,
         nesterov: bool = True,
         ns_coefficients: Coefficients | None = None,
         eps: float = 1e-7,
@@ -105,7 +123,12 @@ class Muon(Optimizer):
         *,
         dtype: torch.dtype | str | None = None,
         stack_numel: int | None = None,
-        parts: Mapping[Tensor, tuple[int, Sequence[Tensor]]] | None = None,
+        parts: Mapping[Any, tuple[int, Sequence[Any]]] | None = None,
+        cautious_weight_decay: bool = False,
+        second_moment: str | None = None,
+        second_moment_beta: float = 0.95,
+        momentum_dtype: torch.dtype | str | None = None,
+        track_stats: bool = False,
         process_group: dist.ProcessGroup | None = None,
         shard_momentum: bool = False,
     ) -> None:
@@ -122,10 +145,15 @@ class Muon(Optimizer):
             "eps": eps,
             "ns_steps": len(schedule.polynomials),
             "adjust_lr_fn": adjust_lr_fn,
+            "cautious_weight_decay": cautious_weight_decay,
+            "second_moment": second_moment,
+            "second_moment_beta": second_moment_beta,
+            "momentum_dtype": dtype_name(momentum_dtype),
         }
         check_muon_options(**defaults, dtype=dtype, stack_numel=stack_numel)
-        self._matrix_step = MatrixStep(as_dtype(dtype), stack_numel)
+        self._matrix_step = MatrixStep(as_dtype(dtype), stack_numel, Tracker(track_stats))
         self._parts: list[list[Parts | None]] = []
+        self._schedules = GroupSchedules()
         super().__init__(params, defaults)
         self.set_parts(parts or {})
 
@@ -141,6 +169,7 @@ class Muon(Optimizer):
             schedule = resolve_schedule(param_group["ns_coefficients"], param_group.get("ns_steps"))
             param_group.update(ns_coefficients=schedule.plain(), ns_steps=len(schedule.polynomials))
         check_muon_options(**{key: param_group.get(key, value) for key, value in self.defaults.items()})
+        self._schedules.take(param_group, self.defaults)
         param_group["schedule"] = (
             None  # its place in a state that torch can load; torch flattens the keys of live groups
         )
@@ -163,14 +192,24 @@ class Muon(Optimizer):
                 self._parts.pop()
                 raise
 
-    def set_parts(self, parts: Mapping[Tensor, tuple[int, Sequence[Tensor]]]) -> None:
+    def set_heads(self, heads: Heads | Callable[[], Heads]) -> None:
+        """Tells the heads of attention, whose imbalance :meth:`stats` shows, or how to find them."""
+        self._matrix_step.tracker.heads = heads
+
+    def set_parts(self, parts: Mapping[Any, tuple[Any, ...]]) -> None:
         """Replaces ``parts``, once the matrices inside of fused weights are known; the momentum does not depend on them.
 
         Raises:
-            ValueError: If they do not cover their weights.
+            ValueError: If they do not cover their weights, or if a name matches none.
         """
         # By place in the groups, where another tensor may take the place of a weight: fully_shard, to_empty.
-        own = intern_parts(parts)
+        groups = [group for group in self.param_groups if group["algorithm"] == "muon"]
+        pairs = (pair for group in groups for pair in zip(group.get("param_names", ()), group["params"]))
+        names = {p: [name, bare_name(name)] for name, p in pairs}
+        kinds = {p: group["kind"] for group in groups for p in group["params"]}
+        #: The matrices inside of fused weights, by weight.
+        self.parts = named_parts(parts, names)
+        own = intern_parts(self.parts, kinds)
         self._parts = [[own.get(p) for p in group["params"]] for group in self.param_groups]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -178,15 +217,18 @@ class Muon(Optimizer):
             "shard_momentum": self.shard_momentum,
             "_matrix_step": self._matrix_step,
             "_parts": self._parts,
+            "_schedules": self._schedules,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("process_group", None)  # cannot be pickled
         self.__dict__.setdefault("_parts", [])
-        for group in self.param_groups:
-            group.setdefault("algorithm", "muon")  # absent in a checkpoint of torch.optim.Muon
-            group.setdefault("kind", "matrix")
+        self.__dict__.setdefault("parts", {})
+        self.__dict__.setdefault("_schedules", GroupSchedules())
+        for group in self.param_groups:  # absent in a checkpoint of torch.optim.Muon
+            for key, value in NOT_OF_TORCH.items():
+                group.setdefault(key, value)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -197,6 +239,7 @@ class Muon(Optimizer):
 
     def _update(self) -> None:
         # What a subclass's step() calls: torch wraps the step() of every class in the optimizer's hooks.
+        counts = self._schedules.exist and not is_rehearsal(self)
         shared = self._share()
         if not shared.are_proven:
             params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
@@ -213,19 +256,29 @@ class Muon(Optimizer):
                     matrices += self._matrices(number)
         with torch.profiler.record_function("muonclip::muon"):
             self._matrix_step.step(matrices, shared)
+        if counts:
+            self._schedules.set(self.param_groups, 1)
 
     def _matrices(self, number: int) -> list[Matrix]:
         """Decays the weights of one group and updates their momentum, each on the shard of this rank."""
         group, elsewhere = self.param_groups[number], self._kept_elsewhere()
         params, parts = zip(*((p, own) for p, own in self._with_parts(number) if p.grad is not None))
         grads = [gradient(p) for p in params]
-        buffers = [None if p in elsewhere else self._momentum_buffer(p, grad) for p, grad in zip(params, grads)]
-        matrices = [
-            Matrix(p, to_local(p), to_local(grad), None if buffer is None else to_local(buffer), number, group, own)
-            for p, grad, buffer, own in zip(params, grads, buffers, parts)
+        buffers = [
+            None if p in elsewhere else momentum_buffer(self.state[p], grad, group) for p, grad in zip(params, grads)
         ]
+        moments = [second_moment(self.state[p], p, group, own) for p, own in zip(params, parts)]
+        locals_ = ([None if state is None else to_local(state) for state in own] for own in (buffers, moments))
+        matrices = [
+            Matrix(p, to_local(p), to_local(grad), buffer, moment, number, group, own)
+            for p, grad, buffer, moment, own in zip(params, grads, *locals_, parts)
+        ]
+        if self.track_stats:
+            for m in matrices:
+                self._matrix_step.tracker.begin(m.param, m.weight, m.grad)
         gain_momentum(matrices, group["momentum"])
-        torch._foreach_mul_([m.weight for m in matrices], 1 - scalar(group["lr"]) * group["weight_decay"])
+        if not group["cautious_weight_decay"]:  # which needs the updates
+            torch._foreach_mul_([m.weight for m in matrices], 1 - scalar(group["lr"]) * group["weight_decay"])
         return matrices
 
     def _with_parts(self, number: int) -> Iterator[tuple[Tensor, Parts | None]]:
@@ -242,11 +295,41 @@ class Muon(Optimizer):
             )
         return zip(params, self._parts[number])
 
-    def _momentum_buffer(self, param: Tensor, grad: Tensor) -> Tensor:
-        state = self.state[param]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(grad, memory_format=torch.preserve_format)
-        return state["momentum_buffer"]
+    @property
+    def track_stats(self) -> bool:
+        """Whether the next steps are tracked."""
+        return self._matrix_step.tracker.is_on
+
+    @track_stats.setter
+    def track_stats(self, is_on: bool) -> None:
+        self._matrix_step.tracker.is_on = is_on
+        self._matrix_step.tracker.forget()
+
+    def stats(self) -> Stats:
+        """What the matrices did in the last step, by name; nothing for those without a gradient.
+
+        ``update_rms``: root mean square of the update without the learning rate. ``update_to_weight``: norm of the update
+        over that of the weight. ``stable_rank``: squared Frobenius over squared spectral norm of what is orthogonalized, the
+        mean over the matrices in a weight. ``head_imbalance``: the largest over the mean norm of its heads, NaN where there
+        are none. ``zero_gradients``: share of gradient entries that are zero.
+
+        Waits for the device. Call it on all ranks.
+
+        Raises:
+            RuntimeError: If ``track_stats`` is off.
+        """
+        if not self.track_stats:
+            raise RuntimeError(
+                "Muon has tracked nothing; create it with track_stats=True, or set track_stats before a step"
+            )
+        return self._matrix_step.tracker.read(self.param_groups, self._group_of)
+
+    def _group_of(self, param: Tensor) -> dist.ProcessGroup | None:
+        """The ranks that hold a weight or parts of it, if there are others."""
+        if share_key(param, self.process_group) is None:
+            return None
+        place = self._share().place(param)
+        return group_of(param, self.process_group) if place is None else place[0].group
 
     # Several ranks --------------------------------------------------------------------------------------------------
 
@@ -260,7 +343,7 @@ class Muon(Optimizer):
             for number, group in enumerate(self.param_groups):
                 for p, parts in self._with_parts(number) if group["algorithm"] == "muon" else ():
                     if share_key(p, self.process_group) is not None:
-                        own = local_costs if _has_whole_matrices(p, group["kind"]) else costs
+                        own = local_costs if has_whole_matrices(p, group["kind"]) else costs
                         own[p] = self._matrix_step.flops(p, group, parts)
             check_models(self.param_groups, list(costs), self.process_group)
             self._shared = SharedWeights(costs, local_costs, self.process_group)
@@ -286,7 +369,9 @@ class Muon(Optimizer):
 
     def _drop_others_momentum(self) -> None:
         for param in self._kept_elsewhere():
-            self.state.pop(param, None)
+            self.state[param].pop("momentum_buffer", None)
+            if not self.state[param]:
+                del self.state[param]
 
     @torch.no_grad()
     def consolidate_state_dict(self, to: int = 0) -> None:
@@ -320,8 +405,10 @@ class Muon(Optimizer):
         state_dict["param_groups"] = [for_torch(group) for group in state_dict["param_groups"]]
         if self._consolidated:
             numbers = {p: i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
-            momenta = {numbers[p]: {"momentum_buffer": momentum} for p, momentum in self._consolidated.items()}
-            state_dict["state"] = dict(sorted((state_dict["state"] | momenta).items()))
+            states = state_dict["state"]
+            for p, momentum in self._consolidated.items():
+                states[numbers[p]] = {"momentum_buffer": momentum, **states.get(numbers[p], {})}
+            state_dict["state"] = dict(sorted(states.items()))
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -332,7 +419,10 @@ class Muon(Optimizer):
         """
         check_state(state_dict, self.param_groups)
         groups = [from_torch(group) for group in state_dict["param_groups"]]
+        scheduled = [group.get("scheduled") for group in self.param_groups]
         super().load_state_dict({**state_dict, "param_groups": groups})
+        restore_dtypes(self.state, self.param_groups, state_dict)
+        self._schedules.restore(self.param_groups, scheduled)
         self._consolidated = None
         self._drop_others_momentum()
 
@@ -343,9 +433,3 @@ def evaluated(closure: Callable[[], Any] | None) -> Any:
         return None
     with torch.enable_grad():
         return closure()
-
-
-def _has_whole_matrices(param: Tensor, kind: str) -> bool:
-    """Whether every matrix is whole on one rank, as in an expert stack that is sharded by experts."""
-    dims = sharded_dims(param)
-    return kind == "experts" and bool(dims) and max(dims) < param.ndim - 2

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from lightning_muonclip.optim.coefficients import SCHEDULES, resolve_schedule
+from lightning_muonclip.optim.schedules import Schedule, at_step
 
 #: Update scale by shape (m, n) of the weight, m being fan-out. Names are those of torch.optim.Muon.
 LR_ADJUSTMENTS: dict[str, Callable[[int, int], float]] = {
@@ -19,13 +20,23 @@ LR_ADJUSTMENTS: dict[str, Callable[[int, int], float]] = {
     "spectral_unclamped": lambda m, n: math.sqrt(m / n),  # the muP scale: Yang et al., arXiv 2310.17813
 }
 
+#: What a group of a checkpoint of torch.optim.Muon lacks.
+NOT_OF_TORCH: dict[str, Any] = {
+    "algorithm": "muon",
+    "kind": "matrix",
+    "cautious_weight_decay": False,
+    "second_moment": None,
+    "second_moment_beta": 0.95,
+    "momentum_dtype": None,
+}
+
 ADAMW_DEFAULTS: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8}
 
 
 def check_muon_options(
     lr: float | Tensor,
-    weight_decay: float,
-    momentum: float,
+    weight_decay: float | Schedule,
+    momentum: float | Schedule,
     nesterov: bool,
     ns_coefficients: Any,
     adjust_lr_fn: str | None,
@@ -33,30 +44,43 @@ def check_muon_options(
     ns_steps: int | None,
     dtype: torch.dtype | str | None = None,
     stack_numel: int | None = None,
+    second_moment: str | None = None,
+    second_moment_beta: float = 0.95,
+    momentum_dtype: torch.dtype | str | None = None,
     **_: Any,
 ) -> None:
     """Raises ValueError if an option is out of range, with its value and what is possible."""
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"a tensor lr must have one element, got shape {tuple(lr.shape)}")
-    for name, value in {"lr": lr, "weight_decay": weight_decay, "eps": eps}.items():
+    for name, value in {"lr": lr, "weight_decay": at_step(weight_decay, 0), "eps": eps}.items():
         if not value >= 0:
             raise ValueError(f"{name} must be >= 0, got {value}")
-    if not 0 <= momentum < 1:
-        raise ValueError(f"momentum must be in [0, 1), got {momentum}")
+    if not 0 <= at_step(momentum, 0) < 1:
+        raise ValueError(f"momentum must be in [0, 1), got {at_step(momentum, 0)}")
     if adjust_lr_fn is not None and adjust_lr_fn not in LR_ADJUSTMENTS:
         raise ValueError(f"unknown adjust_lr_fn {adjust_lr_fn!r}; use one of {', '.join(LR_ADJUSTMENTS)}, or None")
     if stack_numel is not None and (not isinstance(stack_numel, int) or stack_numel < 1):
         raise ValueError(f"stack_numel must be a positive integer, or None for the default; got {stack_numel!r}")
+    if second_moment not in (None, "rows"):
+        raise ValueError(f"unknown second_moment {second_moment!r}; use 'rows', or None")
+    if not 0 <= second_moment_beta < 1:
+        raise ValueError(f"second_moment_beta must be in [0, 1), got {second_moment_beta}")
     resolve_schedule(ns_coefficients, ns_steps)
     as_dtype(dtype)
+    as_dtype(momentum_dtype, "momentum_dtype")
 
 
-def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+def as_dtype(dtype: torch.dtype | str | None, option: str = "dtype") -> torch.dtype | None:
     """The dtype of this name, such as ``"float32"``, or itself. Raises ValueError unless it is floating-point."""
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if dtype is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
-        raise ValueError(f"dtype must be a floating-point torch.dtype, its name, or None; got {dtype!r}")
+        raise ValueError(f"{option} must be a floating-point torch.dtype, its name, or None; got {dtype!r}")
     return found
+
+
+def dtype_name(dtype: torch.dtype | str | None) -> str | None:
+    """The name of a dtype, which every checkpoint can hold."""
+    return str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
 
 
 def check_params(params: Any) -> None:

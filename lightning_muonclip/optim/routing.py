@@ -14,6 +14,7 @@ from torch.nn.parameter import Parameter, UninitializedParameter
 from torch.optim import Optimizer
 
 from lightning_muonclip.optim.names import all_names, bare_name
+from lightning_muonclip.optim.parts import MatrixParts, parts_text
 from lightning_muonclip.tables import table
 
 #: Where the routers of experts may go.
@@ -47,7 +48,7 @@ class Route:
     """The route of one parameter.
 
     ``algorithm`` is ``"muon"``, ``"adamw"``, ``"frozen"``, or the caller's name for an optimizer. ``kind`` is how Muon reads
-    the parameter as matrices (see :data:`~lightning_muonclip.optim.stacking.KINDS`). A ``reason`` that begins with "guess"
+    the parameter as matrices (see :data:`~lightning_muonclip.optim.parts.KINDS`). A ``reason`` that begins with "guess"
     rests on the names of a class and a parameter alone.
     """
 
@@ -168,13 +169,21 @@ def routes_under(optimizer: Optimizer, routes: Iterable[Route]) -> list[Route]:
     return named
 
 
-def routing_table(routes: Iterable[Route]) -> str:
-    """A printable table of routes. The same parameter of repeated blocks is one row, with ``*`` for the index."""
+def routing_table(routes: Iterable[Route], parts: MatrixParts | None = None) -> str:
+    """A printable table of routes. The same parameter of repeated blocks is one row, with ``*`` for the index.
+
+    Args:
+        routes: The routes.
+        parts: The matrices inside of fused weights.
+    """
     rows: dict[tuple[str, ...], list[Route]] = {}
     for route in routes:
         pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", route.name)
         shape = "x".join(map(str, route.param.shape)) or "scalar"
-        rows.setdefault((route.algorithm, pattern, shape, route.reason), []).append(route)
+        is_split = parts is not None and route.param in parts and route.algorithm == "muon"
+        text = parts_text(parts[route.param]) if parts is not None and is_split else ""
+        reason = ", ".join(filter(None, (route.reason, text)))
+        rows.setdefault((route.algorithm, pattern, shape, reason), []).append(route)
     order = {"muon": 0, "frozen": 2}  # all others in between
     cells = [("goes to", "parameter", "shape", "count", "elements", "why")]
     for (algorithm, pattern, shape, reason), members in sorted(rows.items(), key=lambda row: order.get(row[0][0], 1)):

@@ -11,10 +11,6 @@ from torch import Tensor
 
 from lightning_muonclip.optim.parts import Parts
 
-#: How Muon reads a parameter: as a matrix; as a batch of matrices of shape (experts, m, n); or, for a convolution of shape
-#: (out, in, kernel...), as one matrix (out, in · kernel).
-KINDS = ("matrix", "experts", "convolution")
-
 #: Maximum number of elements per stack. On a CPU, only small matrices gain from stacking (a plain loop over 384-wide ones is
 #: 7 to 10 % faster); a GPU is launch-bound.
 STACK_NUMEL = {"cpu": 2**18, "cuda": 2**26}
@@ -61,25 +57,34 @@ def directions(
     batches = [update.reshape(matrix_shape(update.shape, kind)) for update in updates]
     wide = [batch.mT if _is_tall(batch) else batch for batch in batches]
     stack = torch.cat(wide) if len(wide) > 1 else wide[0]
-    pieces = stack.split(max(1, bound // max(1, stack[0].numel())))  # only experts need more than one
-    results = [orthogonal(piece) for piece in pieces]
-    result = torch.cat(results) if len(results) > 1 else results[0]
+    result = _in_pieces(stack, orthogonal, bound)  # only experts need more than one
     result = result * torch.cat(list(moving))[:, None, None]
     own = zip(result.split([len(batch) for batch in batches]), batches, updates)
     return [(part.mT if _is_tall(batch) else part).reshape(update.shape) for part, batch, update in own]
 
 
 def directions_of_parts(
-    updates: Sequence[Tensor], moving: Sequence[Tensor], parts: Parts, orthogonal: Orthogonal
+    updates: Sequence[Tensor], moving: Sequence[Tensor], parts: Parts, kind: str, orthogonal: Orthogonal, bound: int
 ) -> list[Tensor]:
-    """Orthogonalizes every part of fused weights separately."""
-    matrices = torch.stack([update.mT if parts.dim else update for update in updates])
+    """The same, where every matrix of a weight is several."""
+    batches = [update.reshape(matrix_shape(update.shape, kind)) for update in updates]
+    matrices = torch.stack([batch.mT if parts.is_transposed else batch for batch in batches])
     results = torch.empty_like(matrices)
-    alike = torch.stack(list(moving)).split([count for count, _ in parts.sizes()], dim=1)
+    size = len(batches[0])
+    alike = torch.stack(list(moving)).split([size * count for count, _ in parts.sizes()], dim=1)
     for channels, own in zip(parts.channels_on(matrices.device), alike):
-        directions = orthogonal(matrices[:, channels])  # (weights, parts alike, channels, fan-in)
-        results[:, channels] = directions * own[..., None, None]
-    return list(results.mT if parts.dim else results)
+        stack = matrices[:, :, channels]  # (weights, batch, parts alike, channels, fan-in)
+        found = _in_pieces(stack.flatten(0, 2), orthogonal, bound if size > 1 else stack.numel())
+        results[:, :, channels] = found.view_as(stack) * own.view(len(stack), size, -1, 1, 1)
+    return [
+        result.reshape(update.shape) for result, update in zip(results.mT if parts.is_transposed else results, updates)
+    ]
+
+
+def _in_pieces(stack: Tensor, orthogonal: Orthogonal, bound: int) -> Tensor:
+    """Orthogonalizes a batch, at most so many elements in one call."""
+    results = [orthogonal(piece) for piece in stack.split(max(1, bound // max(1, stack[0].numel())))]
+    return torch.cat(results) if len(results) > 1 else results[0]
 
 
 def _is_tall(matrices: Tensor) -> bool:

@@ -12,12 +12,16 @@ import torch
 from torch import Tensor
 
 from lightning_muonclip.optim.coefficients import resolve_schedule
+from lightning_muonclip.optim.decay import decay_cautiously, scalar
+from lightning_muonclip.optim.momentum import as_of, gain, nesterov
 from lightning_muonclip.optim.options import LR_ADJUSTMENTS
 from lightning_muonclip.optim.orthogonalize import orthogonalize, working_dtype
 from lightning_muonclip.optim.parts import Parts
 from lightning_muonclip.optim.restarts import cheapest_flops
+from lightning_muonclip.optim.second_moment import normalizing_factors, received, sums_of_squares, to_send
 from lightning_muonclip.optim.stacking import STACK_NUMEL, directions, directions_of_parts, matrix_shape, stacks
-from lightning_muonclip.parallel.exchange import Exchange, wires
+from lightning_muonclip.optim.stats import Tracker
+from lightning_muonclip.parallel.exchange import Exchange, Result, wires
 from lightning_muonclip.parallel.shards import local_box, whole_box
 from lightning_muonclip.parallel.shared import SharedWeights
 
@@ -27,6 +31,7 @@ class Matrix(NamedTuple):
 
     Attributes:
         momentum: ``None`` if another rank keeps it.
+        second_moment: ``None`` without one.
         number: The number of its group; torch.compile takes no ids of objects.
         parts: The matrices inside a weight that holds several.
     """
@@ -35,6 +40,7 @@ class Matrix(NamedTuple):
     weight: Tensor
     grad: Tensor
     momentum: Tensor | None
+    second_moment: Tensor | None
     number: int
     group: dict[str, Any]
     parts: Parts | None
@@ -46,9 +52,11 @@ class MatrixStep:
     Args:
         dtype: Working dtype of Newton-Schulz; ``None`` is the fastest that the device has in hardware.
         stack_numel: Most elements that are orthogonalized together; ``None`` is :data:`.stacking.STACK_NUMEL`.
+        tracker: Takes down what the matrices do, if it is on.
     """
 
-    def __init__(self, dtype: torch.dtype | None, stack_numel: int | None) -> None:
+    def __init__(self, dtype: torch.dtype | None, stack_numel: int | None, tracker: Tracker) -> None:
+        self.tracker = tracker
         self.dtype = dtype
         self.stack_numel = stack_numel
 
@@ -64,7 +72,8 @@ class MatrixStep:
                 here.append(matrix)
         for stack in self._stacks(here, [matrix.weight.shape for matrix in here]):  # needs memory for itself alone
             own = [here[i] for i in stack]
-            self._subtract(own, self._directions(own, updates(own), with_gradient(own, is_shared=False)))
+            found = self._directions(own, updates(own), with_gradient(own, is_shared=False))
+            self._subtract(own, [(direction, *self._sums(m, direction)) for m, direction in zip(own, found)])
         for exchange, own_of_it in there.items():
             if own_of_it:
                 self._step_shared(exchange, own_of_it)
@@ -73,7 +82,8 @@ class MatrixStep:
         """The cost of orthogonalizing a weight."""
         shapes = [matrix_shape(param.shape, group["kind"])]
         if parts is not None:
-            shapes = [(count, channels, param.shape[1 - parts.dim]) for count, channels in parts.sizes()]
+            batch, fan_in = shapes[0][0], _fan_in(shapes[0], parts)
+            shapes = [(batch * count, channels, fan_in) for count, channels in parts.sizes()]
         schedule = resolve_schedule(group["ns_coefficients"], group["ns_steps"])
         unit = torch.finfo(self._working_dtype(param.device)).eps / 2
         return sum(count * cheapest_flops(schedule, m, n, unit) for count, m, n in shapes)
@@ -86,20 +96,33 @@ class MatrixStep:
             own = [matrices[i] for i in indices]
             return list(zip(updates(own), with_gradient(own, is_shared=True)))
 
-        def orthogonalized(whole: Mapping[int, tuple[Tensor, Tensor]]) -> dict[int, Tensor]:
+        def orthogonalized(whole: Mapping[int, tuple[Tensor, Tensor]]) -> dict[int, Result]:
             indices = list(whole)
-            results: dict[int, Tensor] = {}
+            results: dict[int, Result] = {}
             for stack in self._stacks([matrices[i] for i in indices], [update.shape for update, _ in whole.values()]):
                 own = [indices[k] for k in stack]
                 found, moving = zip(*(whole[i] for i in own))
-                results |= dict(zip(own, self._directions([matrices[i] for i in own], found, moving)))
+                for i, direction in zip(own, self._directions([matrices[i] for i in own], found, moving)):
+                    sums = self._sums(matrices[i], direction)
+                    results[i] = (direction, *(to_send(own_sums, back) for own_sums in sums))
             return results
 
-        def subtract(shards: Mapping[int, Tensor]) -> None:
-            self._subtract([matrices[i] for i in shards], list(shards.values()))
+        def subtract(shards: Mapping[int, Result]) -> None:
+            found = []
+            for i, (shard, *terms) in shards.items():
+                batch = matrix_shape(matrices[i].param.shape, matrices[i].group["kind"])[0]
+                found.append((shard, *(received(own, batch) for own in terms)))
+            self._subtract([matrices[i] for i in shards], found)
 
         out, back = wires(self._working_dtype(weight.device), weight.dtype)
-        exchange.run(list(matrices), local_updates, orthogonalized, subtract, out, back)
+        notes = {i: 2 * m.second_moment.numel() for i, m in matrices.items() if m.second_moment is not None}
+        exchange.run(list(matrices), local_updates, orthogonalized, subtract, out, back, notes)
+
+    def _sums(self, matrix: Matrix, direction: Tensor) -> tuple[Tensor, ...]:
+        """What a second moment needs to know of a whole direction, if the matrix has one."""
+        if matrix.second_moment is None:
+            return ()
+        return (sums_of_squares(direction, matrix.group["kind"], matrix.parts),)
 
     def _stacks(self, matrices: Sequence[Matrix], shapes: Sequence[torch.Size]) -> Iterator[list[int]]:
         if not matrices:
@@ -118,6 +141,9 @@ class MatrixStep:
     ) -> list[Tensor]:
         """Orthogonalized updates of whole matrices that are stacked together."""
         group = matrices[0].group
+        if self.tracker.is_on:
+            for matrix, update in zip(matrices, whole):
+                self.tracker.note_momentum(matrix.param, update, group["kind"], matrix.parts)
         orthogonal = partial(
             orthogonalize,
             coefficients=group["ns_coefficients"],
@@ -125,38 +151,63 @@ class MatrixStep:
             eps=group["eps"],
             dtype=self._working_dtype(whole[0].device),
         )
+        kind, bound = group["kind"], self._bound(whole[0].device)
         if parts := matrices[0].parts:
-            return directions_of_parts(whole, moving, parts, orthogonal)
-        return directions(whole, moving, group["kind"], orthogonal, self._bound(whole[0].device))
+            return directions_of_parts(whole, moving, parts, kind, orthogonal, bound)
+        return directions(whole, moving, kind, orthogonal, bound)
 
-    def _subtract(self, matrices: Sequence[Matrix], shards: Sequence[Tensor]) -> None:
+    def _subtract(self, matrices: Sequence[Matrix], shards: Sequence[Result]) -> None:
         """Steps weights along this rank's shards of their directions."""
         alike: dict[tuple[int, float], list[tuple[Matrix, Tensor]]] = defaultdict(list)
-        for matrix, direction in zip(matrices, shards):
+        for matrix, (direction, *sums) in zip(matrices, shards):
+            if sums:
+                direction = direction * self._normalizing(matrix, sums[0], direction.shape)
             scale = self._scale(matrix)
+            if self.tracker.is_on:
+                self.tracker.note_update(matrix.param, direction, scale)
             if isinstance(scale, Tensor):
                 direction, scale = direction * scale, 1.0
             alike[matrix.number, scale].append((matrix, direction))
         for (_, scale), own in alike.items():
-            rate = -scalar(own[0][0].group["lr"]) * scale
-            _add_scaled([matrix.weight for matrix, _ in own], [direction for _, direction in own], rate)
+            group, weights = own[0][0].group, [matrix.weight for matrix, _ in own]
+            found = [direction for _, direction in own]
+            if group["cautious_weight_decay"]:
+                decay_cautiously(weights, found, scalar(group["lr"]) * group["weight_decay"])
+            _add_scaled(weights, found, -scalar(group["lr"]) * scale)
+
+    def _normalizing(self, matrix: Matrix, sums: Tensor, shape: torch.Size) -> Tensor:
+        """The factors of this rank's shard of a direction, by which its rows or columns are normalized."""
+        assert matrix.second_moment is not None
+        group, param = matrix.group, matrix.param
+        whole = shape if len(sums) != matrix_shape(param.shape, group["kind"])[0] else param.shape  # its experts alone
+        beta = group["second_moment_beta"]
+        factors = normalizing_factors(sums, matrix.second_moment, beta, whole, group["kind"], matrix.parts)
+        if whole == shape:
+            return factors
+        return factors[
+            tuple(side if factors.shape[dim] > 1 else slice(None) for dim, side in enumerate(local_box(param)))
+        ]
 
     def _scale(self, matrix: Matrix) -> float | Tensor:
         name = matrix.group["adjust_lr_fn"] or "original"
         param, parts = matrix.param, matrix.parts
-        _, fan_out, fan_in = matrix_shape(param.shape, matrix.group["kind"])
+        shape = matrix_shape(param.shape, matrix.group["kind"])
         if parts is None:
-            return LR_ADJUSTMENTS[name](fan_out, fan_in)
-        factors = parts.factors(name, param.shape[1 - parts.dim], matrix.weight.device)
+            return LR_ADJUSTMENTS[name](*shape[1:])
+        factors = parts.factors(name, _fan_in(shape, parts), matrix.weight)
         side = local_box(param)[parts.dim]
         return factors.narrow(parts.dim, side.start, side.stop - side.start)
+
+
+def _fan_in(shape: tuple[int, int, int], parts: Parts) -> int:
+    """Of the matrices of a weight, which is a batch of this shape."""
+    return shape[1] if parts.is_transposed else shape[2]
 
 
 def gain_momentum(matrices: Sequence[Matrix], momentum: float) -> None:
     """Moves the momentum of the weights of one group towards their gradients."""
     kept = [(m.momentum, m.grad) for m in matrices if m.momentum is not None]
-    if kept:
-        torch._foreach_lerp_([buffer for buffer, _ in kept], [grad for _, grad in kept], 1 - momentum)
+    gain([buffer for buffer, _ in kept], [grad for _, grad in kept], momentum)
 
 
 def updates(matrices: Sequence[Matrix]) -> list[Tensor]:
@@ -165,9 +216,8 @@ def updates(matrices: Sequence[Matrix]) -> list[Tensor]:
     for _, members in groupby(matrices, key=lambda matrix: matrix.number):
         own = list(members)
         group, momenta = own[0].group, [m.momentum for m in own if m.momentum is not None]
-        if group["nesterov"]:
-            momenta = list(torch._foreach_lerp([m.grad for m in own], momenta, group["momentum"]))
-        found += momenta
+        grads = [m.grad for m in own]
+        found += nesterov(momenta, grads, group["momentum"]) if group["nesterov"] else as_of(momenta, grads)
     return found
 
 
@@ -191,19 +241,17 @@ def with_gradient(matrices: Sequence[Matrix], is_shared: bool) -> list[Tensor]:
             continue
         shape, box = (m.param.shape, local_box(m.param)) if is_shared else (m.weight.shape, whole_box(m.weight.shape))
         if m.parts is not None:
-            channels = m.grad.new_zeros(shape[m.parts.dim], dtype=torch.bool)
-            channels[box[m.parts.dim]] = m.grad.any(1 - m.parts.dim)
-            found[i] = m.parts.where_any(channels).to(m.grad.dtype)
+            dim, batch = m.parts.dim, len(shape) - 2 if m.group["kind"] == "experts" else 0
+            channels = m.grad.new_zeros(*shape[:batch], shape[dim], dtype=torch.bool)
+            others = tuple(other for other in range(batch, len(shape)) if other != dim)
+            own = (*box[:batch], box[dim])
+            channels[own] = m.grad.any(others)
+            found[i] = m.parts.where_any(channels.view(-1, shape[dim])).to(m.grad.dtype)
         else:
             experts = m.grad.new_zeros(shape[:-2], dtype=torch.bool)
             experts[box[:-2]] = m.grad.any(-1).any(-1)
             found[i] = experts.flatten().to(m.grad.dtype)
     return [found[i] for i in range(len(matrices))]
-
-
-def scalar(lr: float | Tensor) -> float | Tensor:
-    """The learning rate as a zero-dimensional tensor, as foreach products require."""
-    return lr.reshape(()) if isinstance(lr, Tensor) else lr
 
 
 def _add_scaled(params: list[Tensor], along: list[Tensor], scale: float | Tensor) -> None:

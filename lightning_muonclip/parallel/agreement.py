@@ -31,6 +31,7 @@ TOLERANCE = 1e-2
 SETTINGS = (
     *("algorithm", "kind", "lr", "initial_lr", "weight_decay", "momentum", "nesterov"),
     *("ns_coefficients", "ns_steps", "eps", "adjust_lr_fn", "betas"),
+    *("cautious_weight_decay", "second_moment", "second_moment_beta", "momentum_dtype", "steps"),
 )
 
 

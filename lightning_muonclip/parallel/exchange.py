@@ -10,7 +10,7 @@ import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from typing import NamedTuple
 
 import torch
@@ -31,6 +31,10 @@ MOST_PLANS = 64
 
 #: Steps in which ranks may still wait for a gradient that they can compare.
 _MOST_TRIES = 8
+
+
+#: What an owner computes for a weight, and perhaps a note for all ranks that hold it.
+Result = tuple[Tensor, ...]
 
 
 class _Piece(NamedTuple):
@@ -119,10 +123,11 @@ class Exchange:
         self,
         indices: Sequence[int],
         updates: Callable[[Sequence[int]], list[tuple[Tensor, Tensor]]],
-        work: Callable[[Mapping[int, tuple[Tensor, Tensor]]], dict[int, Tensor]],
-        use: Callable[[Mapping[int, Tensor]], None],
+        work: Callable[[Mapping[int, tuple[Tensor, Tensor]]], dict[int, Result]],
+        use: Callable[[Mapping[int, Result]], None],
         out: torch.dtype,
         back: torch.dtype,
+        notes: Mapping[int, int] | None = None,
     ) -> None:
         """Runs ``work`` for every matrix on its owner, overlapping the computation of one round with communication.
 
@@ -130,10 +135,12 @@ class Exchange:
             indices: The weights that take part, the same on every rank.
             updates: Returns this rank's parts of the updates of the given weights, each with its marks: a vector, of which
                 the owner gets the maximum over the ranks that hold the weight.
-            work: Maps the whole updates that this rank owns, with their marks, to results.
+            work: Maps the whole updates that this rank owns, with their marks, to results: one tensor each, and perhaps a
+                note, a vector that all ranks get as it is.
             use: Consumes this rank's parts of the results.
             out: The dtype in which updates are sent.
-            back: The dtype in which results are sent.
+            back: The dtype in which results and notes are sent.
+            notes: The lengths of the notes, of those results that have one.
         """
 
         def send(round: _Round) -> Callable[[], dict[int, tuple[Tensor, Tensor]]]:
@@ -141,13 +148,13 @@ class Exchange:
 
         rounds = self._rounds_of(tuple(indices))
         arriving = send(rounds[0])
-        returning: Callable[[], dict[int, Tensor]] | None = None
+        returning: Callable[[], dict[int, Result]] | None = None
         for now, following in zip_longest(rounds, rounds[1:]):
             whole = arriving()
             if following is not None:
                 arriving = send(following)
             results = work(whole)
-            previous, returning = returning, self._scatter(now, results, back)
+            previous, returning = returning, self._scatter(now, results, back, notes or {})
             if previous is not None:
                 use(previous())
         assert returning is not None
@@ -207,16 +214,30 @@ class Exchange:
         return wait
 
     def _scatter(
-        self, round: _Round, results: Mapping[int, Tensor], wire: torch.dtype
-    ) -> Callable[[], dict[int, Tensor]]:
+        self, round: _Round, results: Mapping[int, Result], wire: torch.dtype, notes: Mapping[int, int]
+    ) -> Callable[[], dict[int, Result]]:
         """Starts scattering results to all holders; the returned function waits for this rank's parts."""
-        sends = [(piece.peer, results[piece.number][piece.box]) for piece in round.to_holders.sends]
-        receives = [(piece.peer, extent(piece.box)) for piece in round.to_holders.receives]
+        sends = [
+            (piece.peer, tensor)
+            for piece in round.to_holders.sends
+            for whole, *note in [results[piece.number]]
+            for tensor in (whole[piece.box], *note)
+        ]
+        receives = [
+            (piece.peer, shape)
+            for piece in round.to_holders.receives
+            for shape in (extent(piece.box), *[(notes[own],) for own in [piece.number] if own in notes])
+        ]
         finish = self._all_to_all(sends, receives, wire, self._dtype)
 
-        def wait() -> dict[int, Tensor]:
-            parts = {i: result[self._boxes[i][self.rank]] for i, result in results.items()}
-            return parts | {piece.number: part for piece, part in zip(round.to_holders.receives, finish())}
+        def wait() -> dict[int, Result]:
+            parts: dict[int, Result] = {
+                i: (whole[self._boxes[i][self.rank]], *note) for i, (whole, *note) in results.items()
+            }
+            arrived = iter(finish())
+            for piece in round.to_holders.receives:
+                parts[piece.number] = tuple(islice(arrived, 2 if piece.number in notes else 1))
+            return parts
 
         return wait
 
@@ -247,10 +268,10 @@ class Exchange:
         for i in indices:
             owner, boxes = self.owners[i], self._boxes[i]
             for rank, box in enumerate(boxes):
-                if rank == owner or 0 in extent(box):
+                if rank == owner:
                     continue
                 # If several ranks hold the same part, the one in the owner's own replica sends it.
-                if self._replicas[i][rank] == self._replicas[i][owner]:
+                if self._replicas[i][rank] == self._replicas[i][owner] and 0 not in extent(box):
                     if rank == self.rank:
                         to_owners.sends.append(_Piece(owner, i, box))
                     elif owner == self.rank:

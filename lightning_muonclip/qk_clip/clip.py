@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from lightning_muonclip.qk_clip.describe.declared import AttentionModules, unwrapped
 from lightning_muonclip.qk_clip.describe.find import Example
+from lightning_muonclip.qk_clip.describe.fused import FusedWeight
 from lightning_muonclip.qk_clip.describe.isolate import device_of
 from lightning_muonclip.qk_clip.describe.saved import restored_attention, saved_attention
 from lightning_muonclip.qk_clip.describe.spec import AttentionSpec
@@ -27,11 +28,11 @@ from lightning_muonclip.qk_clip.observe.watch import watch_of
 from lightning_muonclip.qk_clip.options import check_clip_options
 from lightning_muonclip.qk_clip.owned import has_part_of
 from lightning_muonclip.qk_clip.plan import ClipPlan
-from lightning_muonclip.qk_clip.rehearsal import after_steps
 from lightning_muonclip.qk_clip.result import ClipResult
 from lightning_muonclip.qk_clip.rule import qk_clip_gamma
 from lightning_muonclip.qk_clip.summary import summary_table
 from lightning_muonclip.qk_clip.verify import Verification, verify_attention
+from lightning_muonclip.rehearsal import after_steps
 
 
 class QKClip:
@@ -395,7 +396,8 @@ class QKClip:
         discovery = self.observer.discovery
         if discovery.has_surveyed:
             state |= saved_attention(self.model, self.observer.attention)
-            state |= {"unseen": discovery.unseen, "asked": discovery.asked}
+            fused = {name: list(own) for name, own in discovery.fused.items()}
+            state |= {"unseen": discovery.unseen, "asked": discovery.asked, "fused": fused}
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -411,10 +413,11 @@ class QKClip:
                 f"the saved clip counts are of layers that the model does not have: {', '.join(map(repr, strange))};"
                 " load them into a model with the same attention layers"
             )
-        if "specs" in state_dict and not discovery.has_surveyed and state_dict["asked"] == discovery.asked:
+        if "fused" in state_dict and not discovery.has_surveyed and state_dict["asked"] == discovery.asked:
             attention = restored_attention(self.model, state_dict)
             if attention is not None:
-                discovery.restore(attention, state_dict["unseen"])
+                fused = {name: FusedWeight(*own) for name, own in state_dict["fused"].items()}
+                discovery.restore(attention, fused, state_dict["unseen"])
         # By name: some may be found only later.
         clips = torch.as_tensor(state_dict["clips"]).double()[..., None]
         effect = torch.as_tensor(state_dict.get("effect", torch.zeros(*clips.shape[:2], REMEMBERED))).double()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -15,18 +17,21 @@ from torch.optim import Optimizer
 
 from lightning_muonclip.optim.muon import Muon
 from lightning_muonclip.optim.options import check_muon_options
-from lightning_muonclip.optim.routing import check_router, route_params, routes_under, routing_table
+from lightning_muonclip.optim.routing import Route, check_router, route_params, routes_under, routing_table
+from lightning_muonclip.optim.schedules import Schedule
+from lightning_muonclip.optim.stats import Stats, summarized
 from lightning_muonclip.parallel.grad_norm import clip_grad_norm_, total_norm
 from lightning_muonclip.parallel.shards import to_local
 from lightning_muonclip.qk_clip.clip import QKClip
 from lightning_muonclip.qk_clip.describe.declared import AttentionModules
+from lightning_muonclip.qk_clip.describe.fused import FusedWeights
 from lightning_muonclip.qk_clip.describe.spec import AttentionSpec
-from lightning_muonclip.qk_clip.describe.split import check_split, matrix_parts
+from lightning_muonclip.qk_clip.describe.split import attention_heads, check_split, matrix_parts
 from lightning_muonclip.qk_clip.observe.capture import Capture
 from lightning_muonclip.qk_clip.observe.observer import Observer
 from lightning_muonclip.qk_clip.options import check_clip_options
-from lightning_muonclip.qk_clip.rehearsal import after_steps
 from lightning_muonclip.qk_clip.result import ClipResult
+from lightning_muonclip.rehearsal import after_steps
 from lightning_muonclip.signatures import share_out, takes_keywords_of
 from lightning_muonclip.trainer.checkpoints import (
     WITHOUT_CALLBACK,
@@ -42,7 +47,7 @@ from lightning_muonclip.trainer.mixin import MaxLogitsMixin
 from lightning_muonclip.trainer.strategies import check_strategy, restores_optimizers
 
 
-@takes_keywords_of(QKClip, Muon, but=("model", "example", "observer", "process_group", "params", "parts"))
+@takes_keywords_of(QKClip, Muon, but=("model", "example", "observer", "process_group", "params", "track_stats"))
 class MuonClipCallback(Callback):
     """Trains any transformer with MuonClip: Muon for hidden matrices, the user's optimizer for the rest, QK-Clip.
 
@@ -62,21 +67,25 @@ class MuonClipCallback(Callback):
         lr: Base learning rate of Muon, under the schedule of the user's groups, relative to their initial rate
             (``max_lr / div_factor`` for OneCycleLR). ``None`` follows the user's groups, whose rate should be one for
             AdamW: there is a warning with the rate if no class of the optimizer has Adam in its name, or if it is 1 or more.
-        weight_decay: Muon's own weight decay; ``None`` follows the user's groups.
+        weight_decay: Muon's own weight decay, or a function from the number of steps to it; ``None`` follows the user's
+            groups. A group that has no decay then has none.
         adjust_lr_fn: Scale of Muon's update; with ``"match_rms_adamw"`` AdamW's learning rate and weight decay carry over.
         specs: Layouts of attention modules by name, as :class:`~lightning_muonclip.QKClip` takes them.
         verify: Whether to prove on the first batch that every spec scales the weights of its heads (see
             :meth:`QKClip.verify <lightning_muonclip.QKClip.verify>`).
         split: What Muon orthogonalizes of a fused projection: queries, keys and values apart (``"qkv"``), every head
-            (``"heads"``), or all of it together (``"none"``).
+            (``"heads"``), every two neighbouring heads (``"pairs"``), or all of it together (``"none"``).
         exclude: Shell-style patterns of parameter names that stay with the user's optimizer.
         include: Patterns of parameter names to give to Muon that it would not get by default.
         router: The optimizer of the routers of experts: ``"muon"``, or ``"adamw"`` for the user's (see
             :func:`~lightning_muonclip.optim.routing.route_params`, which also tells where every parameter goes and why).
         log_heads_every_n_steps: Logs every head's maximum at this interval; ``None`` never does.
+        log_stats_every_n_steps: Logs what Muon's matrices do at this interval, as :meth:`Muon.stats
+            <lightning_muonclip.Muon.stats>` has it: the mean of each figure as ``muon/<figure>``, that of each matrix as
+            ``muon/<figure>/<name>``; ``None`` never does.
         **options: Any other keyword of :class:`~lightning_muonclip.QKClip` (``shared_keys``, ``qk_norm``, ``logits``,
             ``lora``, ``every_n_steps``, ``unknown``) and of :class:`~lightning_muonclip.Muon` (``momentum``, ``nesterov``,
-            ``ns_coefficients``, ``ns_steps``, ``eps``, ``dtype``, ``stack_numel``, ``shard_momentum``).
+            ``ns_coefficients``, ``ns_steps``, ``eps``, ``dtype``, ``stack_numel``, ``parts``, ``shard_momentum``).
 
     Raises:
         ValueError: If an argument is out of range; when fitting starts, if the Trainer, the optimizer or the model cannot
@@ -95,7 +104,7 @@ class MuonClipCallback(Callback):
         threshold: float | None = 100.0,
         alpha: float = 0.5,
         lr: float | None = None,
-        weight_decay: float | None = None,
+        weight_decay: float | Schedule | None = None,
         *,
         adjust_lr_fn: str | None = "match_rms_adamw",
         specs: Mapping[str, AttentionSpec | None] | None = None,
@@ -105,13 +114,17 @@ class MuonClipCallback(Callback):
         include: Sequence[str] = (),
         router: str = "muon",
         log_heads_every_n_steps: int | None = None,
+        log_stats_every_n_steps: int | None = None,
         **options: Any,
     ) -> None:
         clip_options, muon_options = share_out(options, QKClip, Muon)
         self._clip_options = {"threshold": threshold, "alpha": alpha, **clip_options}
+        self._given_parts = muon_options.pop("parts") or {}
         self._muon_options = {"adjust_lr_fn": adjust_lr_fn, **muon_options}
+        if callable(weight_decay):
+            self._muon_options["weight_decay"] = weight_decay
         check_clip_options(**self._clip_options)
-        check_muon_options(lr=lr or 0.0, weight_decay=weight_decay or 0.0, **self._muon_options)
+        check_muon_options(**{"lr": lr or 0.0, "weight_decay": weight_decay or 0.0, **self._muon_options})
         check_split(split)
         check_router(router)
         if verify and self._clip_options["logits"] == "off":
@@ -125,14 +138,19 @@ class MuonClipCallback(Callback):
         self.include = tuple(include)
         self.router = router
         self.log_heads_every_n_steps = log_heads_every_n_steps
+        self.log_stats_every_n_steps = log_stats_every_n_steps
+        #: What Muon's matrices did in the last step that was logged.
+        self.last_stats: Stats = {}
+        self.last_stats_step = 0
         self.muon: Muon | None = None
         self.qk_clip: QKClip | None = None
         #: Maxima and clips of the last step; ``None`` before the first, and after one that was skipped or not due.
         self.last: ClipResult | None = None
         self._groups: FollowingGroups | None = None
         self._observer: Observer | None = None
-        #: The attention whose fused weights Muon splits.
-        self._attention: AttentionModules = {}
+        #: The attention and the fused weights that Muon splits.
+        self._known: tuple[AttentionModules, FusedWeights] = ({}, {})
+        self._routes: list[Route] = []
         self._restored_clips: dict[str, Any] | None = None
         self._handles: list[Any] = []
         self._capture: Capture | None = None
@@ -187,12 +205,11 @@ class MuonClipCallback(Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Moves the hidden matrices to Muon and starts observing, before any optimizer is restored."""
         optimizer = users_optimizer(trainer)
-        routes = routes_under(optimizer, route_params(pl_module, self.exclude, self.include, self.router))
-        self._groups = FollowingGroups(optimizer, routes, self.lr)
+        self._routes = routes_under(optimizer, route_params(pl_module, self.exclude, self.include, self.router))
+        self._groups = FollowingGroups(optimizer, self._routes, self.lr)
         self._observer = self._observe(pl_module)
-        self._attention = self._observer.attention
-        parts = matrix_parts(pl_module, self._attention, self.split)
-        self.muon = Muon(self._groups.groups, parts=parts, **self._muon_options)
+        self._known = self._observer.attention, self._observer.fused
+        self.muon = Muon(self._groups.groups, parts=self._parts_of(pl_module), **self._muon_options)
         self._groups.follow(optimizer, self.muon, self.lr, self.weight_decay)
         if scaler_of(trainer) is not None and not any(group["params"] for group in optimizer.param_groups):
             raise ValueError(
@@ -208,7 +225,8 @@ class MuonClipCallback(Callback):
             self._restore_clips()
             for own in (self.muon, optimizer):
                 self._handles += after_steps(own, self._apply_qk_clip)
-        rank_zero_info(f"MuonClip routes the parameters as follows\n{routing_table(routes)}")
+        table = routing_table(self._routes, self.muon.parts)
+        rank_zero_info(f"MuonClip routes the parameters as follows\n{table}")
         self._follow_attention()
 
     def _observe(self, pl_module: pl.LightningModule) -> Observer:
@@ -233,7 +251,8 @@ class MuonClipCallback(Callback):
         """Notes the step that training starts from."""
         self._last_step, self._has_started = trainer.global_step, True
         if self.muon is not None:
-            warn_of_other_settings(self.muon)
+            cycled = any("max_momentum" in group for group in trainer.optimizers[0].param_groups)
+            warn_of_other_settings(self.muon, but=("momentum",) if cycled else ())
         if self.verify and self.qk_clip is not None:
             self._verified.clear()
             self._capture = Capture(self.qk_clip.observer)
@@ -280,6 +299,8 @@ class MuonClipCallback(Callback):
         self._verify()
         self._groups.follow(optimizer, self.muon, self.lr, self.weight_decay)
         self._take_up_attention(pl_module)
+        if self.log_stats_every_n_steps:
+            self.muon.track_stats = (trainer.global_step + 1) % self.log_stats_every_n_steps == 0
         scaler = scaler_of(trainer)
         if scaler is not None:
             scaler.unscale_(self.muon)
@@ -306,11 +327,24 @@ class MuonClipCallback(Callback):
         assert self.muon is not None
         assert self._observer is not None
         attention = self._observer.settle() if self.qk_clip is None else self.qk_clip.settle()
-        if attention is self._attention:
+        before, self._known = self._known, (attention, self._observer.fused)
+        if all(now is earlier for now, earlier in zip(self._known, before)):
             return
-        self._attention = attention
-        self.muon.set_parts(matrix_parts(pl_module, attention, self.split))
+        self.muon.set_parts(self._parts_of(pl_module))
+        self.muon.set_heads(partial(attention_heads, attention))
         self._follow_attention()
+        self._tell_parts()
+
+    def _parts_of(self, pl_module: pl.LightningModule) -> dict[Any, Any]:
+        """The matrices in fused weights; the user's word goes above what is found."""
+        attention, fused = self._known
+        return {**matrix_parts(pl_module, attention, self.split, fused), **self._given_parts}
+
+    def _tell_parts(self) -> None:
+        assert self.muon is not None
+        split = [route for route in self._routes if len(self.muon.parts.get(route.param, ((), ()))[1]) > 1]
+        if split:
+            rank_zero_info(f"Muon takes these weights for several matrices\n{routing_table(split, self.muon.parts)}")
 
     def _follow_attention(self) -> None:
         """Decides after whose step QK-Clip runs, and says what it will scale."""
@@ -358,6 +392,8 @@ class MuonClipCallback(Callback):
         if trainer.global_step == self._last_step:
             return  # accumulating gradients
         self._last_step = trainer.global_step
+        if self.log_stats_every_n_steps and self.muon.track_stats:
+            self._log_stats(trainer, self.muon.stats())
         if self.last is not None:
             self._log(trainer, pl_module, self.last)
         elif self.qk_clip is not None:
@@ -383,6 +419,14 @@ class MuonClipCallback(Callback):
             }
             for logger in trainer.loggers:
                 logger.log_metrics(heads, step=trainer.global_step - 1)
+
+    def _log_stats(self, trainer: pl.Trainer, stats: Stats) -> None:
+        self.last_stats, self.last_stats_step = stats, trainer.global_step
+        values = {f"muon/{figure}": value for figure, value in summarized(stats).items()}
+        for name, own in stats.items():
+            values |= {f"muon/{figure}/{name}": value for figure, value in own.items() if not math.isnan(value)}
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=trainer.global_step - 1)
 
     def _log_largest(self, pl_module: pl.LightningModule, name: str, value: Tensor, **options: Any) -> None:
         """Logs a maximum; that of the last step, if none was recorded in this one."""

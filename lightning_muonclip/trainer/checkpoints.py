@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,10 +90,22 @@ def warn_of_emptied_groups(optimizer: Optimizer) -> None:
         )
 
 
-def warn_of_other_settings(muon: Muon) -> None:
-    """Warns that the settings of the checkpoint take precedence, as for every torch optimizer."""
+_COMPARED = (
+    *("momentum", "nesterov", "adjust_lr_fn", "cautious_weight_decay"),
+    *("second_moment", "second_moment_beta", "momentum_dtype"),
+)
+
+
+def warn_of_other_settings(muon: Muon, but: Collection[str] = ()) -> None:
+    """Warns that the settings of the checkpoint take precedence, as for every torch optimizer.
+
+    Args:
+        muon: The optimizer.
+        but: What else may change in training; what is scheduled may.
+    """
     given, saved = _comparable(muon.defaults), _comparable(muon.param_groups[0])
-    others = [name for name, value in given.items() if saved[name] != value]
+    free = {*but, *(["momentum"] if callable(given["momentum"]) else [])}
+    others = [name for name, value in given.items() if saved[name] != value and name not in free]
     if others:
         rank_zero_warn(
             f"Muon resumes with the {', '.join(others)} of the checkpoint, not those of MuonClipCallback; to change them,"
@@ -103,4 +115,4 @@ def warn_of_other_settings(muon: Muon) -> None:
 
 def _comparable(settings: dict[str, Any]) -> dict[str, Any]:
     schedule = resolve_schedule(settings["ns_coefficients"], settings["ns_steps"])  # FSDP2 makes lists of tuples
-    return {name: settings[name] for name in ("momentum", "nesterov", "adjust_lr_fn")} | {"ns_coefficients": schedule}
+    return {name: settings[name] for name in _COMPARED} | {"ns_coefficients": schedule}

@@ -9,8 +9,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_muonclip.optim.parts import KINDS
 from lightning_muonclip.optim.routing import Route, routing_table
-from lightning_muonclip.optim.stacking import KINDS
+from lightning_muonclip.optim.schedules import Schedule, at_step
 
 
 class FollowingGroups:
@@ -55,22 +56,28 @@ class FollowingGroups:
                 "Exclude fewer of them (exclude=), include some (include=), or remove the callback"
             )
 
-    def follow(self, optimizer: Optimizer, muon: Optimizer, lr: float | None, weight_decay: float | None) -> None:
-        """Updates the learning rate and weight decay of Muon's groups.
+    def follow(
+        self, optimizer: Optimizer, muon: Optimizer, lr: float | None, weight_decay: float | Schedule | None
+    ) -> None:
+        """Updates the learning rate and weight decay of Muon's groups; their momentum under a schedule that cycles it.
 
         Args:
             optimizer: The user's.
             muon: The optimizer with :attr:`groups`.
             lr: Muon's own base learning rate, under the schedule of the user's groups; ``None`` is theirs.
-            weight_decay: Muon's own weight decay; ``None`` is that of the user's groups.
+            weight_decay: Muon's own weight decay, which may be scheduled; ``None`` is that of the user's groups.
         """
         for (i, base), group in zip(self._sources, muon.param_groups):
             source = optimizer.param_groups[i]
             factors = source.get("mup", {})  # of a group that muP has scaled, for AdamW
             own, users = factors.get(group["adjust_lr_fn"] or "original", 1.0), factors.get("adamw", 1.0)
             rate = source["lr"] / users if lr is None else lr * (source["lr"] / base if base else 1.0)
-            decay = (source.get("weight_decay") or 0.0) * users if weight_decay is None else weight_decay
+            decay = (source.get("weight_decay") or 0.0) * users
+            if weight_decay is not None and not (callable(weight_decay) and decay == 0):
+                decay = at_step(weight_decay, group.get("steps", 0))
             group["lr"], group["weight_decay"] = rate * own, decay / own
+            if "max_momentum" in source:  # OneCycleLR and CyclicLR write it
+                group["momentum"] = source["betas"][0] if "betas" in source else source["momentum"]
 
 
 def _name_of(group: dict[str, Any], kind: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_muonclip.optim.muon import Muon
 from lightning_muonclip.qk_clip.describe.spec import AttentionSpec
 from lightning_muonclip.qk_clip.observe.observer import Observer
-from lightning_muonclip.qk_clip.rehearsal import after_steps
+from lightning_muonclip.rehearsal import after_steps
 
 
 class MaxLogitsMixin(pl.LightningModule):

@@ -21,12 +21,20 @@ from helpers import tiny_gpt
 from processes import start
 from torch import nn
 
-from lightning_muonclip import Muon, MuonClip, split_params
+from lightning_muonclip import Muon, MuonClip, decay_to_zero, momentum_warmup, split_params
 
 #: Runs on different numbers of ranks are not bitwise equal: the means of two halves and of four quarters round differently.
 TOLERANCE = 1e-6
 
 MOMENTUM_SHARDED = (("shard_momentum", True),)
+
+#: Which have a state of their own.
+VARIED = (
+    ("second_moment", "rows"),
+    ("cautious_weight_decay", True),
+    ("momentum", momentum_warmup(6)),
+    ("weight_decay", decay_to_zero(0.5, 20)),
+)
 
 STRATEGIES = ("ddp", "fsdp2", "fsdp2 sharded")
 
@@ -36,6 +44,16 @@ SAVERS = [
     Run("ddp, momentum sharded", "ddp", options=MOMENTUM_SHARDED),
     Run("fsdp2", "fsdp2"),
     Run("fsdp2 sharded", "fsdp2 sharded"),
+]
+SAVERS_VARIED = [
+    Run("varied ddp", "ddp", options=(*VARIED, *MOMENTUM_SHARDED)),
+    Run("varied fsdp2", "fsdp2", options=VARIED),
+    Run("varied fsdp2 sharded", "fsdp2 sharded", options=VARIED),
+]
+RESUMED_VARIED = [
+    Run("varied ddp after ddp", "ddp", "varied ddp", options=VARIED),
+    Run("varied ddp after fsdp2", "ddp", "varied fsdp2", options=VARIED),
+    Run("varied shards after shards", "fsdp2 sharded", "varied fsdp2 sharded", options=VARIED),
 ]
 
 #: By the number of ranks that go on.
@@ -90,7 +108,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def saved(folder: Path) -> list[dict[str, Any]]:
-    return start(4, folder / "4", train_all, SAVERS, 4, folder).results()
+    return start(4, folder / "4", train_all, [*SAVERS, *SAVERS_VARIED], 4, folder).results()
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +120,7 @@ def killed(folder: Path) -> dict[str, tuple[list[int | None], str]]:
 
 @pytest.fixture(scope="module")
 def two(folder: Path, saved: Any, killed: Any) -> list[dict[str, Any]]:
-    runs = [*RESUMED[2], *STRAIGHT, *RESCUED, *PLAIN, *REFUSED]
+    runs = [*RESUMED[2], *RESUMED_VARIED, *STRAIGHT, *RESCUED, *PLAIN, *REFUSED]
     return start(2, folder / "2", train_all, runs, 2, folder).results()
 
 
@@ -127,6 +145,18 @@ class TestResumed:
         assert int(saved[0][name]["clips"].sum()) > 0
         for rank in saved:
             assert_equal_weights(rank[name], saved[0]["ddp"], TOLERANCE)
+
+    def test_uninterrupted_with_options(self, saved: list[dict[str, Any]]) -> None:
+        first, *others = (run.name for run in SAVERS_VARIED)
+        for rank in saved:
+            for name in others:
+                assert_equal_weights(rank[name], saved[0][first], TOLERANCE)
+        moved = saved[0][first]["weights"]
+        assert any(not torch.allclose(weight, moved[name]) for name, weight in saved[0]["ddp"]["weights"].items())
+
+    @pytest.mark.parametrize("name", [run.name for run in RESUMED_VARIED])
+    def test_with_options(self, name: str, saved: list[dict[str, Any]], two: list[dict[str, Any]]) -> None:
+        self.check(name, two, saved[0]["varied ddp"])
 
     @pytest.mark.parametrize("name", [run.name for run in RESUMED[2]])
     def test_on_two_ranks(self, name: str, saved: list[dict[str, Any]], two: list[dict[str, Any]]) -> None:

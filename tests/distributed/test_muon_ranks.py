@@ -25,7 +25,7 @@ STEPS = 3
 
 #: Shapes of matrices, experts and convolutions; rows that four ranks share unevenly or not at all.
 MATRICES = [(12, 6), (6, 12), (12, 6), (5, 9), (3, 8), (16, 16), (1, 4), (6, 12)]
-EXPERTS = [(4, 6, 8), (6, 5, 3)]
+EXPERTS = [(4, 6, 8), (6, 5, 3), (4, 5, 12)]
 CONVOLUTIONS = [(8, 3, 2, 2)]
 FUSED = (10, 7)
 
@@ -48,6 +48,8 @@ def gradients(step: int) -> list[Tensor]:
         found["experts"][0][1] = 0
         found["experts"][0][2, :, :-1] = 0
         found["experts"][1][3:] = 0
+        found["experts"][2][1] = 0
+        found["experts"][2][2, :, step - 1 :: 2] = 0
         found["convolution"][0][1:] = 0
         found["fused"][0][2 - step :: 2] = 0
     return [gradient for own in found.values() for gradient in own]
@@ -58,7 +60,10 @@ def make(params: dict[str, list[Any]], **options: Any) -> tuple[Muon, list[Any]]
         {"params": own, "kind": "matrix" if kind == "fused" else kind, "lr": 0.02 * (1 + i), "momentum": 0.95 - 0.1 * i}
         for i, (kind, own) in enumerate(params.items())
     ]
-    parts = {params["fused"][0]: (0, [torch.arange(0, 10, 2), torch.arange(1, 10, 2)])}
+    parts = {  # the last experts have gate and up in turns, and inputs first
+        params["fused"][0]: (0, [range(0, 10, 2), range(1, 10, 2)]),
+        params["experts"][-1]: (2, [range(0, 12, 2), range(1, 12, 2)]),
+    }
     options = {"dtype": torch.float32, "adjust_lr_fn": "match_rms_adamw", **options}
     return Muon(groups, parts=parts, **options), [p for own in params.values() for p in own]
 
@@ -92,6 +97,7 @@ class Collectives(TorchDispatchMode):
 
 def set_gradients(params: list[Any], step: int) -> None:
     for p, gradient in zip(params, gradients(step)):
+        gradient = gradient.to(p.dtype)
         if isinstance(p, DTensor):
             own = gradient[local_box(p)]
             p.grad = DTensor.from_local(own, p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
@@ -171,9 +177,37 @@ def other_cases() -> dict[str, Any]:
         "late group": late_group(),
         "other gradients": other_gradients(),
         "checkpoint": checkpoint(),
+        "options": every_option(),
         "layers": {layers: collectives_of(layers) for layers in (1, 8)},
         "large gradients": train_on_large_gradients(sharded(init_device_mesh("cpu", (2,)), [Shard(0)])),
     }
+
+
+#: Those that a rank with a part of a matrix could get wrong.
+OPTIONS: dict[str, Any] = {
+    "second_moment": "rows",
+    "cautious_weight_decay": True,
+    "weight_decay": 0.5,
+    "momentum_dtype": "bfloat16",
+}
+
+
+def every_option() -> dict[str, list[Tensor]]:
+    mesh = init_device_mesh("cpu", (2,))
+    half = {kind: [nn.Parameter(w.bfloat16()) for w in own] for kind, own in weights().items()}
+    halves = {
+        kind: [nn.Parameter(distribute_tensor(w.bfloat16(), mesh, [Shard(0)])) for w in own]
+        for kind, own in weights().items()
+    }
+    made = {
+        "ddp": train(plain(), **OPTIONS),
+        "ddp, sharded momentum": train(plain(), shard_momentum=True, **OPTIONS),
+        "rows": train(sharded(mesh, [Shard(0)]), **OPTIONS),
+        "columns": train(sharded(mesh, [Shard(1)]), **OPTIONS),
+        "ddp, bfloat16": train(half, dtype=torch.bfloat16, second_moment="rows"),
+        "rows, bfloat16": train(halves, dtype=torch.bfloat16, second_moment="rows"),
+    }
+    return {name: trained for name, (trained, _) in made.items()}
 
 
 def missing_gradients() -> list[Tensor]:
@@ -363,6 +397,14 @@ def test_matrices_without_a_gradient_are_left_alone(others: list[dict[str, Any]]
     for rank in others:
         for weight, p in zip(rank["missing gradients"], params):
             torch.testing.assert_close(weight, p.detach(), atol=1e-6, rtol=1e-6)
+
+
+def test_options_are_exact_on_every_rank(others: list[dict[str, Any]]) -> None:
+    whole = expected(**OPTIONS)
+    for layout, trained in others[0]["options"].items():
+        assert all(map(torch.equal, trained, others[1]["options"][layout]))
+        for weight, p in zip(trained, whole if "bfloat16" not in layout else ()):
+            torch.testing.assert_close(weight, p, atol=1e-5, rtol=1e-5)
 
 
 def test_gradients_may_be_larger_than_the_working_dtype_holds(others: list[dict[str, Any]]) -> None:

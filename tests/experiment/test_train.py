@@ -106,6 +106,15 @@ def test_models_and_optimizers(train: Any, model: str, optimizer: str) -> None:
     assert (folder / "max_logits.png").exists()
 
 
+def test_what_the_matrices_do_is_plotted(train: Any) -> None:
+    folder = train("muonclip.log_stats_every_n_steps=2")
+    assert (folder / "muon.png").stat().st_size > 0
+    rows = list(csv.DictReader((folder / "metrics.csv").open()))
+    assert [row["step"] for row in rows if row["muon/update_rms"]] == ["1", "3", "5", "7"]
+    saved = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    assert saved["callbacks"]["StatPictures"]["history"]
+
+
 def test_another_logger(train: Any) -> None:
     folder = train("logger=tensorboard", "trainer.max_steps=2", "trainer.val_check_interval=2")
     assert list(folder.glob("tensorboard/events*"))
@@ -141,7 +150,8 @@ def test_configs_have_every_argument_with_its_default(
         found = OmegaConf.select(compose("train", [config]), node)
     defaults = {name: p.default for name, p in signature(target).parameters.items() if name not in given}
     assert {key for key in found if not key.startswith("_")} == defaults.keys()
-    chosen = {"threshold", "vocab_size"}  # the app's own: the default of the demo, and the vocabulary of the data
+    # The app's own: the defaults of the demo, and the vocabulary of the data.
+    chosen = {"threshold", "vocab_size", "log_stats_every_n_steps"}
     for name, default in defaults.items():
         if default is not Parameter.empty and name not in chosen:
             expected = list(default) if isinstance(default, tuple) else default

@@ -375,9 +375,9 @@ class Reads(TorchDispatchMode):
 
 class TestHostSynchronisation:
     @staticmethod
-    def reads(lr: float | Tensor = LR) -> int:
+    def reads(lr: float | Tensor = LR, **options: Any) -> int:
         params = matrices()
-        optimizer = Muon(params, lr, adjust_lr_fn="match_rms_adamw")
+        optimizer = Muon(params, lr, adjust_lr_fn="match_rms_adamw", **options)
         train(optimizer, params, [0])
         with Reads() as reads:
             optimizer.step()
@@ -386,6 +386,11 @@ class TestHostSynchronisation:
     @pytest.mark.parametrize("lr", [LR, torch.tensor(LR)])
     def test_a_step_reads_nothing(self, lr: float | Tensor) -> None:
         assert self.reads(lr) == 0
+
+    @pytest.mark.parametrize("lr", [LR, torch.tensor(LR)])
+    def test_nor_does_it_with_every_option(self, lr: float | Tensor) -> None:
+        options = {"second_moment": "rows", "cautious_weight_decay": True, "momentum_dtype": "bfloat16"}
+        assert self.reads(lr, **options, track_stats=True, weight_decay=lambda step: 0.1) == 0
 
     @pytest.mark.parametrize("read", [lambda x: x.sum().item(), lambda x: bool(x.isfinite().all())])
     def test_a_read_would_be_seen(self, read: Callable[[Tensor], Any], monkeypatch: pytest.MonkeyPatch) -> None:

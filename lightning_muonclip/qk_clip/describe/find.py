@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_muonclip.parallel.shards import on_all_ranks
 from lightning_muonclip.qk_clip.describe.describe import FAILURES, Found, describe, softmaxes_of
+from lightning_muonclip.qk_clip.describe.fused import FusedWeights
 from lightning_muonclip.qk_clip.describe.gate import gate
 from lightning_muonclip.qk_clip.describe.infer import Table
 from lightning_muonclip.qk_clip.describe.isolate import apart
@@ -33,12 +34,14 @@ class Search(NamedTuple):
         softmaxes: Where described modules that attend by hand have their logits.
         modules: The modules that have run.
         others: Modules with a softmax over something else than a product of queries and keys.
+        fused: Weights that hold several matrices.
     """
 
     found: list[Found]
     softmaxes: dict[nn.Module, tuple[Softmax, ...]]
     modules: set[nn.Module]
     others: set[nn.Module]
+    fused: FusedWeights
 
 
 def find_attention(
@@ -92,7 +95,13 @@ def _search(
     known = {own.module for own in found} | {*described, *alone}
     stacks = (stack for stack in survey.softmaxes if stack and not any(frame.module in known for frame in stack))
     others = {stack[-1].module for stack in stacks}
-    return Search(found, {module: own for module, own in softmaxes.items() if own}, survey.modules, others)
+    return Search(
+        found,
+        {module: own for module, own in softmaxes.items() if own},
+        survey.modules,
+        others,
+        survey.channels.found(),
+    )
 
 
 def first_samples(example: Example) -> Example | None:

@@ -31,7 +31,7 @@ from torch import Tensor
 KINDS = ("q", "k", "qn", "kn", "qr", "*")
 QUERY_KINDS = ("q", "qn", "qr")
 KEY_KINDS = ("k", "kn")
-SPLITS = ("qkv", "heads", "none")
+SPLITS = ("qkv", "heads", "pairs", "none")
 
 #: In place of a head index: the channel belongs to all heads, or its head is unknown.
 NO_HEAD = -1
@@ -190,7 +190,10 @@ def _texts(channels: ChannelMap, sizes: Mapping[str, int]) -> Iterator[str]:
 
 
 def split_channels(channels: ChannelMap, split: str) -> list[Tensor]:
-    """Splits channels into matrices: queries, keys and the rest (``"qkv"``), or every head of each (``"heads"``).
+    """Splits channels into matrices.
+
+    ``"qkv"``: queries, keys and the rest. ``"heads"``: every head of each. ``"pairs"``: two neighbouring heads of each, an
+    odd last one alone. ``"none"``: all are one matrix.
 
     Returns:
         Ascending channel indices, one int64 tensor per part, which together cover all channels.
@@ -200,7 +203,9 @@ def split_channels(channels: ChannelMap, split: str) -> list[Tensor]:
     parts = []
     for kinds in (QUERY_KINDS, KEY_KINDS, ("*",)):
         own = channels.of_kind(kinds).nonzero()[:, 0]
-        heads = channels.heads[own] if split == "heads" else torch.zeros_like(own)
+        heads = torch.zeros_like(own) if split == "qkv" else channels.heads[own]
+        if split == "pairs":
+            heads = heads.unique(return_inverse=True)[1] // 2
         parts += [own[heads == head] for head in heads.unique()]
     return parts
 

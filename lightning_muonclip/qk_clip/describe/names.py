@@ -20,6 +20,14 @@ def qualified_names(cls: type) -> list[str]:
     return [qualified_name(base) for base in cls.__mro__]
 
 
+def stores_inputs_first(module: Any) -> bool:
+    """Whether the matrices of a module are (in, out), as its class says. Hugging Face's experts have an attribute."""
+    has_experts = {"is_transposed", "is_concatenated"} <= vars(module).keys()
+    return (has_experts and bool(module.is_transposed)) or not set(TRANSPOSED_LINEARS).isdisjoint(
+        qualified_names(type(module))  # fully_shard makes a subclass
+    )
+
+
 def library(cls: type) -> str:
     """The top package of a class and its version, such as ``"transformers 5.24.0"``."""
     package = cls.__module__.partition(".")[0]

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
+from lightning_muonclip.qk_clip.describe.fused import Channels
 from lightning_muonclip.qk_clip.describe.isolate import DetachedCopies, apart, undisturbed
 
 _T = TypeVar("_T")
@@ -66,6 +67,7 @@ class Survey:
             shapes, as those of flash-attn: the name of each, the stack of modules, and the number of channels.
         softmaxes: The innermost modules with a softmax over no product of two activations, as additive attention has it, and
             routers of experts.
+        channels: What becomes of the output channels of every weight.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -74,6 +76,7 @@ class Survey:
         self.modules: set[nn.Module] = set()
         self.opaque: list[tuple[str, list[Frame], int]] = []
         self.softmaxes: list[list[Frame]] = []
+        self.channels = Channels()
         self._model = model
         self._stack: list[Frame] = []
         self._copies = DetachedCopies(shared=True)
@@ -83,11 +86,13 @@ class Survey:
 
     def __enter__(self) -> Survey:
         for name, module in self._model.named_modules():
+            self.channels.register(module, name)
             self._handles.append(module.register_forward_pre_hook(self._entering(name), with_kwargs=True))
             self._handles.append(module.register_forward_hook(self._leave, always_call=True))
         self._eager = torch.compiler.set_stance("force_eager")
         self._eager.__enter__()
         self._count.__enter__()
+        self.channels.__enter__()
         torch.autograd.Function.apply = classmethod(self._applied)  # type: ignore[method-assign, assignment]
         return self
 
@@ -95,6 +100,7 @@ class Survey:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         torch.autograd.Function.apply = self._apply  # type: ignore[method-assign]
+        self.channels.__exit__(kind, error, trace)
         self._count.__exit__(kind, error, trace)
         self._eager.__exit__(kind, error, trace)
         for handle in self._handles:
@@ -103,6 +109,7 @@ class Survey:
     def _entering(self, name: str) -> Any:
         def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
             self.modules.add(module)
+            self.channels.register(module, name)  # FSDP2 has gathered its parameters
             if any(param.is_floating_point() for param in module.parameters()):
                 with self._copies:
                     args, kwargs = tree_map(kept, (args, kwargs))

@@ -21,12 +21,14 @@ from lightning_muonclip.qk_clip.describe.declared import (
     Specs,
     by_display_name,
     declared_attention,
+    display_name,
     is_inside,
     named_modules,
     named_parameters,
 )
 from lightning_muonclip.qk_clip.describe.describe import Found
 from lightning_muonclip.qk_clip.describe.find import Example, find_attention, spec_of, watched_spec
+from lightning_muonclip.qk_clip.describe.fused import FusedWeights
 from lightning_muonclip.qk_clip.intercept import attends_by_interface
 from lightning_muonclip.qk_clip.observe.recorder import ReportsMaxLogits
 from lightning_muonclip.qk_clip.owned import Owned, has_part_of
@@ -75,6 +77,8 @@ class Discovery:
         }
         #: Modules of which a survey need tell nothing.
         self._alone = self._inside([n for n, (m, _) in described.items() if m not in self._described] + left)
+        #: Weights that hold several matrices, by display name; another dictionary whenever one is found.
+        self.fused: FusedWeights = {}
         self.has_surveyed = False
         self._is_surveying = False
         self._forwards = {module: vars(module).get("forward") for module in self.names}
@@ -106,6 +110,10 @@ class Discovery:
         finally:
             self._is_surveying = False
         self.has_surveyed = True
+        if search.fused:
+            prefix = self.names.get(root, "")
+            own = {display_name(f"{prefix}.{name}".lstrip(".")): parts for name, parts in search.fused.items()}
+            self.fused = {**own, **self.fused}
         for module in search.modules:
             if module in self._handles:
                 self._handles.pop(module).remove()
@@ -138,14 +146,15 @@ class Discovery:
         """The names of the modules that no survey has seen run."""
         return [self.names[module] for module in self._handles]
 
-    def restore(self, attention: AttentionModules, unseen: Collection[str]) -> None:
+    def restore(self, attention: AttentionModules, fused: FusedWeights, unseen: Collection[str]) -> None:
         """Takes up where another run was: what it has seen is not surveyed again.
 
         Args:
             attention: What it had found.
+            fused: Its :attr:`fused`.
             unseen: Its :attr:`unseen`.
         """
-        self.has_surveyed = True
+        self.has_surveyed, self.fused = True, dict(fused)
         for module in [module for module in self._handles if self.names[module] not in unseen]:
             self._handles.pop(module).remove()
         self._alone |= self._inside(attention)

@@ -21,6 +21,7 @@ from lightning_muonclip.qk_clip.describe.declared import (
     unwrapped,
 )
 from lightning_muonclip.qk_clip.describe.find import Example
+from lightning_muonclip.qk_clip.describe.fused import FusedWeights
 from lightning_muonclip.qk_clip.describe.isolate import device_of
 from lightning_muonclip.qk_clip.intercept import running
 from lightning_muonclip.qk_clip.observe.by_hand import measure_by_hand
@@ -72,6 +73,8 @@ class Observer:
         #: Whether weights are clipped by what is recorded.
         self.clips = False
         self.closed = False
+        #: Weights that hold several matrices, by display name, as all ranks know them since :meth:`settle`.
+        self.fused: FusedWeights = {}
         self._logits = logits
         self._agreed: AttentionModules | None = None
         self._order = {name: number for number, name in enumerate(named_modules(model))}
@@ -130,12 +133,15 @@ class Observer:
         """
         self.discovery.close_step()
         if not has_others(group):
+            self.fused = self.discovery.fused
             return self.attention
         if again or (self._agreed is None and self.discovery.may_differ):
             modules = {name: module for module, name in self.discovery.names.items()}
             found: list[Any] = [None] * dist.get_world_size(group)
-            dist.all_gather_object(found, {name: spec for name, (_, spec) in self.attention.items()}, group)
-            union = {name: spec for own in reversed(found) for name, spec in own.items()}
+            specs = {name: spec for name, (_, spec) in self.attention.items()}
+            dist.all_gather_object(found, (specs, self.discovery.fused), group)
+            union = {name: spec for own, _ in reversed(found) for name, spec in own.items()}
+            self.fused = {name: parts for _, own in reversed(found) for name, parts in own.items()}
             self.add({name: (modules[name], spec) for name, spec in union.items()})
             self._agreed = self.attention
         return self.attention if self._agreed is None else self._agreed

@@ -67,14 +67,16 @@ def step(params: list[nn.Parameter], grads: list[Tensor], **options: Any) -> Non
 @pytest.mark.parametrize("adjust_lr_fn", ADJUSTMENTS)
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("split", ["qkv", "heads", "none"])
+@pytest.mark.parametrize("split", ["qkv", "heads", "pairs", "none"])
 def test_a_fused_weight_is_stepped_as_its_unfused_twin(
     split: str, layout: str, transposed: bool, adjust_lr_fn: str
 ) -> None:
     order = LAYOUTS[layout]
     rows = torch.randn(len(order), HIDDEN)  # queries, keys, values, each head after the other
     slopes = torch.randn(len(order), HIDDEN)
-    lengths = {"none": [len(order)], "qkv": [QUERIES, KEYS, KEYS], "heads": [DIM] * (HEADS + 2 * GROUPS)}[split]
+    pairs = [2 * DIM] * ((HEADS + 2 * GROUPS) // 2)
+    heads = [DIM] * (HEADS + 2 * GROUPS)
+    lengths = {"none": [len(order)], "qkv": [QUERIES, KEYS, KEYS], "heads": heads, "pairs": pairs}[split]
     apart = [nn.Parameter(part.clone()) for part in (rows[order] if split == "none" else rows).split(lengths)]
     step(apart, list((slopes[order] if split == "none" else slopes).split(lengths)), adjust_lr_fn=adjust_lr_fn)
     expected = torch.cat([p.detach() for p in apart])
@@ -103,13 +105,14 @@ def test_latent_attention_is_split_into_keys_and_values_but_not_by_rotation() ->
     attention = declared_attention(module)
     sizes = {
         split: {name: [len(part) for part in parts[p][1]] for name, p in module.named_parameters() if p in parts}
-        for split in ("none", "qkv", "heads")
+        for split in ("none", "qkv", "heads", "pairs")
         for parts in [matrix_parts(module, attention, split)]
     }
     assert sizes == {
         "none": {},
         "qkv": {"kv_b_proj.weight": [8, 12]},
         "heads": {"q_proj.weight": [6, 6], "kv_b_proj.weight": [4, 4, 6, 6]},
+        "pairs": {"kv_b_proj.weight": [8, 12]},
     }
 
 
@@ -119,7 +122,7 @@ def test_a_transposed_weight_is_scaled_by_its_own_fan_out() -> None:
     parts = matrix_parts(model, attention, "qkv")
     for module in model.modules():
         if isinstance(module, Conv1D):
-            dim, channels = parts[module.weight]
+            dim, channels, _ = parts[module.weight]
             assert dim == 1
             assert sum(map(len, channels)) == module.weight.shape[1]
     up = model.h[0].mlp.c_fc.weight  # (8, 32): fan-out 32
@@ -160,7 +163,7 @@ def test_parts_that_do_not_cover_their_weight_are_refused() -> None:
     "make", [lambda: MuonClip(SdpaAttention(8, 2), split="q"), lambda: MuonClipCallback(split="q")]
 )
 def test_an_unknown_split_is_refused(make: Any) -> None:
-    with pytest.raises(ValueError, match="unknown split 'q'; use one of qkv, heads, none"):
+    with pytest.raises(ValueError, match="unknown split 'q'; use one of qkv, heads, pairs, none"):
         make()
 
 
