@@ -40,6 +40,7 @@ SOURCES = {
     "cubic5": "arXiv 2606.00371; Emerging-Optimizers",
     "deepseek_v4": "DeepSeek-V4",
     "schatten4": "ours",
+    "muonclip": "ours, the default: schatten4, less steep in bfloat16",
 }
 
 #: A spectrum and the ratio of sides.

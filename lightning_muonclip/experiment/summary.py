@@ -16,7 +16,12 @@ from lightning_muonclip.experiment.pictures import LogitPictures
 from lightning_muonclip.trainer.callback import MuonClipCallback
 
 #: The library's spans for torch.profiler, and their labels in the table.
-_SPANS = {"muonclip::muon": "Muon", "muonclip::qk_clip": "QK-Clip", "muonclip::max_logits": "tracking"}
+_SPANS = {
+    "muonclip::muon": "Muon",
+    "muonclip::qk_clip": "QK-Clip",
+    "muonclip::max_logits": "tracking",
+    "muonclip::bounded_max_logits": "tracking",
+}
 
 
 class RunSummary(Callback):
@@ -84,7 +89,9 @@ class RunSummary(Callback):
         for event in self._profiler.key_averages():
             if event.key in _SPANS:
                 microseconds = event.cpu_time_total if device.type == "cpu" else event.device_time_total
-                self._profiled[event.key] = microseconds / 1e3 / self.profile_batches
+                name = _SPANS[event.key]
+                own = microseconds / 1e3 / self.profile_batches
+                self._profiled[name] = self._profiled.get(name, 0.0) + own
         self._profiler = None
 
     @rank_zero_only
@@ -104,13 +111,16 @@ class RunSummary(Callback):
                 rows.append(("peak max logit", f"{float(torch.stack(callback.history).max()):.2f}"))
             if isinstance(callback, MuonClipCallback) and callback.qk_clip is not None:
                 rows.append(("head-clips", f"{int(callback.qk_clip.clips.sum())}"))
+            if isinstance(callback, MuonClipCallback) and callback.muon is not None:
+                dtype = callback.muon.working_dtype(trainer.strategy.root_device)
+                rows.append(("Muon works in", str(dtype).removeprefix("torch.")))
         if self._seconds:
             timed = self._batches - (self.profile_batches if self._profiled else 0)
             per_batch = self._seconds / timed * 1e3
             rows.append(("tokens per second", f"{self._tokens / self._seconds:,.0f}"))
-            for span, name in _SPANS.items():
-                if span in self._profiled:
-                    milliseconds = self._profiled[span]
+            for name in dict.fromkeys(_SPANS.values()):
+                if name in self._profiled:
+                    milliseconds = self._profiled[name]
                     rows.append(
                         (f"time in {name}", f"{milliseconds:.2f} ms per batch ({milliseconds / per_batch:.1%})")
                     )

@@ -76,7 +76,7 @@ def max_logits(
     if torch.compiler.is_compiling():
         return torch.ops.muonclip.max_logits(query, key, scale, is_causal, window, documents, mask)
     with torch.profiler.record_function("muonclip::max_logits"):
-        return _max_logits(query, key, scale, is_causal, window, documents, mask)
+        return of_all_pairs(query, key, scale, is_causal, window, documents, mask)
 
 
 def check_arguments(query: Tensor, key: Tensor, window: int | None) -> None:
@@ -90,7 +90,7 @@ def check_arguments(query: Tensor, key: Tensor, window: int | None) -> None:
         raise ValueError(f"the window hides every key, got {window}; use at least 1, or None for any distance")
 
 
-def _max_logits(
+def of_all_pairs(
     query: Tensor,
     key: Tensor,
     scale: float,
@@ -99,6 +99,7 @@ def _max_logits(
     documents: Tensor | None,
     mask: Tensor | None,
 ) -> Tensor:
+    """As :func:`max_logits`, without a check of the arguments or a span in a profile."""
     heads, key_heads = query.shape[-3], key.shape[-3]
     group = heads // key_heads
     maximum = torch.full((key_heads, group), float("-inf"), dtype=torch.float32, device=query.device)
@@ -240,7 +241,7 @@ def _part(x: Tensor, dim: int, part: slice) -> Tensor:
 # Opaque to torch.compile: tracing would unroll the loop and recompile for every length.
 _operation = torch.library.custom_op(
     "muonclip::max_logits",
-    _max_logits,
+    of_all_pairs,
     mutates_args=(),
     schema=(
         "(Tensor query, Tensor key, float scale, bool is_causal, SymInt? window, Tensor? documents, Tensor? mask) -> Tensor"

@@ -157,6 +157,10 @@ class Muon(Optimizer):
         super().__init__(params, defaults)
         self.set_parts(parts or {})
 
+    def working_dtype(self, device: torch.device) -> torch.dtype:
+        """The dtype in which matrices on a device are orthogonalized."""
+        return self._matrix_step.working_dtype(device)
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; ``algorithm`` is ``"muon"`` (default) or ``"adamw"`` (any shape), ``kind`` one of :data:`KINDS`."""
         algorithm = param_group.setdefault("algorithm", "muon")

@@ -64,10 +64,11 @@ def orthogonalize(
         raise ValueError(f"orthogonalize needs a real floating-point dtype, got {x.dtype}")
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; use one of {', '.join(METHODS)}")
-    schedule = resolve_schedule(coefficients, steps)
+    dtype = dtype or working_dtype(x.device)
+    schedule = resolve_schedule(coefficients, steps).for_dtype(dtype)
     if x.numel() == 0:
         return x.clone()
-    y = _normalize(x, schedule.norm, eps).to(dtype or working_dtype(x.device)).reshape(-1, *x.shape[-2:])
+    y = _normalize(x, schedule.norm, eps).to(dtype).reshape(-1, *x.shape[-2:])
     is_tall = y.shape[-2] > y.shape[-1]
     wide = y.mT if is_tall else y
     restarts = _restarts(wide, schedule, method)

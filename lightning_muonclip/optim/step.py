@@ -84,8 +84,9 @@ class MatrixStep:
         if parts is not None:
             batch, fan_in = shapes[0][0], _fan_in(shapes[0], parts)
             shapes = [(batch * count, channels, fan_in) for count, channels in parts.sizes()]
-        schedule = resolve_schedule(group["ns_coefficients"], group["ns_steps"])
-        unit = torch.finfo(self._working_dtype(param.device)).eps / 2
+        dtype = self.working_dtype(param.device)
+        schedule = resolve_schedule(group["ns_coefficients"], group["ns_steps"]).for_dtype(dtype)
+        unit = torch.finfo(dtype).eps / 2
         return sum(count * cheapest_flops(schedule, m, n, unit) for count, m, n in shapes)
 
     def _step_shared(self, exchange: Exchange, matrices: Mapping[int, Matrix]) -> None:
@@ -114,7 +115,7 @@ class MatrixStep:
                 found.append((shard, *(received(own, batch) for own in terms)))
             self._subtract([matrices[i] for i in shards], found)
 
-        out, back = wires(self._working_dtype(weight.device), weight.dtype)
+        out, back = wires(self.working_dtype(weight.device), weight.dtype)
         notes = {i: 2 * m.second_moment.numel() for i, m in matrices.items() if m.second_moment is not None}
         exchange.run(list(matrices), local_updates, orthogonalized, subtract, out, back, notes)
 
@@ -130,7 +131,8 @@ class MatrixStep:
         alike = [(m.number, m.parts, m.weight.dtype, m.weight.device) for m in matrices]
         return stacks(shapes, alike, self._bound(matrices[0].weight.device))
 
-    def _working_dtype(self, device: torch.device) -> torch.dtype:
+    def working_dtype(self, device: torch.device) -> torch.dtype:
+        """The dtype of Newton-Schulz on a device."""
         return self.dtype or working_dtype(device)
 
     def _bound(self, device: torch.device) -> int:
@@ -149,7 +151,7 @@ class MatrixStep:
             coefficients=group["ns_coefficients"],
             steps=group["ns_steps"],
             eps=group["eps"],
-            dtype=self._working_dtype(whole[0].device),
+            dtype=self.working_dtype(whole[0].device),
         )
         kind, bound = group["kind"], self._bound(whole[0].device)
         if parts := matrices[0].parts:

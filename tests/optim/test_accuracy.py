@@ -48,7 +48,7 @@ def noise(spectrum: str, ratio: int, name: str, dtype: torch.dtype) -> float:
     roundings count, that of the matrix and that of its rescale or first step; later ones are amplified less. Products are
     summed in float32, so for float32 the sums count too: n terms are off by sqrt(n) units.
     """
-    schedule = SCHEDULES[name].first(None)
+    schedule = SCHEDULES[name].first(None).for_dtype(dtype)
     s = reference(spectrum, ratio).s
     s = s / s.norm(2 if schedule.norm == "frobenius" else 4)
     slope = torch.tensor([entry[0] for entry in schedule.polynomials]).prod().item()
@@ -92,17 +92,40 @@ def test_in_exact_arithmetic_no_spectrum_is_worse_than_by_jordans(spectrum: str,
 @pytest.mark.parametrize("method", ["direct", "gram"])
 def test_rounding_stays_within_its_bound(spectrum: str, ratio: int, name: str, dtype: torch.dtype, method: str) -> None:
     found = measured(spectrum, ratio, name, dtype, method)
-    exact, jordan = (measured(spectrum, ratio, own, torch.float64) for own in (name, "jordan"))
+    same = SCHEDULES[name].first(None).for_dtype(dtype)
+    exact = reference(spectrum, ratio).metrics(
+        orthogonalize(zoo(N, ratio)[spectrum].double(), coefficients=same, dtype=torch.float64)
+    )
+    jordan = measured(spectrum, ratio, "jordan", torch.float64)
     # Noise is at right angles to the result: this is the cosine of the angle by which it turns.
     turned = (1 + noise(spectrum, ratio, name, dtype) ** 2) ** -0.5
     assert found["cosine"] > exact["cosine"] * turned - 1e-4
     assert found["cosine"] > jordan["cosine"] * turned - 1e-4
-    # No allowance for rounding: safety and cushion leave more room than it needs, in every dtype.
-    assert found["smallest"] > 0.7
+    # No allowance for rounding: safety and cushion leave more room than it needs, in every dtype. (The default is less steep
+    # in bfloat16.)
+    assert found["smallest"] > (0.4 if dtype is torch.bfloat16 and name == DEFAULT_SCHEDULE else 0.7)
     assert found["largest"] < 1.3
     if dtype is torch.float32:
         assert found["smallest"] == pytest.approx(exact["smallest"], abs=1e-3)
         assert found["largest"] == pytest.approx(exact["largest"], abs=1e-3)
+
+
+@over_the_zoo
+@dtypes
+def test_the_default_is_nowhere_further_from_the_polar_factor_than_torchs(
+    spectrum: str, ratio: int, dtype: torch.dtype
+) -> None:
+    """torch's iteration, run in each dtype: the slope of the default is no steeper than the dtype can carry."""
+    x = zoo(N, ratio)[spectrum]
+    y = (x / x.norm()).to(dtype)
+    y = y.mT if y.shape[0] > y.shape[1] else y
+    for _ in range(5):
+        gram = y @ y.mT
+        y = torch.addmm(y, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), y, beta=3.4445)
+    torchs = reference(spectrum, ratio).metrics(y.mT if x.shape[0] > x.shape[1] else y)
+    found = measured(spectrum, ratio, DEFAULT_SCHEDULE, dtype)
+    # The float16 of a GPU resolves eight times less noise; there the default stays as steep as in float32.
+    assert found["cosine"] > torchs["cosine"] - (0.03 if dtype is torch.float16 else 2e-3)
 
 
 #: What the Gram form may add to the drift. Between two restarts a unit of float32 is amplified 2000 times at most, there are
