@@ -46,7 +46,7 @@ def work(name: str, batch: int, m: int, n: int) -> Work | None:
     nbytes = 2.0 * 4 * batch * m * n
     if name in OURS:
         dtype = working_dtype(device())
-        schedule = resolve_schedule(OURS[name][0], None).for_dtype(dtype)
+        schedule = resolve_schedule(OURS[name][0], None, dtype)
         # Half of a symmetric product is enough.
         restarts = best_restarts(schedule.polynomials, large / small, torch.finfo(dtype).eps / 2, 0.5)
         return Work(batch * flops(schedule, restarts, m, n, 0.5), nbytes, dtype)

@@ -208,7 +208,9 @@ Coefficients: TypeAlias = str | Schedule | Mapping[str, Any] | Sequence[float] |
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def resolve_schedule(coefficients: Coefficients | None, steps: int | None) -> Schedule:
+def resolve_schedule(
+    coefficients: Coefficients | None, steps: int | None, dtype: torch.dtype | None = None
+) -> Schedule:
     """Converts any accepted form of coefficients to a schedule with one polynomial per step.
 
     Args:
@@ -216,6 +218,7 @@ def resolve_schedule(coefficients: Coefficients | None, steps: int | None) -> Sc
             :func:`~lightning_muonclip.optim.minimax.minimax_schedule`) or its fields as a mapping, one ``(a, b, c)`` for all
             steps, a sequence of them, or ``None`` for the library's default.
         steps: Number of steps. Defaults to that of the schedule; 5 for a single entry.
+        dtype: The working dtype, for what is run in it alone; ``None`` for the whole schedule.
 
     Raises:
         ValueError: If the name is unknown, if an entry is not a polynomial, or if ``steps`` is not in [1, 100).
@@ -226,7 +229,8 @@ def resolve_schedule(coefficients: Coefficients | None, steps: int | None) -> Sc
     """
     if steps is not None and (not isinstance(steps, int) or not 1 <= steps < 100):
         raise ValueError(f"ns_steps must be an integer of at least 1 and below 100, got {steps!r}")
-    return _schedule(DEFAULT_SCHEDULE if coefficients is None else coefficients).first(steps)
+    schedule = _schedule(DEFAULT_SCHEDULE if coefficients is None else coefficients).first(steps)
+    return schedule if dtype is None else schedule.for_dtype(dtype)
 
 
 def _schedule(coefficients: Coefficients) -> Schedule:

@@ -65,7 +65,7 @@ def orthogonalize(
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; use one of {', '.join(METHODS)}")
     dtype = dtype or working_dtype(x.device)
-    schedule = resolve_schedule(coefficients, steps).for_dtype(dtype)
+    schedule = resolve_schedule(coefficients, steps, dtype)
     if x.numel() == 0:
         return x.clone()
     y = _normalize(x, schedule.norm, eps).to(dtype).reshape(-1, *x.shape[-2:])

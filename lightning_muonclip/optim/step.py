@@ -85,7 +85,7 @@ class MatrixStep:
             batch, fan_in = shapes[0][0], _fan_in(shapes[0], parts)
             shapes = [(batch * count, channels, fan_in) for count, channels in parts.sizes()]
         dtype = self.working_dtype(param.device)
-        schedule = resolve_schedule(group["ns_coefficients"], group["ns_steps"]).for_dtype(dtype)
+        schedule = resolve_schedule(group["ns_coefficients"], group["ns_steps"], dtype)
         unit = torch.finfo(dtype).eps / 2
         return sum(count * cheapest_flops(schedule, m, n, unit) for count, m, n in shapes)
 
