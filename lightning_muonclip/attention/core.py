@@ -42,8 +42,9 @@ def attention(
         score_mod: A modification of the logits, in FlexAttention's signature.
         softcap: Cap of the logits, see :class:`~lightning_muonclip.attention.score_mods.SoftCap`.
         sinks: One logit per query head, shape ``(heads,)``, that takes part in the softmax but has no value (GPT-OSS).
-        track: ``None`` does not measure the logits. ``"exact"`` does. ``"lse"`` uses the kernel's log-sum-exp as an upper
-            bound where it is available, and measures elsewhere.
+        track: ``None`` does not measure the logits. ``"exact"`` does. ``"whole"`` does, and on a GPU computes all products
+            rather than bound a maximum. ``"lse"`` uses the kernel's log-sum-exp as an upper bound where it is available, and
+            measures elsewhere.
         backend: ``"flex"`` (FlexAttention, no backward on CPUs), ``"sdpa"`` (torch's fused kernels, without ``score_mod``,
             soft-cap or sinks), ``"eager"`` (plain operations on whole logit matrices, the reference), or ``"auto"``: flex on
             a CUDA device, else sdpa where it applies, else eager.

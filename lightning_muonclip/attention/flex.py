@@ -42,7 +42,7 @@ def attend(
         query, key, value = _without_gradient(query, key, value)
     # The kernel's maxima come after score_mod, one per query over all keys.
     has_maxima = track is not None and score_mod is None and not mask.pads_in_part and is_complete
-    is_bounded = track is not None and not has_maxima and score_mod is None
+    is_bounded = track in ("exact", "lse") and not has_maxima and score_mod is None
     maxima = None if track is None or has_maxima or is_bounded else measure(query, key, scale, mask)
     plain = query, key
     # Whole blocks: with a mask and a score_mod, the backward of partial ones is NaN (pytorch#153799, torch 2.7).

@@ -1,6 +1,8 @@
-"""Attention by torch's fused kernels, with a separate pass for the maximum logits."""
+"""Attention by torch's fused kernels, whose log-sum-exp leads to the maximum logits."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -38,7 +40,10 @@ def attend(
     if width < key.shape[-1]:
         value = F.pad(value, (0, key.shape[-1] - width))
     # What QK-Clip has put in the place of torch's function is for modules of other libraries.
-    function = getattr(F.scaled_dot_product_attention, "watched_function", F.scaled_dot_product_attention)
+    function: Any = F.scaled_dot_product_attention
+    patched, original = getattr(function, "watches", (None, None))
+    if patched is function:
+        function = original
     shares_keys = heads != key.shape[1]
     if track is None:
         output = function(query, key, value, dense, 0.0, is_causal, scale=scale, enable_gqa=shares_keys)
@@ -52,7 +57,7 @@ def attend(
 def _maxima(
     query: Tensor, key: Tensor, log_sum_exp: Tensor | None, scale: float, mask: AttentionMask, track: str
 ) -> Tensor:
-    if log_sum_exp is None:
+    if log_sum_exp is None or (track == "whole" and query.device.type != "cpu"):
         return measure(query, key, scale, mask)
     batch, heads, length, _ = query.shape
     counted = mask.dense(length, query.device, batch=batch, heads=heads, counted=True)

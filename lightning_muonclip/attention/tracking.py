@@ -12,7 +12,10 @@ from lightning_muonclip.kernels.max_logits import max_logits
 
 
 class MaxLogitsRecorder(Protocol):
-    """Receives the maxima of a module, measured as ``logits`` says: ``"exact"``, ``"lse"``, or ``None`` for not at all."""
+    """Receives the maxima of a module, measured as ``logits`` says.
+
+    It is the ``track`` of :func:`~lightning_muonclip.attention.core.attention`.
+    """
 
     @property
     def logits(self) -> str | None:

@@ -61,15 +61,16 @@ class LogitPictures(Callback):
         self._last_step = trainer.global_step
         clip = _muonclip_callback(trainer)
         if clip is None:
-            maxima = bounds = pl_module.max_logits
+            maxima = pl_module.max_logits
+            uncertified = torch.zeros_like(maxima, dtype=torch.bool)
             pl_module.log("max_logit", maxima.max(), prog_bar=True)
         elif clip.last is not None:
-            maxima, bounds = clip.last.max_logits, clip.last.bounds
+            maxima, uncertified = clip.last.max_logits, clip.last.uncertified
         else:
             return
         self.metric.update(maxima)
         self.history.append(maxima)
-        self.uncertified.append(bounds > maxima)
+        self.uncertified.append(uncertified)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Saves the plots."""
@@ -78,8 +79,9 @@ class LogitPictures(Callback):
         peak = self.metric.compute()
         if trainer.is_global_zero:
             self.dirpath.mkdir(parents=True, exist_ok=True)
-            trajectory, axes = self.metric.plot(self.history)
-            _mark(axes, torch.stack(self.history).cpu(), torch.stack(self.uncertified).cpu())
+            history, uncertified = (torch.stack([x.cpu() for x in own]) for own in (self.history, self.uncertified))
+            trajectory, axes = self.metric.plot(history)
+            _mark(axes, history, uncertified)
             trajectory.savefig(self.dirpath / "max_logits.png", dpi=150)
             heads, _ = self.metric.plot(peak)
             heads.savefig(self.dirpath / "heads.png", dpi=150)
@@ -88,12 +90,15 @@ class LogitPictures(Callback):
         """The history, the same on every rank under MuonClipCallback."""
         if not self.history:
             return {}
-        return {name: torch.stack(getattr(self, name)).cpu() for name in ("history", "uncertified")}
+        both = {"history": self.history, "uncertified": self.uncertified}
+        return {name: torch.stack([x.cpu() for x in own]) for name, own in both.items()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores the history."""
         self.history = list(state_dict.get("history", ()))
-        self.uncertified = list(state_dict.get("uncertified", ()))
+        self.uncertified = list(
+            state_dict.get("uncertified", [torch.zeros_like(x, dtype=torch.bool) for x in self.history])
+        )
 
 
 class StatPictures(Callback):

@@ -17,8 +17,13 @@ _KERNELS = {
     "torch_attn::_varlen_attn",
 }
 
-#: Arguments with which the log-sum-exp bounds nothing, or queries and keys are not those of self-attention in training.
-_BEYOND = ("alibi_slopes", "softcap", "qv", "k_new", "block_table", "page_table", "leftpad_k", "seqused_q", "seqused_k")
+#: Arguments under which the log-sum-exp is that of the products of queries and keys alone.
+_PLAIN = {
+    *("q", "k", "v", "query", "key", "value", "cu_seqlens_q", "cu_seqlens_k", "cu_seq_q", "cu_seq_k"),
+    *("max_seqlen_q", "max_seqlen_k", "max_q", "max_k", "dropout_p", "softmax_scale", "scale", "causal", "is_causal"),
+    *("window_size", "window_size_left", "window_size_right", "return_softmax", "enable_gqa", "out", "out_"),
+    *("num_splits", "pack_gqa", "sm_margin", "scheduler_metadata", "deterministic"),
+}
 
 
 class FlashCall(NamedTuple):
@@ -26,7 +31,7 @@ class FlashCall(NamedTuple):
 
     query: Tensor
     key: Tensor
-    bounds: Tensor
+    bounds: Tensor | None
     scale: float
     is_causal: bool
     window: int | None
@@ -48,18 +53,25 @@ class FlashCalls(TorchDispatchMode):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         if isinstance(func, torch._ops.OpOverload) and func.name().partition(".")[0] in _KERNELS:
-            names = [argument.name for argument in func._schema.arguments]
-            self.calls.append(_call({**dict(zip(names, args)), **kwargs}, out[1].detach()))
+            defaults = {argument.name: argument.default_value for argument in func._schema.arguments}
+            given = {**defaults, **dict(zip(defaults, args)), **kwargs}
+            others = {
+                name: value for name, value in given.items() if name not in _PLAIN and value is not defaults[name]
+            }
+            is_plain = not any(isinstance(value, Tensor) or value for value in others.values())
+            self.calls.append(flash_call(given, out[1].detach()) if is_plain else None)
         return out
 
 
-def _call(given: Mapping[str, Any], log_sum_exp: Tensor) -> FlashCall | None:
-    query, key = (given.get(short, given.get(long)) for short, long in (("q", "query"), ("k", "key")))
-    assert query is not None
-    assert key is not None
-    if any(given.get(name) for name in _BEYOND if not isinstance(given.get(name), Tensor)):
-        return None
-    if any(isinstance(given.get(name), Tensor) for name in _BEYOND) or query.shape[:-2] != key.shape[:-2]:
+def flash_call(given: Mapping[str, Any], log_sum_exp: Tensor | None) -> FlashCall | None:
+    """What a call computes, from its arguments by name; ``None`` for what is no self-attention in its usual forms.
+
+    Args:
+        given: As in the functions of flash-attention 2 and 3 or ``torch.nn.attention.varlen.varlen_attn``.
+        log_sum_exp: What the kernel returned; ``None`` if that is not known.
+    """
+    query, key = (given[short] if short in given else given[long] for short, long in (("q", "query"), ("k", "key")))
+    if query.shape[:-2] != key.shape[:-2]:
         return None
     left, right = given.get("window_size") or (given.get("window_size_left", -1), given.get("window_size_right", -1))
     is_causal = bool(given.get("causal", given.get("is_causal"))) or right == 0
@@ -68,11 +80,15 @@ def _call(given: Mapping[str, Any], log_sum_exp: Tensor) -> FlashCall | None:
     documents = None
     if query.ndim == 3:
         starts, of_keys = (given.get(f"cu_seqlens_{x}", given.get(f"cu_seq_{x}")) for x in "qk")
-        if starts is None or not (of_keys is None or of_keys is starts or of_keys.data_ptr() == starts.data_ptr()):
+        if starts is None or not (of_keys is None or of_keys is starts or _is_same(of_keys, starts)):
             return None
-        tokens = torch.arange(len(query), device=query.device)
-        documents = torch.bucketize(tokens, starts[1:].to(tokens.dtype), right=True)[None]
-        query, key, log_sum_exp = query[None], key[None], log_sum_exp[None]
+        tokens = torch.arange(query.shape[0], device=query.device)
+        # What the kernel leaves in memory behind the last sequence is no number.
+        past = tokens >= starts[-1]
+        documents = torch.bucketize(tokens, starts[1:].to(tokens.dtype), right=True).masked_fill(past, -1)[None]
+        if log_sum_exp is not None:
+            log_sum_exp = log_sum_exp.masked_fill(past, float("-inf"))[None]
+        query, key = query[None], key[None]
     scale = given.get("softmax_scale", given.get("scale"))
     return FlashCall(
         query.transpose(1, 2),
@@ -83,3 +99,7 @@ def _call(given: Mapping[str, Any], log_sum_exp: Tensor) -> FlashCall | None:
         left + 1 if left is not None and left >= 0 else None,
         documents,
     )
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    return not torch.compiler.is_compiling() and one.data_ptr() == other.data_ptr()

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -29,28 +28,22 @@ _KERNELS = {
     )
 }
 
-#: Torch's own function, whoever may have patched it since.
-SDPA: Callable[..., Tensor] = F.scaled_dot_product_attention
+#: Torch's own function, whoever has replaced it in :mod:`torch.nn.functional`.
+SDPA: Callable[..., Tensor] = torch._C._nn.scaled_dot_product_attention
 
 
 class _Seen(TorchDispatchMode):
-    """Keeps the log-sum-exp that a kernel returns for some queries and keys."""
+    """Keeps the log-sum-exp that a kernel of scaled_dot_product_attention returns."""
 
-    def __init__(self, query: Tensor, key: Tensor) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self._expected = _described(*as_multiplied(query, key))
         self.log_sum_exp: Tensor | None = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        # Whoever has replaced torch's function may call it with other queries and keys.
-        if func.name().partition(".")[0] in _KERNELS and _described(*args[:2]) == self._expected:
+        if func.name().partition(".")[0] in _KERNELS:
             self.log_sum_exp = out[1]
         return out
-
-
-def _described(query: Tensor, key: Tensor) -> tuple[Any, ...]:
-    return query.dtype, *query.shape[:-1], key.shape[-2]
 
 
 def attention_with_log_sum_exp(
@@ -59,38 +52,33 @@ def attention_with_log_sum_exp(
     """Attention by a function, and the log-sum-exp of every query.
 
     Args:
-        function: :func:`~torch.nn.functional.scaled_dot_product_attention`, or what stands in its place.
+        function: :data:`SDPA`, or what stands in its place.
         args: Its arguments, passed on as they are.
         kwargs: Its arguments, passed on as they are.
 
     Returns:
         The output, and a float32 tensor of shape ``(batch, heads, L)`` without gradient, or ``None`` if the kernel does not
-        return it, as the unfused one. It is undefined for a query that sees nothing.
+        return it, as the unfused one, and for any other function, which may attend with other queries and keys than it was
+        given. It is undefined for a query that sees nothing.
     """
-    if not torch.compiler.is_compiling():
-        return _seen(function, *args, **kwargs)
-    if function is SDPA and not is_exporting():
-        return _in_graph(*args, **kwargs)
-    return function(*args, **kwargs), None
+    if function is not SDPA or is_exporting():
+        return function(*args, **kwargs), None
+    return _seen(*args, **kwargs)
 
 
-def _seen(function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-    query, key = (args[i] if i < len(args) else kwargs[name] for i, name in enumerate(("query", "key")))
-    with _Seen(query, key) as seen:
-        output = function(*args, **kwargs)
+def _seen(query: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    with _Seen() as seen:
+        output = SDPA(query, *args, **kwargs)
     log_sum_exp = seen.log_sum_exp
-    if log_sum_exp is None or not log_sum_exp.numel():  # the memory-efficient kernel returns none without a gradient
+    # The memory-efficient kernel returns none without a gradient; inside a transform of torch.func it has other dimensions.
+    if log_sum_exp is None or not log_sum_exp.numel() or log_sum_exp.shape[:2] != query.shape[:2]:
         return output, None
     batch, heads, length = query.shape[:-1]
     # Kernels may pad the queries, or keep a last dimension of 1.
     return output, log_sum_exp.detach().float().reshape(batch, heads, -1)[..., :length]
 
 
-def _in_graph(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-    return _seen(SDPA, *args, **kwargs)
-
-
-torch.compiler.allow_in_graph(_in_graph)  # Dynamo cannot trace the mode; what traces the graph afterwards can
+torch.compiler.allow_in_graph(_seen)  # Dynamo cannot trace the mode; what traces the graph afterwards can
 
 
 def as_multiplied(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -109,9 +109,9 @@ class QKClip:
         self.observer = observer or Observer(
             model, specs, logits, unknown="monitor" if threshold is None else unknown, example=example
         )
-        self.observer.clips = threshold is not None
+        self.observer.threshold = threshold
         for recorder in self.observer.recorders:
-            recorder.clips = self.observer.clips
+            recorder.threshold = threshold
         self._alpha = alpha
         self._shared_keys = shared_keys
         self._qk_norm = qk_norm
@@ -225,7 +225,7 @@ class QKClip:
             if self._plan is not None:
                 gamma = self._plan.possible(gamma)
                 if self._effect is not None and max_logits is None:
-                    gamma = self._effect.judge(norms, bounds, gamma)
+                    gamma = self._effect.judge(norms, largest, gamma)  # a bound need not fall with the weights
                 self._plan.apply(gamma)
                 self._clips = self._clips.to(gamma.device).add_(gamma < 1)
                 self._outdate_others(gamma)
@@ -234,13 +234,13 @@ class QKClip:
     def _result(self, largest: Tensor, bounds: Tensor, gamma: Tensor) -> ClipResult:
         if self._owned_rows is not None:
             self._owned_rows = self._owned_rows.to(gamma.device)
-        return ClipResult(largest, bounds, gamma, self._owned_rows)
+        return ClipResult(largest, gamma, self._owned_rows, bounds)
 
     def _outdate_others(self, gamma: Tensor) -> None:
         """The maxima that other QKClips have of heads that were clipped now are of the weights as they were."""
         for row, recorder in enumerate(self.observer.recorders):
             for other in watch_of(recorder.module).recorders:
-                if other.clips and other is not recorder:
+                if other.threshold is not None and other is not recorder:
                     other.ledger.forget(other.row, gamma[row, : other.spec.num_heads] < 1)
 
     def settle(self) -> AttentionModules:

@@ -23,11 +23,14 @@ from lightning_muonclip.qk_clip.plan import ClipPlan, Scaled
 #: multiply to almost nothing, while the updates keep the weights near their size.
 _SHRUNK, _FELL, _KEPT = 0.5, 0.9, 0.5
 
+#: A batch of larger logits may look like it once, unless clips have multiplied to less than logits vary.
+_STRONGEST = 0.1
+
 #: A clip by so much is undone if the norms are back at what they were, up to that, twice.
 _STRONG, _SAME, _TWICE = 0.64, 0.05, 2
 
 #: How many numbers of a head are remembered.
-REMEMBERED = 7
+REMEMBERED = 8
 
 
 class Effect:
@@ -52,10 +55,17 @@ class Effect:
         self._told: set[tuple[str, int]] = set()
         # What the host knows of every head: whether it is no longer clipped; the norms and the gamma of the last step; the
         # norms and the largest logit at the first of the present row of clips, and their product, 0 if there are none; how
-        # often one was undone.
-        stopped, self._norms, self._gamma, self._first_norms, self._first_logits, self._product, self._undone = (
-            memory.numpy()
-        )
+        # often one was undone, and whether the last one looked useless.
+        (
+            stopped,
+            self._norms,
+            self._gamma,
+            self._first_norms,
+            self._first_logits,
+            self._product,
+            self._undone,
+            self._suspected,
+        ) = memory.numpy()
         self.stopped = torch.from_numpy(stopped > 0).to(plan.params[0].device)
         self._follow(self._weights())
 
@@ -64,7 +74,7 @@ class Effect:
         """What it knows of every head, for a checkpoint: float64, shape (:data:`REMEMBERED`, layers, heads)."""
         self.consider()
         numbers = self._norms, self._gamma, self._first_norms, self._first_logits, self._product, self._undone
-        return torch.from_numpy(np.stack([self.stopped.cpu().numpy(), *numbers]).astype(np.float64))
+        return torch.from_numpy(np.stack([self.stopped.cpu().numpy(), *numbers, self._suspected]).astype(np.float64))
 
     def measure(self) -> Tensor:
         """The norms of the queries and of the keys of every head, before a clip; shape (2, layers, heads)."""
@@ -105,7 +115,9 @@ class Effect:
             is_back = np.abs(norms - self._norms) <= _SAME * self._norms
         clipped = gamma < 1
         has_shrunk = (self._product > 0) & (norms <= np.minimum(_SHRUNK, self._product**_KEPT) * self._first_norms)
-        useless = is_new & clipped & has_shrunk & (logits >= _FELL * self._first_logits)
+        looks_useless = clipped & has_shrunk & (logits >= _FELL * self._first_logits)
+        useless = is_new & looks_useless & ((self._suspected > 0) | (self._product <= _STRONGEST))
+        self._suspected = np.where(is_new, looks_useless, self._suspected)
         if useless.any():
             self.stopped = self.stopped | torch.from_numpy(useless).to(self.stopped.device)
         self._undone = np.where(is_new & (self._gamma <= _STRONG), (self._undone + 1) * is_back, self._undone)

@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_muonclip.kernels.flash import FlashCalls
+from lightning_muonclip.kernels.flash import FlashCalls, flash_call
 from lightning_muonclip.kernels.hidden import HIDDEN
-from lightning_muonclip.kernels.log_sum_exp import as_multiplied, attention_with_log_sum_exp, bounds_of_logits
+from lightning_muonclip.kernels.log_sum_exp import attention_with_log_sum_exp, bounds_of_logits
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Logits:
 
 
 class Listener(Protocol):
-    """Receives the logits of an attention module, measured as ``logits`` says: ``"exact"`` or ``"lse"``."""
+    """Receives the logits of an attention module, measured as ``logits`` says: ``"exact"``, ``"whole"`` or ``"lse"``."""
 
     @property
     def logits(self) -> str | None:
@@ -64,6 +64,7 @@ Patch = Callable[[Any], Any]
 #: Where a function is patched: the holder, the name of the function there, and the patch.
 Place = tuple[Any, str, Patch]
 
+_VARLEN_ARGUMENTS = ("query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k")
 _MULTI_HEAD_ARGUMENTS = tuple(inspect.signature(F.multi_head_attention_forward).parameters)
 
 
@@ -214,7 +215,6 @@ def _patch_sdpa(original: Callable[..., Any]) -> Callable[..., Any]:
         bounds = None
         if log_sum_exp is not None and not (is_causal and attn_mask is not None):  # together they may hide a whole row
             bounds = bounds_of_logits(log_sum_exp, attn_mask)
-            query, key = as_multiplied(query, key)
         listener.measure("scaled_dot_product_attention", Logits(query, key, scale, attn_mask, is_causal, bounds))
 
     @functools.wraps(original)
@@ -227,7 +227,7 @@ def _patch_sdpa(original: Callable[..., Any]) -> Callable[..., Any]:
         return output
 
     patched: Any = scaled_dot_product_attention
-    patched.watched_function = original
+    patched.watches = patched, original  # itself, since whoever wraps it may copy its attributes
     return scaled_dot_product_attention
 
 
@@ -313,6 +313,11 @@ def _patch_varlen(original: Callable[..., Any]) -> Callable[..., Any]:
     def varlen_attn(*args: Any, **kwargs: Any) -> Any:
         listener = _listener()
         if listener is None:
+            return original(*args, **kwargs)
+        if torch.compiler.is_compiling():  # which cannot trace a mode
+            call = flash_call({**dict(zip(_VARLEN_ARGUMENTS, args)), **kwargs}, None)
+            if call is not None:
+                listener.measure("varlen_attn", Logits(**call._asdict()))
             return original(*args, **kwargs)
         with FlashCalls() as seen:
             output = original(*args, **kwargs)

@@ -15,16 +15,16 @@ class ClipResult:
     Attributes:
         max_logits: Shape (layers, most heads), reduced over ranks; -inf where a layer has no such head or nothing was
             recorded, +inf where a logit was not finite.
-        bounds: Same shape; at least the largest logit, and equal to ``max_logits`` where that is proven to be the largest.
-            Heads are clipped by it.
         gamma: Same shape; 1 where nothing was clipped.
         owned: Shape (layers, 1); whether the run trains the layer. ``None`` if it trains all.
+        bounds: Shape of ``max_logits``; at least the largest logit, and equal to ``max_logits`` where that is proven to be
+            the largest. Heads are clipped by it. ``None`` if all are proven.
     """
 
     max_logits: Tensor
-    bounds: Tensor
     gamma: Tensor
     owned: Tensor | None = None
+    bounds: Tensor | None = None
 
     @property
     def max_logit(self) -> Tensor:
@@ -55,12 +55,17 @@ class ClipResult:
     @property
     def uncertified_heads(self) -> Tensor:
         """Number of heads whose largest logit is not proven to be the largest, a scalar; 0 on a CPU."""
-        return (self.bounds > self.max_logits).sum()
+        return self.uncertified.sum()
+
+    @property
+    def uncertified(self) -> Tensor:
+        """Where the largest logit is not proven to be the largest, shape (layers, most heads)."""
+        return self.max_logits < (self.max_logits if self.bounds is None else self.bounds)
 
     @property
     def nonfinite(self) -> Tensor:
         """Number of heads whose largest logit was not finite, a scalar."""
-        return self.max_logits.isposinf().sum()
+        return (self.max_logits if self.bounds is None else self.bounds).isposinf().sum()
 
 
 def _at_least_one(table: Tensor, nothing: float) -> Tensor:

@@ -11,8 +11,8 @@ from oracles import brute_max_logits
 from test_max_logits import normal
 from torch import Tensor
 
-from lightning_muonclip.kernels.bounded_max_logits import bounded_max_logits
-from lightning_muonclip.kernels.flash import FlashCalls
+from lightning_muonclip.kernels.bounded_max_logits import bounded_max_logits, top_rows
+from lightning_muonclip.kernels.flash import FlashCalls, flash_call
 
 _OPTIONS = (
     "float softmax_scale, bool causal, int window_size_left, int window_size_right, float softcap, Tensor? alibi_slopes"
@@ -121,6 +121,22 @@ def test_packed_sequences_see_only_themselves() -> None:
     visible = logits_of(q, k, 0.3, True, -1, -1, ids_of(starts)).isfinite()
     expected = brute_max_logits(q.transpose(0, 1), k.transpose(0, 1), 0.3, visible)
     torch.testing.assert_close(bounded_max_logits(**call._asdict()).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_tokens_behind_the_last_sequence_do_not_count() -> None:
+    starts = torch.tensor([0, 5, 12], dtype=torch.int32)
+    q, k = 3 * normal((17, 4, 8)), normal((17, 2, 8), 1)
+    log_sum_exp = logits_of(q[:12], k[:12], 0.3, True, -1, -1, ids_of(starts)).logsumexp(-1)
+    left_over = torch.full((4, 5), 1e30, dtype=torch.float64)  # of memory that was not written
+    given = {"q": q, "k": k, "cu_seqlens_q": starts, "cu_seqlens_k": starts, "causal": True, "softmax_scale": 0.3}
+    call = flash_call(given, torch.cat([log_sum_exp, left_over], -1).float())
+    assert call is not None
+    visible = logits_of(q[:12], k[:12], 0.3, True, -1, -1, ids_of(starts)).isfinite()
+    expected = brute_max_logits(q[:12].transpose(0, 1), k[:12].transpose(0, 1), 0.3, visible)
+    arguments = call._asdict()
+    torch.testing.assert_close(bounded_max_logits(**arguments).double(), expected, rtol=1e-5, atol=1e-5)
+    bounds = top_rows(*call[:4], call.is_causal, call.window, call.documents, None)[1]
+    assert (bounds.double() <= expected + 5).all()
 
 
 def test_what_bounds_nothing_is_not_told() -> None:

@@ -66,6 +66,26 @@ def test_another_batch_may_prove_a_maximum(module: Any) -> None:
     torch.testing.assert_close(result.max_logits[0].double(), true_maxima(module, 12 * flat), rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("thresholds", "logits"), [((30.0,), "exact"), ((None,), "exact"), ((5.0,), "whole"), ((30.0, 5.0), "whole")]
+)
+def test_a_bound_is_not_taken_where_it_alone_could_be_above_the_threshold(thresholds: Any, logits: str) -> None:
+    module = SdpaAttention(16, 4, 2)
+    clips = [QKClip(module, threshold, specs=None, example=((torch.randn(2, 5, 16),), {})) for threshold in thresholds]
+    assert watch.watch_of(module).logits == logits
+    for clip in clips:
+        clip.close()
+
+
+def test_a_head_that_is_only_bounded_is_not_taken_for_one_whose_clips_have_no_effect(module: Any) -> None:
+    x = torch.randn(2, LENGTH, 16)
+    with QKClip(module, threshold=1.0) as qk_clip:  # below the logarithm of the keys
+        for _ in range(20):
+            module(x)
+            qk_clip.step()
+        assert not qk_clip.state_dict()["effect"][..., 0].any()
+
+
 def test_a_cpu_proves_every_maximum() -> None:
     module, x = Attention(16, 4, 2), torch.randn(2, LENGTH, 16)
     with QKClip(module, threshold=1.0) as qk_clip:

@@ -71,7 +71,7 @@ class Observer:
         #: Whether forwards are currently recorded; see ``every_n_steps`` of QKClip.
         self.active = True
         #: Whether weights are clipped by what is recorded.
-        self.clips = False
+        self.threshold: float | None = None
         self.closed = False
         #: Weights that hold several matrices, by display name, as all ranks know them since :meth:`settle`.
         self.fused: FusedWeights = {}
@@ -113,7 +113,7 @@ class Observer:
         ]
         for row, (recorder, (_, (_, spec))) in enumerate(zip(self.recorders, attention)):
             recorder.row, recorder.ledger, recorder.spec = row, self.ledger, spec
-            recorder.active, recorder.clips = self.active, self.clips
+            recorder.active, recorder.threshold = self.active, self.threshold
         if self._logits == "off":
             return
         for recorder in self.recorders:

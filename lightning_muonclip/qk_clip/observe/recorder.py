@@ -35,8 +35,8 @@ class Recorder:
         self.source: str | None = None
         #: Whether the observer currently records.
         self.active = True
-        #: Whether the maxima are to clip by.
-        self.clips = False
+        #: The threshold above which heads are clipped by the maxima; ``None`` if they are only watched.
+        self.threshold: float | None = None
 
     def record_all(self, maxima: Tensor, source: str) -> None:
         """Records the maxima of every leading index, of which :attr:`AttentionSpec.head_axes` count the heads.

@@ -10,11 +10,16 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_muonclip.kernels.bounded_max_logits import bounded_max_logits
+from lightning_muonclip.kernels.log_sum_exp import as_multiplied
 from lightning_muonclip.kernels.max_logits import max_logits
 from lightning_muonclip.qk_clip.describe.spec import Softmax
 from lightning_muonclip.qk_clip.intercept import Logits, Patches, attention_calls, running
 from lightning_muonclip.qk_clip.observe.recorder import Recorder, ReportsMaxLogits
 from lightning_muonclip.values import has_values
+
+#: From this threshold on, a bound is above it only where a logit is large too: of a million keys with equal logits, the
+#: log-sum-exp is 14, and no more than a few nats above the logarithm of the keys as long as logits are small.
+_BOUNDED_FROM = 22.0
 
 #: The attribute of a module that holds its watch, so that neither outlives the other.
 _ATTRIBUTE = "_max_logits_watch"
@@ -42,9 +47,16 @@ class Watch:
 
     @property
     def logits(self) -> str | None:
-        """How the current forward is measured: ``"exact"`` if some recorder asks for it, ``None`` if it does not count."""
-        kinds = [recorder.logits for recorder in self.recorders if recorder.active]
-        return None if not kinds else "exact" if "exact" in kinds else "lse"
+        """How the current forward is measured; ``None`` if it does not count.
+
+        ``"exact"`` if some recorder asks for it. ``"whole"`` if, besides, a bound instead of a maximum could be above a
+        threshold that no logit reaches.
+        """
+        active = [recorder for recorder in self.recorders if recorder.active]
+        if "exact" not in [recorder.logits for recorder in active]:
+            return "lse" if active else None
+        thresholds = [recorder.threshold for recorder in active if recorder.threshold is not None]
+        return "whole" if min(thresholds, default=_BOUNDED_FROM) < _BOUNDED_FROM else "exact"
 
     @property
     def softmaxes(self) -> tuple[Softmax, ...]:
@@ -69,6 +81,10 @@ class Watch:
             self.record(_nested_max_logits(query, key, scale, logits.is_causal), source)
             return
         mask, bounds = logits.mask, logits.bounds
+        if bounds is not None:
+            query, key = as_multiplied(query, key)
+            if self.logits == "whole" and bounds.device.type != "cpu":
+                bounds = None
         # An additive mask takes the bound further from the maximum than the logarithm of the number of keys.
         suffices = self.logits == "lse" and (mask is None or mask.dtype is torch.bool)
         if query.ndim == 2:
@@ -82,6 +98,9 @@ class Watch:
                 key = key.repeat_interleave(lead[-1] // key.shape[-3], -3).expand(*lead, *key.shape[-2:])
             query, key = query.flatten(0, -3), key.flatten(0, -3)
             bounds = None if bounds is None else bounds.flatten(0, -2)
+            if logits.documents is not None:  # of a batch
+                query, key = query[None], key[None]
+                mask, bounds = (None if x is None else x[None] for x in (mask, bounds))
         options: Any = {
             "scale": scale,
             "is_causal": logits.is_causal,
@@ -93,7 +112,7 @@ class Watch:
             maxima = max_logits(query, key, **options)
         elif suffices:
             source = f"log-sum-exp of {source}"
-            maxima = bounds.amax((0, 2) if has_heads else -1)
+            maxima = bounds.amax((0, 2) if has_heads else -1).flatten()
         else:
             maxima = bounded_max_logits(query, key, bounds, **options)
         if has_heads:
