@@ -24,11 +24,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
+from lightning_muonclip.qk_clip.describe.follow import BADDBMMS, EXPONENTIALS, MATMULS, SOFTMAXES
+
 _SDPA = F.scaled_dot_product_attention  # torch's own, whoever may have patched it since
-_SOFTMAX = {F.softmax, torch.softmax, Tensor.softmax, torch.special.softmax}
-_EXP = {torch.exp, Tensor.exp, torch.exp2, Tensor.exp2}
-_MATMUL = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm, torch.mm, Tensor.mm}
-_BADDBMM = {torch.baddbmm, Tensor.baddbmm, Tensor.baddbmm_}
 
 #: Nodes of the autograd graph between a product and its softmax that leave every logit to its head.
 _ELEMENTWISE = {
@@ -168,9 +166,9 @@ class Trace(TorchFunctionMode):
     def _answer(self, func: Any, args: Any, kwargs: Any) -> Any:
         if func is _SDPA:
             return self._fused(*args, **kwargs)
-        if func in _SOFTMAX or func in _EXP:
+        if func in SOFTMAXES or func in EXPONENTIALS:
             return self._softmax(func, args, kwargs)
-        if func in _MATMUL or func in _BADDBMM or func is torch.einsum:
+        if func in MATMULS:
             return self._product(func, args, kwargs)
         return func(*args, **kwargs)
 
@@ -185,7 +183,7 @@ class Trace(TorchFunctionMode):
 
     def _softmax(self, func: Any, args: Any, kwargs: Any) -> Tensor:
         logits = args[0] if args else kwargs["input"]
-        dim = -1 if func in _EXP else kwargs.get("dim", args[1] if len(args) > 1 else -1)
+        dim = -1 if func in EXPONENTIALS else kwargs.get("dim", args[1] if len(args) > 1 else -1)
         products, obstacle = _products_behind(logits)
         if not products:
             return func(*args, **kwargs)
@@ -362,7 +360,7 @@ def _constant_output(query: Tensor, value: Tensor) -> Tensor:
 
 def _operands(func: Any, args: Any, kwargs: Any) -> tuple[Tensor | None, Tensor | None]:
     """The two factors of a product, if they are batches of matrices."""
-    if func in _BADDBMM:
+    if func in BADDBMMS:
         named = {**dict(zip(("input", "batch1", "batch2"), args)), **kwargs}
         factors = [named.get("batch1"), named.get("batch2")]
     elif func is torch.einsum:
