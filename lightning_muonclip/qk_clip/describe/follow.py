@@ -25,8 +25,10 @@ MATMULS = BADDBMMS | {
     torch.einsum,
 }
 SOFTMAXES = {F.softmax, torch.softmax, Tensor.softmax, torch.special.softmax}
-#: Of which a softmax may be made.
-EXPONENTIALS = {torch.exp, Tensor.exp, torch.exp2, Tensor.exp2}
+#: Of which a softmax may be made, and the logarithm of their base.
+EXPONENTIALS = dict.fromkeys((torch.exp, torch.exp_, Tensor.exp, Tensor.exp_), 1.0) | dict.fromkeys(
+    (torch.exp2, torch.exp2_, torch.special.exp2, Tensor.exp2, Tensor.exp2_), math.log(2)
+)
 
 _MULTIPLY = {
     torch.mul,

@@ -49,7 +49,8 @@ def locate(isolated: Isolated, layout: Layout) -> tuple[Softmax, ...]:
         before, after = (_run(isolated, {product: answer}) for answer in (torch.zeros_like(out), noise))
         for number, (a, b) in enumerate(zip(before.inputs, after.inputs)):
             change = (b - a).detach().nan_to_num()
-            if change.any():  # later softmaxes see it through the outputs of this one
+            is_smaller = number in base.exponentials and change.numel() < noise.numel()  # such as of the largest logits
+            if change.any() and not is_smaller:  # later softmaxes see it through the outputs of this one
                 own = found.setdefault(number, [])
                 # A projection changes the logits through a later product.
                 if not any(before.differs(after, later.product) for later in own):
@@ -119,6 +120,7 @@ class _Numbered(TorchFunctionMode):
 
     Attributes:
         factors: For every softmax, what multiplies products in its input.
+        exponentials: The numbers of those that are exponentials.
     """
 
     def __init__(self, answers: Mapping[int, Tensor], probabilities: Sequence[Tensor]) -> None:
@@ -128,6 +130,7 @@ class _Numbered(TorchFunctionMode):
         self.inputs: list[Tensor] = []
         self.probabilities: list[Tensor] = []
         self.factors: list[dict[int, Any]] = []
+        self.exponentials: set[int] = set()
         self._ways: Ways = []
         self._versions: list[tuple[Tensor, int]] = []
         self._answers = answers
@@ -155,6 +158,8 @@ class _Numbered(TorchFunctionMode):
         self.inputs.append(logits.detach().clone())
         self.factors.append(factors_in(self._ways, logits))
         number = len(self.probabilities)
+        if func in EXPONENTIALS:
+            self.exponentials.add(number)
         out: Tensor = func(*args, **kwargs)
         out = self._probabilities[number].clone() if number < len(self._probabilities) else out
         self.probabilities.append(out.detach().clone())

@@ -185,7 +185,8 @@ class Trace(TorchFunctionMode):
         logits = args[0] if args else kwargs["input"]
         dim = -1 if func in EXPONENTIALS else kwargs.get("dim", args[1] if len(args) > 1 else -1)
         products, obstacle = _products_behind(logits)
-        if not products:
+        # The exponential of something smaller, such as of the largest logits, weighs nothing.
+        if not products or (func in EXPONENTIALS and logits.numel() < products[0].out.numel()):
             return func(*args, **kwargs)
         call = Call(func.__name__, [], rest=[logits], problem=obstacle)
         # Products of another arrangement, such as those of a table of positions, are part of the rest.
@@ -200,7 +201,7 @@ class Trace(TorchFunctionMode):
             call.problem = call.problem or f"of {tuple(main.out.shape)} logits it weighs {logits.shape[dim]} at a time"
         self.calls.append(call)
         with torch.no_grad():
-            out = func(*args, **kwargs)
+            out = func(logits.clone(), *args[1:], **{name: arg for name, arg in kwargs.items() if name != "input"})
         return _mark(torch.full_like(out, 1 / logits.shape[dim]), call)
 
     def _product(self, func: Any, args: Any, kwargs: Any) -> Tensor:

@@ -66,7 +66,7 @@ class Measure(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in SOFTMAXES or func in EXPONENTIALS:
-            _measure(self, args[0] if args else kwargs["input"])
+            _measure(self, args[0] if args else kwargs["input"], EXPONENTIALS.get(func, 1.0))
             self.number_of_softmaxes += 1
             return func(*args, **kwargs)
         out = func(*args, **kwargs)
@@ -82,11 +82,11 @@ class Measure(TorchFunctionMode):
         return out
 
 
-def _measure(mode: Measure, logits: Tensor) -> None:
+def _measure(mode: Measure, logits: Tensor, log_base: float) -> None:
     # Not a method of the mode: torch.compile cannot trace a bound one.
     for softmax in mode.watch.softmaxes:
         if softmax.number == mode.number_of_softmaxes:
-            mode.watch.record_all(_maxima(mode, softmax, logits)[None], "softmax")
+            mode.watch.record_all(log_base * _maxima(mode, softmax, logits)[None], "softmax")
     if mode.watch.softmaxes and mode.watch.softmaxes[-1].number == mode.number_of_softmaxes:
         mode.ways, mode.products = [], {}  # nothing is kept for long
 
