@@ -140,7 +140,9 @@ class Trace(TorchFunctionMode):
         if func is F.multi_head_attention_forward:
             with self, _without_dispatch():
                 return func(*args, **kwargs)
-        out = self._answer(func, args, kwargs)
+        # Hooks of activation checkpointing would save nothing here, and run the function again without the trace.
+        with torch.autograd.graph.saved_tensors_hooks(_same, _same):
+            out = self._answer(func, args, kwargs)
         if any(tensor in self._activations for tensor in _tensors((args, kwargs))):
             name = getattr(func, "__name__", "")
             in_place = args[:1] if name.endswith("_") or name == "__setitem__" else ()
@@ -281,6 +283,10 @@ class _Mark(torch.autograd.Function):
         # Logits depend on queries and keys, which are outputs of their own.
         is_cut = isinstance(ctx.what, Call) or ctx.what.is_logits
         return None if is_cut else grad, None, None
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
 
 
 def _mark(x: Tensor, what: Product | Call) -> Tensor:
