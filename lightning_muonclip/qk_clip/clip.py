@@ -70,7 +70,8 @@ class QKClip:
 
     Raises:
         ValueError: If an argument is out of range or a spec does not fit; in the first forward, or at once with ``example``,
-            if attention cannot be read; in the first step, if there is none, or if ``qk_norm`` refuses it.
+            if attention cannot be read; in the first step, if there is none, or if ``qk_norm`` refuses it; in a step in which
+            attention was computed by other weights than it was read with.
 
     Source: Kimi K2, arXiv 2507.20534, section 2.1 and algorithm 1.
 
@@ -218,6 +219,7 @@ class QKClip:
             self._count(self._steps + 1)
             if not is_due:
                 return self._result(observed[0], observed[1], torch.ones_like(observed[0]))
+            self._doubt_weights_that_took_no_part()
             largest, bounds, *norms = self._reduce(observed, agreed)
             self.observer.close_step()
             gamma = qk_clip_gamma(bounds, self.threshold)
@@ -234,6 +236,16 @@ class QKClip:
         if self._owned_rows is not None:
             self._owned_rows = self._owned_rows.to(gamma.device)
         return ClipResult(largest, bounds, gamma, self._owned_rows)
+
+    def _doubt_weights_that_took_no_part(self) -> None:
+        """Other weights than those that a clip scales may have made the queries and keys of this step."""
+        attention = list(self.observer.attention.items())
+        for row, path in ({} if self._plan is None else self._plan.without_gradient()).items():
+            if self.observer.recorders[row].has_attended:
+                reason = f"{path} took no part in a step in which it attended, so other weights may have taken its place"
+                name, own = attention[row]
+                self.observer.discovery.doubt(name, *own, reason)
+        self._arrange()
 
     def _outdate_others(self, gamma: Tensor) -> None:
         """The maxima that other QKClips have of heads that were clipped now are of the weights as they were."""

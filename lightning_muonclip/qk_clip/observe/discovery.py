@@ -27,6 +27,7 @@ from lightning_muonclip.qk_clip.describe.declared import (
 )
 from lightning_muonclip.qk_clip.describe.describe import Found
 from lightning_muonclip.qk_clip.describe.find import Example, find_attention, spec_of, watched_spec
+from lightning_muonclip.qk_clip.describe.spec import AttentionSpec
 from lightning_muonclip.qk_clip.intercept import attends_by_interface
 from lightning_muonclip.qk_clip.observe.recorder import ReportsMaxLogits
 from lightning_muonclip.qk_clip.owned import Owned, has_part_of
@@ -172,6 +173,16 @@ class Discovery:
         is_trained = module.training and not torch.is_inference_mode_enabled()
         if is_trained and is_own and not self._is_surveying and has_values((args, kwargs, list(module.parameters()))):
             self.survey(module, (args, kwargs), is_entered=True)
+
+    def doubt(self, name: str, module: nn.Module, spec: AttentionSpec, reason: str) -> None:
+        """Takes back the spec of attention that no longer does what it did.
+
+        Raises:
+            ValueError: Unless what cannot be read is to be monitored.
+        """
+        if self._unknown == "error":
+            raise ValueError(_refusal({name: Found(name, module, reason=reason)}))
+        self._add({name: (module, replace(spec, watched=reason))}, None)
 
     def _add(self, attention: AttentionModules, entered: nn.Module | None) -> None:
         add = self._observer_adds()
