@@ -296,7 +296,8 @@ class QKClip:
     def _check_that_layers_were_seen(self) -> None:
         unseen = [recorder.name or "(model)" for recorder in self.observer.recorders if recorder.source is None]
         discovery = self.observer.discovery
-        if not self.layers and discovery.has_surveyed and not discovery.unseen and self.threshold is not None:
+        is_missing = not self.layers and not discovery.has_found and discovery.has_surveyed and not discovery.unseen
+        if is_missing and self.threshold is not None:
             raise ValueError(
                 f"{type(self.model).__name__} computes no attention that QK-Clip can see: neither a call of an attention"
                 " function nor a softmax over a product of queries and keys. Describe it with specs={name:"

@@ -137,6 +137,7 @@ def _analyse(frame: Frame, count: int, sums: bool = True) -> list[Found]:
             own = Found(frame.name, frame.module)
             try:
                 own.layout = proven(isolated, run, heads.layouts(calls))
+                heads.refuse_parts(own.layout)
                 own.softmaxes = _softmaxes(isolated, run, own.layout)
                 heads.enter_others(own.layout)
             except Unclear as unclear:

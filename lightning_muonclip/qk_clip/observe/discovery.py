@@ -33,6 +33,8 @@ from lightning_muonclip.qk_clip.observe.recorder import ReportsMaxLogits
 from lightning_muonclip.qk_clip.owned import Owned, has_part_of
 from lightning_muonclip.values import has_values
 
+_NO_PRODUCT = "its softmax is over no product of queries and keys"
+
 UNKNOWN_CHOICES = ("error", "monitor")
 
 
@@ -114,7 +116,7 @@ class Discovery:
         self._watch(m for m in around if m not in search.modules)
         new = self._understood(search.found)
         for module in self.names.keys() & search.others:
-            self.unmeasured.setdefault(self.names[module], "its softmax is over no product of queries and keys")
+            self.unmeasured.setdefault(self.names[module], _NO_PRODUCT)
         for module, softmaxes in search.softmaxes.items():
             new[self.names[module]] = module, replace(self._described[module], softmaxes=softmaxes)
         self._alone |= self._inside(new) | search.modules & self._described.keys()
@@ -138,6 +140,11 @@ class Discovery:
     def unseen(self) -> list[str]:
         """The names of the modules that no survey has seen run."""
         return [self.names[module] for module in self._handles]
+
+    @property
+    def has_found(self) -> bool:
+        """Whether any attention was found, if only such as cannot be measured."""
+        return any(reason != _NO_PRODUCT for reason in self.unmeasured.values())
 
     def restore(self, attention: AttentionModules, unseen: Collection[str]) -> None:
         """Takes up where another run was: what it has seen is not surveyed again.
