@@ -242,7 +242,9 @@ class QKClip:
         attention = list(self.observer.attention.items())
         for row, path in ({} if self._plan is None else self._plan.without_gradient()).items():
             if self.observer.recorders[row].has_attended:
-                reason = f"{path} took no part in a step in which it attended, so other weights may have taken its place"
+                reason = (
+                    f"{path} took no part in a step in which it attended, so other weights may have taken its place"
+                )
                 name, own = attention[row]
                 self.observer.discovery.doubt(name, *own, reason)
         self._arrange()

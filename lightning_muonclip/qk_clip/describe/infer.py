@@ -182,7 +182,9 @@ class Heads:
         """
         for name, table in layout.tables:
             if bool((self.side[name, table.dims] == NOTHING).any()):
-                raise Unclear(f"some channels of {name} make nothing in this forward; in another they may make its heads")
+                raise Unclear(
+                    f"some channels of {name} make nothing in this forward; in another they may make its heads"
+                )
 
     def axis(self, axis: int) -> dict[Key, Tensor]:
         """What every channel feeds along one leading axis, counted from the innermost."""
