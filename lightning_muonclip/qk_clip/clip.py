@@ -70,8 +70,8 @@ class QKClip:
 
     Raises:
         ValueError: If an argument is out of range or a spec does not fit; in the first forward, or at once with ``example``,
-            if attention cannot be read; in the first step, if there is none, or if ``qk_norm`` refuses it; in a step in which
-            attention was computed by other weights than it was read with.
+            if attention cannot be read; in the first step, if there is none, or if ``qk_norm`` refuses it; in any step, if
+            attention was computed by other weights than those that it was read with.
 
     Source: Kimi K2, arXiv 2507.20534, section 2.1 and algorithm 1.
 

@@ -77,5 +77,5 @@ def test_what_did_not_attend_or_has_no_gradient_at_all_is_no_change() -> None:
 
 
 def test_rows_that_may_take_the_place_of_others_are_refused() -> None:
-    with pytest.raises(ValueError, match="some channels of whole.weight make nothing"):
+    with pytest.raises(ValueError, match=r"some channels of whole\.weight make nothing"):
         QKClip(Picks("rows"), example=((torch.randn(2, 5, WIDTH),), {}))

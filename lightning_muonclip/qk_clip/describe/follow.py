@@ -54,6 +54,7 @@ _DIVIDE = {
     Tensor.__truediv__,
     Tensor.__itruediv__,
 }
+_NEGATE = {torch.neg, torch.negative, Tensor.neg, Tensor.neg_, Tensor.negative, Tensor.negative_, Tensor.__neg__}
 
 #: What a forward has made of products: every tensor, and what multiplies each product in it, by the product's number: a
 #: number, or a tensor that broadcasts. NaN is no factor that one could tell.
@@ -70,7 +71,7 @@ def follow(ways: Ways, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     followed = [(x, factors) for x, factors in operands if factors]
     if not followed:
         return
-    is_product = func in _MULTIPLY or func in _DIVIDE
+    is_product = func in _MULTIPLY or func in _DIVIDE or func in _NEGATE
     by: Any = 1.0
     if is_product:
         by = _by(func, args, kwargs, followed[0][0]) if len(followed) == 1 else math.nan
@@ -91,7 +92,9 @@ def factors_in(ways: Ways, x: Any) -> dict[int, Any]:
 
 
 def _by(func: Any, args: Any, kwargs: Any, x: Tensor) -> Any:
-    """What a multiplication or division multiplies ``x`` by."""
+    """What a multiplication, division or negation multiplies ``x`` by."""
+    if func in _NEGATE:
+        return -1.0
     first, second = (*args, *kwargs.values())[:2]
     other = second if first is x else first
     if isinstance(other, Tensor):
