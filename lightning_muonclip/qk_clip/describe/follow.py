@@ -71,15 +71,14 @@ def follow(ways: Ways, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     followed = [(x, factors) for x, factors in operands if factors]
     if not followed:
         return
-    is_product = func in _MULTIPLY or func in _DIVIDE or func in _NEGATE
-    by: Any = 1.0
-    if is_product:
-        by = _by(func, args, kwargs, followed[0][0]) if len(followed) == 1 else math.nan
     made: dict[int, Any] = {}
-    for x, factors in followed:
-        for product, factor in factors.items():
-            if product not in made:
-                made[product] = factor * by if is_product or _is_one(factor) or out.shape == x.shape else math.nan
+    if func in _MULTIPLY or func in _DIVIDE or func in _NEGATE:
+        by = _by(func, args, kwargs, followed[0][0]) if len(followed) == 1 else math.nan
+        made = {product: factor * by for product, factor in followed[0][1].items()}
+    else:
+        for x, factors in reversed(followed):
+            stays = out.shape == x.shape
+            made |= {product: own if stays or _is_one(own) else math.nan for product, own in factors.items()}
     ways.append((out, made))
 
 

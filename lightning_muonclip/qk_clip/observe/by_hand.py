@@ -70,8 +70,7 @@ class Measure(TorchFunctionMode):
             self.number_of_softmaxes += 1
             return func(*args, **kwargs)
         out = func(*args, **kwargs)
-        with torch.no_grad():
-            follow(self.ways, func, args, kwargs, out)
+        follow(self.ways, func, args, kwargs, out)
         if func in MATMULS:
             for softmax in self.watch.softmaxes:
                 if softmax.product == self.number_of_products and not softmax.is_whole:
