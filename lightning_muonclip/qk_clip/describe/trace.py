@@ -114,7 +114,7 @@ class Call:
     @property
     def is_by_hand(self) -> bool:
         """Whether it is a product and a softmax instead of a call of a function."""
-        return self.source not in ("scaled_dot_product_attention", "flex_attention")
+        return self.source not in ("scaled_dot_product_attention", "flex_attention", "multi_head_attention_forward")
 
 
 class Trace(TorchFunctionMode):
@@ -138,8 +138,12 @@ class Trace(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.multi_head_attention_forward:
+            number = len(self.calls)
             with self, _without_dispatch():
-                return func(*args, **kwargs)
+                out = func(*args, **kwargs)
+            for call in self.calls[number:]:
+                call.source = "multi_head_attention_forward"
+            return out
         # Hooks of activation checkpointing would save nothing here, and run the function again without the trace.
         with torch.autograd.graph.saved_tensors_hooks(_same, _same):
             out = self._answer(func, args, kwargs)
