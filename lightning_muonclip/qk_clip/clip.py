@@ -71,7 +71,8 @@ class QKClip:
 
     Raises:
         ValueError: If an argument is out of range or a spec does not fit; in the first forward, or at once with ``example``,
-            if attention cannot be read; in the first step, if there is none, or if ``qk_norm`` refuses it.
+            if attention cannot be read; in the first step, if there is none, or if ``qk_norm`` refuses it; in any step, if
+            attention was computed by other weights than those that it was read with.
 
     Source: Kimi K2, arXiv 2507.20534, section 2.1 and algorithm 1.
 
@@ -219,6 +220,7 @@ class QKClip:
             self._count(self._steps + 1)
             if not is_due:
                 return self._result(observed[0], observed[1], torch.ones_like(observed[0]))
+            self._doubt_weights_that_took_no_part()
             largest, bounds, *norms = self._reduce(observed, agreed)
             self.observer.close_step()
             gamma = qk_clip_gamma(bounds, self.threshold)
@@ -235,6 +237,18 @@ class QKClip:
         if self._owned_rows is not None:
             self._owned_rows = self._owned_rows.to(gamma.device)
         return ClipResult(largest, gamma, self._owned_rows, bounds)
+
+    def _doubt_weights_that_took_no_part(self) -> None:
+        """Other weights than those that a clip scales may have made the queries and keys of this step."""
+        attention = list(self.observer.attention.items())
+        for row, path in ({} if self._plan is None else self._plan.without_gradient()).items():
+            if self.observer.recorders[row].has_attended:
+                reason = (
+                    f"{path} took no part in a step in which it attended, so other weights may have taken its place"
+                )
+                name, own = attention[row]
+                self.observer.discovery.doubt(name, *own, reason)
+        self._arrange()
 
     def _outdate_others(self, gamma: Tensor) -> None:
         """The maxima that other QKClips have of heads that were clipped now are of the weights as they were."""
@@ -285,7 +299,8 @@ class QKClip:
     def _check_that_layers_were_seen(self) -> None:
         unseen = [recorder.name or "(model)" for recorder in self.observer.recorders if recorder.source is None]
         discovery = self.observer.discovery
-        if not self.layers and discovery.has_surveyed and not discovery.unseen and self.threshold is not None:
+        is_missing = not self.layers and not discovery.has_found and discovery.has_surveyed and not discovery.unseen
+        if is_missing and self.threshold is not None:
             raise ValueError(
                 f"{type(self.model).__name__} computes no attention that QK-Clip can see: neither a call of an attention"
                 " function nor a softmax over a product of queries and keys. Describe it with specs={name:"

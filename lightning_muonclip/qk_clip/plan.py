@@ -108,6 +108,14 @@ class ClipPlan:
         # Looked up each time: FSDP2 and Module.to may replace a parameter after construction.
         return [own.module.get_parameter(own.weight.path) for own in self.scaled]
 
+    def without_gradient(self) -> dict[int, str]:
+        """By layer, a trained weight that a clip scales and that has no gradient, though something of its module has one."""
+        found: dict[int, str] = {}
+        for (module, weight, row), param in zip(self.scaled, self.params):
+            if param.requires_grad and param.grad is None and any(p.grad is not None for p in module.parameters()):
+                found.setdefault(row, weight.path)
+        return found
+
     def possible(self, gamma: Tensor) -> Tensor:
         """What can be applied of some gammas: 1 for watched heads, and the smallest of tied heads for each of them."""
         self._follow(gamma.device)

@@ -137,6 +137,7 @@ def _analyse(frame: Frame, count: int, sums: bool = True) -> list[Found]:
             own = Found(frame.name, frame.module)
             try:
                 own.layout = proven(isolated, run, heads.layouts(calls))
+                heads.refuse_parts(own.layout)
                 own.softmaxes = _softmaxes(isolated, run, own.layout)
                 heads.enter_others(own.layout)
             except Unclear as unclear:
@@ -158,9 +159,17 @@ def _analyse(frame: Frame, count: int, sums: bool = True) -> list[Found]:
 
 
 def _softmaxes(isolated: Isolated, run: Run, layout: Layout) -> tuple[Softmax, ...]:
-    """Where attention by hand has its logits."""
-    is_by_hand = any(run.calls[call].is_by_hand for call in layout.calls)
-    return locate(isolated, layout) if is_by_hand else ()
+    """Where attention by hand has its logits.
+
+    Raises:
+        Unclear: If they cannot be measured.
+    """
+    if not any(run.calls[call].is_by_hand for call in layout.calls):
+        return ()
+    found = locate(isolated, layout)
+    if not found:
+        raise Unclear("its logits cannot be measured: no softmax follows when its products change")
+    return found
 
 
 def softmaxes_of(frame: Frame) -> tuple[Softmax, ...]:

@@ -174,6 +174,18 @@ class Heads:
         shared = [number for number, group in enumerate(self._group) if group not in alone]
         return [*([shared] if shared else []), *(groups[group] for group in sorted(alone))]
 
+    def refuse_parts(self, layout: Layout) -> None:
+        """Refuses weights of which a part makes queries or keys and another makes nothing: it may take its place later.
+
+        Raises:
+            Unclear: If there is such a weight.
+        """
+        for name, table in layout.tables:
+            if bool((self.side[name, table.dims] == NOTHING).any()):
+                raise Unclear(
+                    f"some channels of {name} make nothing in this forward; in another they may make its heads"
+                )
+
     def axis(self, axis: int) -> dict[Key, Tensor]:
         """What every channel feeds along one leading axis, counted from the innermost."""
         if axis not in self._axes:

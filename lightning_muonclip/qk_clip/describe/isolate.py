@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.utils.checkpoint as checkpointing
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -182,13 +183,15 @@ def _full_precision() -> Iterator[None]:
 def apart(module: nn.Module) -> Iterator[None]:
     """Runs code in the middle of a forward that is none of its business.
 
-    torch.compile and the hooks of activation checkpointing are disabled, and random number generators keep their state.
+    torch.compile and activation checkpointing are disabled, and random number generators keep their state.
     """
     devices = {param.device for param in module.parameters() if param.device.type not in ("cpu", "meta")}
     kind = next((device.type for device in devices), "cuda")
     indices = [device.index or 0 for device in devices]
     state = random.getstate()
     torch.clear_autocast_cache()
+    reentrant = checkpointing.CheckpointFunction
+    checkpointing.CheckpointFunction = _Plain  # type: ignore[misc, assignment]
     _apart.append(module)
     try:
         with (
@@ -199,8 +202,17 @@ def apart(module: nn.Module) -> Iterator[None]:
             yield
     finally:
         _apart.pop()
+        checkpointing.CheckpointFunction = reentrant  # type: ignore[misc]
         torch.clear_autocast_cache()  # of casts without a gradient, or of other weights
         random.setstate(state)
+
+
+class _Plain:
+    """What is checkpointed in the reentrant way, which makes no graph, runs as it is."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+        return function(*args)
 
 
 def is_apart() -> bool:

@@ -1,30 +1,37 @@
-"""Finds where a module that attends by hand has its logits: which product, which softmax, and the factor between them.
+"""Finds where a module that attends by hand has its logits: which product, and which softmax.
 
 Matrix products and softmaxes are counted in the order in which a forward computes them. The products that are logits are
 those that the layout scales; what else is added to them, such as queries times relative positions, is a bias. Each is
-changed in turn; the softmax whose input follows has its logits from it.
+changed in turn; the softmax whose input follows has its logits from it. Between the two each forward may multiply by a
+factor of its own (see :mod:`.follow`); here it is proven that it can be followed.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from lightning_muonclip.kernels.hidden import HIDDEN
+from lightning_muonclip.qk_clip.describe.follow import (
+    EXPONENTIALS,
+    MATMULS,
+    SOFTMAXES,
+    Ways,
+    factors_in,
+    follow,
+    without_addend,
+    without_sinks,
+)
 from lightning_muonclip.qk_clip.describe.infer import Layout, Unclear
 from lightning_muonclip.qk_clip.describe.isolate import Isolated
 from lightning_muonclip.qk_clip.describe.layout import KEY_KINDS, QUERY_KINDS
 from lightning_muonclip.qk_clip.describe.prove import deviation, factors
 from lightning_muonclip.qk_clip.describe.spec import Softmax
-
-BADDBMM = {torch.baddbmm, Tensor.baddbmm}
-MATMULS = BADDBMM | {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm, torch.einsum}
-SOFTMAXES = {F.softmax, torch.softmax, Tensor.softmax}
 
 
 def locate(isolated: Isolated, layout: Layout) -> tuple[Softmax, ...]:
@@ -42,21 +49,23 @@ def locate(isolated: Isolated, layout: Layout) -> tuple[Softmax, ...]:
         before, after = (_run(isolated, {product: answer}) for answer in (torch.zeros_like(out), noise))
         for number, (a, b) in enumerate(zip(before.inputs, after.inputs)):
             change = (b - a).detach().nan_to_num()
-            if change.any():  # later softmaxes see it through the outputs of this one
+            is_smaller = number in base.exponentials and change.numel() < noise.numel()  # such as of the largest logits
+            if change.any() and not is_smaller:  # later softmaxes see it through the outputs of this one
                 own = found.setdefault(number, [])
                 # A projection changes the logits through a later product.
                 if not any(before.differs(after, later.product) for later in own):
                     sinks = int(change.flatten(0, -2).any(0).int().argmax()) if change.shape != noise.shape else 0
-                    scale = _scale(without_sinks(change, noise, sinks), noise)
-                    own.append(Softmax(number, product, scale, base.is_overwritten(product), sinks))
+                    change = without_sinks(change, noise, sinks)
+                    is_whole = not _follows(change, noise, after.factors[number].get(product, math.nan))
+                    own.append(Softmax(number, product, is_whole, base.is_overwritten(product), sinks))
                 break
     for number, own in found.items():
-        if len(own) > 1 or own[0].scale is None:
+        if len(own) > 1 or own[0].is_whole:
             more = {softmax.product: base.products[softmax.product] + base.pure[softmax.product] for softmax in own}
             doubled = _run(isolated, more)
             if layout.sides and not _is_double(base.inputs[number], doubled.inputs[number]):
                 raise Unclear("what enters its softmax is more than the products of its queries and keys")
-            found[number] = [Softmax(number, own[0].product, None, False)]
+            found[number] = [Softmax(number, own[0].product, True, False)]
     return tuple(own[0] for _, own in sorted(found.items()))
 
 
@@ -84,13 +93,17 @@ def _is_double(once: Tensor, twice: Tensor) -> bool:
     return deviation(*(x.masked_fill(once < HIDDEN, 0) for x in (2 * once, twice))) < 1e-3
 
 
-def _scale(change: Tensor, noise: Tensor) -> float | None:
-    """The factor between the changes of a product and of the input of a softmax, if it is one number.
+def _follows(change: Tensor, noise: Tensor, factor: Any) -> bool:
+    """Whether the input of a softmax changes by what a product changes, times a factor.
 
     What is subtracted from whole rows, such as their maximum, changes no probability, and does not count.
     """
     if change.numel() != noise.numel():
-        return None
+        return False
+    try:
+        expected = (factor * noise.reshape(change.shape)).expand(change.shape)
+    except RuntimeError:
+        return False  # a factor of another shape
     visible = (change != 0).double()
     count = visible.sum(-1, keepdim=True)
 
@@ -98,26 +111,17 @@ def _scale(change: Tensor, noise: Tensor) -> float | None:
         x = x.double() * visible
         return x - visible * x.sum(-1, keepdim=True) / count.clamp_min(1) if bool((count > 1).any()) else x
 
-    change, noise = centered(change), centered(noise.reshape(change.shape))
-    scale = float((change * noise).sum() / (noise * noise).sum())  # least squares
-    return scale if bool(((change - scale * noise).abs() < 1e-3 * abs(scale) * noise.abs().max()).all()) else None
-
-
-def without_sinks(logits: Tensor, product: Tensor, sinks: int) -> Tensor:
-    """The input of a softmax without columns that stand beside the product, as sinks do."""
-    return logits if logits.numel() == product.numel() else logits[..., sinks : sinks + product.shape[-1]]
-
-
-def without_addend(func: Any, args: Any, kwargs: Any, out: Tensor) -> Tensor:
-    """The product alone in a result of ``baddbmm``, to which Bloom adds position biases; any other result as it is."""
-    if func not in BADDBMM:
-        return out
-    addend, beta = args[0] if args else kwargs["input"], kwargs.get("beta", 1)
-    return out - beta * addend if beta else out  # without it, the addend may be uninitialized
+    change, expected = centered(change), centered(expected)
+    return bool(((change - expected).abs() < 1e-3 * expected.abs().max()).all())
 
 
 class _Numbered(TorchFunctionMode):
-    """Keeps products, also without what ``baddbmm`` adds, and softmaxes; answers some of them by others."""
+    """Keeps products, also without what ``baddbmm`` adds, and softmaxes; answers some of them by others.
+
+    Attributes:
+        factors: For every softmax, what multiplies products in its input.
+        exponentials: The numbers of those that are exponentials.
+    """
 
     def __init__(self, answers: Mapping[int, Tensor], probabilities: Sequence[Tensor]) -> None:
         super().__init__()
@@ -125,6 +129,9 @@ class _Numbered(TorchFunctionMode):
         self.pure: list[Tensor] = []
         self.inputs: list[Tensor] = []
         self.probabilities: list[Tensor] = []
+        self.factors: list[dict[int, Any]] = []
+        self.exponentials: set[int] = set()
+        self._ways: Ways = []
         self._versions: list[tuple[Tensor, int]] = []
         self._answers = answers
         self._probabilities = probabilities
@@ -140,17 +147,30 @@ class _Numbered(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in SOFTMAXES:
-            self.inputs.append((args[0] if args else kwargs["input"]).detach().clone())
+        if func in SOFTMAXES or func in EXPONENTIALS:
+            return self._softmax(func, args, kwargs)
         out = func(*args, **kwargs)
-        if func in SOFTMAXES:
-            number = len(self.probabilities)
-            out = self._probabilities[number].clone() if number < len(self._probabilities) else out
-            self.probabilities.append(out.detach().clone())
-        if func in MATMULS:
-            answer = self._answers.get(len(self.products))
-            self.pure.append(without_addend(func, args, kwargs, out.detach().clone()))
-            out = out if answer is None else answer.clone()  # the module may change it in place
-            self.products.append(out.detach().clone())
-            self._versions.append((out.detach(), out._version))
+        follow(self._ways, func, args, kwargs, out)
+        return self._product(func, args, kwargs, out) if func in MATMULS else out
+
+    def _softmax(self, func: Any, args: Any, kwargs: Any) -> Tensor:
+        logits = args[0] if args else kwargs["input"]
+        self.inputs.append(logits.detach().clone())
+        self.factors.append(factors_in(self._ways, logits))
+        number = len(self.probabilities)
+        if func in EXPONENTIALS:
+            self.exponentials.add(number)
+        out: Tensor = func(*args, **kwargs)
+        out = self._probabilities[number].clone() if number < len(self._probabilities) else out
+        self.probabilities.append(out.detach().clone())
+        return out
+
+    def _product(self, func: Any, args: Any, kwargs: Any, out: Tensor) -> Tensor:
+        number = len(self.products)
+        answer = self._answers.get(number)
+        self.pure.append(without_addend(func, args, kwargs, out.detach().clone()))
+        out = out if answer is None else answer.clone()  # the module may change it in place
+        self.products.append(out.detach().clone())
+        self._versions.append((out.detach(), out._version))
+        self._ways.append((out, {number: 1.0}))
         return out

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_muonclip.qk_clip.describe.describe import FAILURES
-from lightning_muonclip.qk_clip.describe.locate import MATMULS, SOFTMAXES, without_addend
+from lightning_muonclip.qk_clip.describe.follow import MATMULS, SOFTMAXES, without_addend
 from lightning_muonclip.qk_clip.describe.survey import Frame, run_watched
 from lightning_muonclip.qk_clip.describe.trace import Trace, tracing
 

@@ -43,15 +43,15 @@ class Softmax:
     Attributes:
         number: Its number among the softmaxes of a forward.
         product: The number of the product among the matrix products.
-        scale: What the product is multiplied by, before any soft-cap and mask. ``None`` takes the input of the softmax for
-            the logits, where they are several products or not a constant factor away from one.
+        is_whole: Whether the whole input of the softmax is the logits, where they are several products. Else they are the
+            product times the factors that follow it.
         is_overwritten: Whether the module changes the product in place, as ``logits += mask`` does.
         sinks: How many columns stand before the product in the input of the softmax; some may stand behind it too.
     """
 
     number: int
     product: int
-    scale: float | None
+    is_whole: bool
     is_overwritten: bool
     sinks: int = 0
 

@@ -163,12 +163,13 @@ class _Count(TorchDispatchMode):
             return func(*args, **kwargs)
         library, _, name = func._schema.name.partition("::")
         products = [self._products[arg] for arg in _flat(args) if arg in self._products]
-        is_softmax = name in ("_softmax", "_safe_softmax", "exp")
+        is_exponential = name in ("exp", "exp_", "exp2", "exp2_")
+        is_softmax = is_exponential or name in ("_softmax", "_safe_softmax")
         if "scaled_dot_product" in name or "flash_attention" in name or "efficient_attention" in name:
             self._found(args[0].shape[-1])
         elif is_softmax and products:
             self._found(max(products)[1])
-        elif is_softmax and name != "exp":
+        elif is_softmax and not is_exponential:
             self._softmax()
         elif library not in _TORCHS:
             self._opaque(func._schema.name, args)

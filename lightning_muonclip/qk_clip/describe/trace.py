@@ -24,11 +24,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
+from lightning_muonclip.qk_clip.describe.follow import BADDBMMS, EXPONENTIALS, MATMULS, SOFTMAXES
+
 _SDPA = F.scaled_dot_product_attention  # torch's own, whoever may have patched it since
-_SOFTMAX = {F.softmax, torch.softmax, Tensor.softmax, torch.special.softmax}
-_EXP = {torch.exp, Tensor.exp, torch.exp2, Tensor.exp2}
-_MATMUL = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm, torch.mm, Tensor.mm}
-_BADDBMM = {torch.baddbmm, Tensor.baddbmm, Tensor.baddbmm_}
 
 #: Nodes of the autograd graph between a product and its softmax that leave every logit to its head.
 _ELEMENTWISE = {
@@ -116,7 +114,7 @@ class Call:
     @property
     def is_by_hand(self) -> bool:
         """Whether it is a product and a softmax instead of a call of a function."""
-        return self.source not in ("scaled_dot_product_attention", "flex_attention")
+        return self.source not in ("scaled_dot_product_attention", "flex_attention", "multi_head_attention_forward")
 
 
 class Trace(TorchFunctionMode):
@@ -140,9 +138,15 @@ class Trace(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.multi_head_attention_forward:
+            number = len(self.calls)
             with self, _without_dispatch():
-                return func(*args, **kwargs)
-        out = self._answer(func, args, kwargs)
+                out = func(*args, **kwargs)
+            for call in self.calls[number:]:
+                call.source = "multi_head_attention_forward"
+            return out
+        # Hooks of activation checkpointing would save nothing here, and run the function again without the trace.
+        with torch.autograd.graph.saved_tensors_hooks(_same, _same):
+            out = self._answer(func, args, kwargs)
         if any(tensor in self._activations for tensor in _tensors((args, kwargs))):
             name = getattr(func, "__name__", "")
             in_place = args[:1] if name.endswith("_") or name == "__setitem__" else ()
@@ -168,9 +172,9 @@ class Trace(TorchFunctionMode):
     def _answer(self, func: Any, args: Any, kwargs: Any) -> Any:
         if func is _SDPA:
             return self._fused(*args, **kwargs)
-        if func in _SOFTMAX or func in _EXP:
+        if func in SOFTMAXES or func in EXPONENTIALS:
             return self._softmax(func, args, kwargs)
-        if func in _MATMUL or func in _BADDBMM or func is torch.einsum:
+        if func in MATMULS:
             return self._product(func, args, kwargs)
         return func(*args, **kwargs)
 
@@ -185,9 +189,10 @@ class Trace(TorchFunctionMode):
 
     def _softmax(self, func: Any, args: Any, kwargs: Any) -> Tensor:
         logits = args[0] if args else kwargs["input"]
-        dim = -1 if func in _EXP else kwargs.get("dim", args[1] if len(args) > 1 else -1)
+        dim = -1 if func in EXPONENTIALS else kwargs.get("dim", args[1] if len(args) > 1 else -1)
         products, obstacle = _products_behind(logits)
-        if not products:
+        # The exponential of something smaller, such as of the largest logits, weighs nothing.
+        if not products or (func in EXPONENTIALS and logits.numel() < products[0].out.numel()):
             return func(*args, **kwargs)
         call = Call(func.__name__, [], rest=[logits], problem=obstacle)
         # Products of another arrangement, such as those of a table of positions, are part of the rest.
@@ -202,7 +207,7 @@ class Trace(TorchFunctionMode):
             call.problem = call.problem or f"of {tuple(main.out.shape)} logits it weighs {logits.shape[dim]} at a time"
         self.calls.append(call)
         with torch.no_grad():
-            out = func(*args, **kwargs)
+            out = func(logits.clone(), *args[1:], **{name: arg for name, arg in kwargs.items() if name != "input"})
         return _mark(torch.full_like(out, 1 / logits.shape[dim]), call)
 
     def _product(self, func: Any, args: Any, kwargs: Any) -> Tensor:
@@ -284,6 +289,10 @@ class _Mark(torch.autograd.Function):
         return None if is_cut else grad, None, None
 
 
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
 def _mark(x: Tensor, what: Product | Call) -> Tensor:
     return _Mark.apply(x, torch.zeros((), requires_grad=True), what)
 
@@ -362,7 +371,7 @@ def _constant_output(query: Tensor, value: Tensor) -> Tensor:
 
 def _operands(func: Any, args: Any, kwargs: Any) -> tuple[Tensor | None, Tensor | None]:
     """The two factors of a product, if they are batches of matrices."""
-    if func in _BADDBMM:
+    if func in BADDBMMS:
         named = {**dict(zip(("input", "batch1", "batch2"), args)), **kwargs}
         factors = [named.get("batch1"), named.get("batch2")]
     elif func is torch.einsum:

@@ -29,10 +29,13 @@ from lightning_muonclip.qk_clip.describe.declared import (
 from lightning_muonclip.qk_clip.describe.describe import Found
 from lightning_muonclip.qk_clip.describe.find import Example, find_attention, spec_of, watched_spec
 from lightning_muonclip.qk_clip.describe.fused import FusedWeights
+from lightning_muonclip.qk_clip.describe.spec import AttentionSpec
 from lightning_muonclip.qk_clip.intercept import attends_by_interface
 from lightning_muonclip.qk_clip.observe.recorder import ReportsMaxLogits
 from lightning_muonclip.qk_clip.owned import Owned, has_part_of
 from lightning_muonclip.values import has_values, is_exporting
+
+_NO_PRODUCT = "its softmax is over no product of queries and keys"
 
 UNKNOWN_CHOICES = ("error", "monitor")
 
@@ -121,7 +124,7 @@ class Discovery:
         self._watch(m for m in around if m not in search.modules)
         new = self._understood(search.found)
         for module in self.names.keys() & search.others:
-            self.unmeasured.setdefault(self.names[module], "its softmax is over no product of queries and keys")
+            self.unmeasured.setdefault(self.names[module], _NO_PRODUCT)
         for module, softmaxes in search.softmaxes.items():
             new[self.names[module]] = module, replace(self._described[module], softmaxes=softmaxes)
         self._alone |= self._inside(new) | search.modules & self._described.keys()
@@ -145,6 +148,11 @@ class Discovery:
     def unseen(self) -> list[str]:
         """The names of the modules that no survey has seen run."""
         return [self.names[module] for module in self._handles]
+
+    @property
+    def has_found(self) -> bool:
+        """Whether any attention was found, if only such as cannot be measured."""
+        return any(reason != _NO_PRODUCT for reason in self.unmeasured.values())
 
     def restore(self, attention: AttentionModules, fused: FusedWeights, unseen: Collection[str]) -> None:
         """Takes up where another run was: what it has seen is not surveyed again.
@@ -181,6 +189,16 @@ class Discovery:
         is_trained = module.training and not torch.is_inference_mode_enabled()
         if is_trained and is_own and not self._is_surveying and has_values((args, kwargs, list(module.parameters()))):
             self.survey(module, (args, kwargs), is_entered=True)
+
+    def doubt(self, name: str, module: nn.Module, spec: AttentionSpec, reason: str) -> None:
+        """Takes back the spec of attention that no longer does what it did.
+
+        Raises:
+            ValueError: Unless what cannot be read is to be monitored.
+        """
+        if self._unknown == "error":
+            raise ValueError(_refusal({name: Found(name, module, reason=reason)}))
+        self._add({name: (module, replace(spec, watched=reason))}, None)
 
     def _add(self, attention: AttentionModules, entered: nn.Module | None) -> None:
         add = self._observer_adds()

@@ -163,13 +163,18 @@ class Observer:
         """Ends a step of the ledger and drops forwards that were interrupted."""
         self.discovery.close_step()
         self.ledger.close_step()
-        running.clear()
+        self._begin_step()
 
     def discard(self) -> None:
         """Discards what was recorded since the last step."""
         self.discovery.close_step()
         self.ledger.discard()
+        self._begin_step()
+
+    def _begin_step(self) -> None:
         running.clear()
+        for recorder in self.recorders:
+            recorder.has_attended = False
 
     def pause(self, active: bool) -> None:
         """Turns recording on or off."""

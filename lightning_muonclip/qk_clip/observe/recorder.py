@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 from lightning_muonclip.parallel.heads import first_head
@@ -33,6 +34,8 @@ class Recorder:
         self.logits = logits
         #: Where the maxima come from; ``None`` until some are recorded.
         self.source: str | None = None
+        #: Whether some were recorded with gradients since the last step.
+        self.has_attended = False
         #: Whether the observer currently records.
         self.active = True
         #: The threshold above which heads are clipped by the maxima; ``None`` if they are only watched.
@@ -73,4 +76,6 @@ class Recorder:
                 f"attention {self.name!r} computed {local} heads, but its spec says {heads}; correct num_heads in the spec"
             )
         self.source = source
+        if torch.is_grad_enabled():
+            self.has_attended = True
         self.ledger.record(self.row, maxima, first)

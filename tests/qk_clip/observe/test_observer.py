@@ -231,14 +231,15 @@ def test_every_form_of_the_call_is_understood() -> None:
 
 
 def test_attention_that_cannot_be_intercepted_is_refused() -> None:
-    class ByExp(SdpaAttention):
+    class BySoftmin(SdpaAttention):
         def forward(self, x: Tensor) -> Tensor:
-            weights = (self.q_proj(x) @ self.k_proj(x).mT).exp()
-            return weights / weights.sum(-1, keepdim=True) @ self.v_proj(x)
+            return F.softmin(-self.q_proj(x) @ self.k_proj(x).mT, -1) @ self.v_proj(x)
 
-    model = Residual(SdpaAttention(16, 4), ByExp(16, 4))
+    model = Residual(SdpaAttention(16, 4), BySoftmin(16, 4))
     x = torch.randn(2, 9, 16)
-    with QKClip(model), pytest.raises(RuntimeError, match=r"'layers.1' \(ByExp\) cannot be measured") as error:
+    spec = AttentionSpec((Projection("q_proj", "q(H d)"), Projection("k_proj", "k(G d)")), 1, sizes={"d": 16})
+    refused = pytest.raises(RuntimeError, match=r"'layers.1' \(BySoftmin\) cannot be measured")
+    with QKClip(model, specs={"layers.1": spec}), refused as error:
         model(x)
     assert "attn_implementation='sdpa'" in str(error.value)
     assert "specs={'layers.1': None}" in str(error.value)
