@@ -181,7 +181,7 @@ class Heads:
             def index(output: Output) -> Tensor | int:
                 return _along(output, output.slices[-axis], axis) if len(output.slices) >= axis else 0
 
-            count = max(o.size(axis) for o in self.probe.outputs if len(o.slices) >= axis)
+            count = max((o.size(axis) for o in self.probe.outputs if len(o.slices) >= axis), default=1)
             one = {key: torch.zeros_like(own) for key, own in self.side.items()}
             self._axes[axis] = self.probe.coordinates(index, count) if count > 1 else one
         return self._axes[axis]

@@ -112,8 +112,9 @@ class Discovery:
         around = (m for m, name in self.names.items() if is_inside(self.names.get(root, ""), name))
         self._watch(m for m in around if m not in search.modules)
         new = self._understood(search.found)
-        for module in self.names.keys() & search.others:
-            self.unmeasured.setdefault(self.names[module], "its softmax is over no product of queries and keys")
+        for module, reason in search.others.items():
+            if module in self.names:
+                self.unmeasured.setdefault(self.names[module], reason)
         for module, softmaxes in search.softmaxes.items():
             new[self.names[module]] = module, replace(self._described[module], softmaxes=softmaxes)
         self._alone |= self._inside(new) | search.modules & self._described.keys()
