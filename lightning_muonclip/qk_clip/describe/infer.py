@@ -198,6 +198,8 @@ class Heads:
             if self.run.calls[call].problem:
                 raise Unclear(self.run.calls[call].problem)
         query, key = self._sides(calls)
+        if len({self._group[call] for call in calls}) > 1 and not self._are_alike(query):
+            raise Unclear("its heads are told apart by several attention calls")
         group = _group(query, key)
         is_in_order = group == [head * key.count // query.count for head in range(query.count)]
         query_sets, key_sets = self._scaling(query), self._scaling(key) if is_in_order else []
@@ -349,6 +351,11 @@ class Heads:
         calls = sorted({output.call for output in side.outputs})
         return (side.heads[key] >= 0) & (self.side[key] == number) & self._of_calls(key, calls)
 
+    def _are_alike(self, side: _Side) -> bool:
+        """Whether every channel of several calls feeds the first of them too."""
+        first = self.probe.shares_of([o for o in side.outputs if o.call == side.outputs[0].call])
+        return not any(bool((first[k][self._private(side, k)] == 0).any()) for k in side.keys.values() if k in first)
+
     # What scales ----------------------------------------------------------------------------------------------------
 
     def _scaling(self, side: _Side) -> list[tuple[str, ...]]:
@@ -371,7 +378,10 @@ class Heads:
         return bool(((share - 1).abs() < 10 * self.probe.tolerance).all())
 
     def _is_norm(self, layout: Layout, query: _Side) -> bool:
-        """Whether no more than one number a channel scales a head, though more makes it: a norm stands in between."""
+        """Whether no more than one number a channel scales a head, though more makes it: a norm stands in between.
+
+        What normalizes a weight is no such norm: queries and keys still grow with what is projected.
+        """
         behind = self.probe.behind(query.outputs) - {name for name, _ in layout.tables}
         if not behind:
             return False  # learned queries
@@ -382,7 +392,19 @@ class Heads:
             scaled = int(table.scaled.sum()) * param.numel() // max(1, table.kinds.numel())
             if scaled > channels * max(1, heads):
                 return False
-        return True
+        return any(self._is_bounded(layout.calls, "qk".index(side)) for side in layout.sides)
+
+    def _is_bounded(self, calls: list[int], side: int) -> bool:
+        """Whether queries or keys are as large as before when all that is projected is huge."""
+        sizes = [
+            sum(float(pair[side].detach().square().sum()) for call in calls for pair in run.calls[call].pairs)
+            for run in (self.run, self._grown)
+        ]
+        return sizes[1] < 4 * sizes[0]
+
+    @cached_property
+    def _grown(self) -> Run:
+        return self.isolated.run(self.run.products, factor=1024.0)
 
     def _add(
         self,

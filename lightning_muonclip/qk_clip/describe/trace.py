@@ -29,6 +29,7 @@ _SOFTMAX = {F.softmax, torch.softmax, Tensor.softmax, torch.special.softmax}
 _EXP = {torch.exp, Tensor.exp, torch.exp2, Tensor.exp2}
 _MATMUL = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm, torch.mm, Tensor.mm}
 _BADDBMM = {torch.baddbmm, Tensor.baddbmm, Tensor.baddbmm_}
+_PROJECTS = _MATMUL | _BADDBMM | {F.linear, torch.einsum, torch.addmm, Tensor.addmm, F.conv1d, F.conv2d, F.conv3d}
 
 #: Nodes of the autograd graph between a product and its softmax that leave every logit to its head.
 _ELEMENTWISE = {
@@ -126,14 +127,16 @@ class Trace(TorchFunctionMode):
         given: The inputs of the module. What depends on them is an activation; a product with anything else, a projection.
         products: Products of an earlier run. They answer for those of this run, so that nothing behind them may change.
         sums: Whether logits may be a sum of products; else all but one of them are a bias.
+        factor: Multiplies whatever weights project.
     """
 
-    def __init__(self, given: Any, products: Sequence[Product] = (), sums: bool = True) -> None:
+    def __init__(self, given: Any, products: Sequence[Product] = (), sums: bool = True, factor: float = 1.0) -> None:
         super().__init__()
         self.calls: list[Call] = []
         self.products: list[Product] = []
         self._earlier = products
         self._sums = sums
+        self._factor = factor
         self._activations = WeakIdKeyDictionary()
         self._mark_activations(given)
 
@@ -143,7 +146,10 @@ class Trace(TorchFunctionMode):
             with self, _without_dispatch():
                 return func(*args, **kwargs)
         out = self._answer(func, args, kwargs)
-        if any(tensor in self._activations for tensor in _tensors((args, kwargs))):
+        are_activations = [tensor in self._activations for tensor in _tensors((args, kwargs))]
+        if self._factor != 1 and func in _PROJECTS and any(are_activations) and not all(are_activations):
+            out = out * self._factor
+        if any(are_activations):
             name = getattr(func, "__name__", "")
             in_place = args[:1] if name.endswith("_") or name == "__setitem__" else ()
             self._mark_activations((out, in_place))
