@@ -174,6 +174,9 @@ def clipped_weights(
             " weights without lowering its logits; pass qk_norm='monitor' to only watch it, or qk_norm='gain' to scale the"
             " gains of the norms",
         )
+    if spec.qk_norm and spec.set_by and not spec.gains:
+        why_not = ", behind their product, which QK-Clip does not scale" if qk_norm == "gain" else ""
+        return [], f"QK-norm; its logits are set by {', '.join(spec.set_by)}{why_not}"
     if spec.qk_norm and qk_norm == "monitor":
         return [], "QK-norm"
     if spec.qk_norm and not spec.gains:

@@ -142,6 +142,7 @@ def spec_of(found: Found) -> AttentionSpec:
         layout.num_key_value_heads,
         qk_norm=layout.qk_norm,
         gains=scaled if layout.qk_norm else (),
+        set_by=layout.set_by,
         softmaxes=found.softmaxes,
         head_axes=layout.head_axes,
     )

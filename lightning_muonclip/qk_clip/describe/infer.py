@@ -76,6 +76,7 @@ class Layout:
         head_axes: The leading axes of the queries that count heads, unless it is the innermost one alone.
         own_channels: Channels of the keys that are each head's own, where others are shared by all heads (latent attention).
         notes: Why one side is left alone.
+        set_by: Parameters that set the logits behind the product of queries and keys.
     """
 
     calls: list[int]
@@ -89,6 +90,7 @@ class Layout:
     unscaled: list[tuple[str, Table]] = field(default_factory=list)
     head_axes: tuple[HeadAxis, ...] = ()
     notes: list[str] = field(default_factory=list)
+    set_by: tuple[str, ...] = ()
 
     @property
     def lacks_keys(self) -> bool:
@@ -243,6 +245,7 @@ class Heads:
                         self._add(others, side, name, kind)
         if layout.qk_norm:
             layout.unscaled = others.tables
+            layout.set_by = self.probe.reaching([x for call in layout.calls for x in self.run.calls[call].rest])
 
     def _sides(self, calls: list[int]) -> tuple[_Side, _Side]:
         query, key = (self._side_of(side, calls) for side in (_Q, _K))
@@ -524,7 +527,7 @@ class Heads:
         shares = {name: float(own.sum()) / whole for (name, _), own in self.probe.shares_of(side.outputs).items()}
         most = side.outputs[0].tensor.shape[-1] * side.count
         vectors = [name for name in shares if self.probe.params[name].numel() <= most]
-        matrices = [share for name, share in shares.items() if name not in vectors and share]
+        matrices = [shares[name] for name in self.probe.behind(side.outputs) & shares.keys() if name not in vectors]
         return bool(matrices) and any(
             abs(sum(matrices) + sum(shares[name] for name in biases)) < 1e-2
             for count in range(min(len(vectors), 4) + 1)
