@@ -146,7 +146,7 @@ def _analyse(frame: Frame, count: int, sums: bool = True) -> list[Found]:
                 own.softmaxes = _softmaxes(isolated, run, own.layout)
                 heads.enter_others(own.layout)
             except Unclear as unclear:
-                if any(len(call.pairs) > 1 for call in run.calls):
+                if sums and any(len(call.pairs) > 1 or call.factors for call in run.calls):
                     return _analyse(frame, count, sums=False)
                 own.layout = None
                 own.reason, own.elsewhere = unclear.reason, unclear.elsewhere

@@ -245,7 +245,8 @@ class Heads:
                         self._add(others, side, name, kind)
         if layout.qk_norm:
             layout.unscaled = others.tables
-            layout.set_by = self.probe.reaching([x for call in layout.calls for x in self.run.calls[call].rest])
+            called = [self.run.calls[call] for call in layout.calls]
+            layout.set_by = self.probe.reaching([x for call in called for x in (*call.rest, *call.factors)])
 
     def _sides(self, calls: list[int]) -> tuple[_Side, _Side]:
         query, key = (self._side_of(side, calls) for side in (_Q, _K))

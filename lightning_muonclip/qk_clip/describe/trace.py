@@ -88,6 +88,7 @@ class Product:
     query: Tensor
     key: Tensor
     out: Tensor
+    marked: Tensor | None = None  # what the module goes on with
     is_logits: bool = False  # once a softmax has been found
 
     @property
@@ -105,6 +106,7 @@ class Call:
         pairs: Queries and keys, shape (*lead, length, channels) each; several if the logits are a sum of products.
         value: Shape (*lead, length, channels); ``None`` if nothing was weighted.
         rest: Whatever else enters the logits: masks, biases.
+        factors: Learned numbers that multiply all logits of a head, such as a temperature. The queries have them already.
         problem: Why the logits cannot be followed; empty if they can.
     """
 
@@ -112,6 +114,7 @@ class Call:
     pairs: list[tuple[Tensor, Tensor]]
     value: Tensor | None = None
     rest: list[Tensor] = field(default_factory=list)
+    factors: list[Tensor] = field(default_factory=list)
     problem: str = ""
 
     @property
@@ -204,6 +207,8 @@ class Trace(TorchFunctionMode):
                 product.query, product.key = product.key, product.query
             product.is_logits = True
             call.pairs.append((product.query, product.key))
+        if len(call.pairs) == 1 and self._sums:
+            _take_factor(call, main, logits)
         if logits.shape[dim] < min(main.out.shape[-2:]):
             call.problem = call.problem or f"of {tuple(main.out.shape)} logits it weighs {logits.shape[dim]} at a time"
         self.calls.append(call)
@@ -231,7 +236,8 @@ class Trace(TorchFunctionMode):
             and self._earlier[number].out.shape == out.shape
         ):
             out = self._earlier[number].out
-        return _mark(out, product)
+        product.marked = _mark(out, product)
+        return product.marked
 
     def _is_product(self, func: Any, a: Tensor, b: Tensor) -> bool:
         """Not a projection; learned queries are in a batch, as the weight of a projection is not."""
@@ -305,6 +311,25 @@ def _products_behind(x: Tensor) -> tuple[list[Product], str]:
         if products:
             return products, f"{_name(node)} stands between the product of queries and keys and the softmax"
     return [], ""
+
+
+def _take_factor(call: Call, product: Product, logits: Tensor) -> None:
+    """Takes a learned number that multiplies all logits of a head for a gain of the queries, and the rest without it."""
+    assert product.marked is not None
+    (slope,) = torch.autograd.grad(
+        logits, product.marked, torch.ones_like(logits), create_graph=True, allow_unused=True
+    )
+    if slope is None or not slope.requires_grad:
+        return
+    visible = slope != 0
+    factor = slope.sum((-2, -1), keepdim=True) / visible.sum((-2, -1), keepdim=True).clamp_min(1)
+    if slope.shape != logits.shape or not bool(((slope - factor).abs() <= 1e-5 * factor.abs())[visible].all()):
+        return
+    own = factor * product.marked.detach()
+    rest = logits - own
+    call.rest = [torch.where(visible & (rest.abs() > 1e-5 * own.abs().max()), rest, logits.detach() * ~visible)]
+    call.pairs = [(factor * product.query, product.key)]
+    call.factors = [factor]
 
 
 def _marks_behind(nodes: list[Any], kind: type) -> tuple[list[Any], list[Any]]:
