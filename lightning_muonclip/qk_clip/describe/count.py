@@ -19,20 +19,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-_BATCHED = {"bmm": 0, "baddbmm": 1}
+_BATCHED = {"bmm": (0, 1), "baddbmm": (1, 2)}
 
-#: Kernels that contract two factors, and the place of the first.
+#: Kernels that contract two factors, and the places of these.
 _CONTRACTIONS = _BATCHED | {
-    "mm": 0,
-    "mv": 0,
-    "dot": 0,
-    "addmm": 1,
-    "addmv": 1,
-    "addbmm": 1,
-    "convolution": 0,
-    "_trilinear": 0,
-    "_cdist_forward": 0,
-    "_euclidean_dist": 0,
+    "mm": (0, 1),
+    "mv": (0, 1),
+    "dot": (0, 1),
+    "addmm": (1, 2),
+    "addmv": (1, 2),
+    "addbmm": (1, 2),
+    "convolution": (0, 1),
+    "_trilinear": (0, 2),
+    "_cdist_forward": (0, 1),
+    "_euclidean_dist": (0, 1),
 }
 
 #: Kernels that sum up products, or differences, of channels.
@@ -85,7 +85,8 @@ class _Product:
     Attributes:
         size: Number of elements of the product.
         channels: How many it sums over.
-        owner: The module in its forward that made it of two activations.
+        owner: The module in its forward that made it of two activations, or was handed it.
+        made_in: The modules that were in their forward then, the innermost last.
         is_elementwise: Whether only elementwise functions have changed it.
         is_batched: Whether it is a product of batches of matrices.
         is_summed: Whether the channels have been summed up.
@@ -95,6 +96,7 @@ class _Product:
     size: int
     channels: int
     owner: Frame | None = None
+    made_in: tuple[Frame, ...] = ()
     is_elementwise: bool = True
     is_batched: bool = False
     is_summed: bool = True
@@ -148,7 +150,7 @@ class Count(TorchDispatchMode):
         if is_new or all(map(self._is_weight, tensors)):
             for tensor in outs:
                 self._weights[tensor] = True
-        elif outs and outs[0].is_floating_point():
+        elif outs and (outs[0].is_floating_point() or outs[0].is_complex()):
             product = self._multiplied(name, args, outs[0], product)
             for tensor in outs:
                 self._weights.pop(tensor, None)
@@ -174,8 +176,7 @@ class Count(TorchDispatchMode):
 
     def _multiplied(self, name: str, args: Any, out: Tensor, product: _Product | None) -> _Product | None:
         """What the result of a kernel is made of; a new product if it multiplies two activations."""
-        place = _CONTRACTIONS.get(name, 0)
-        a, b = args[place : place + 2] if len(args) > place + 1 else (None, None)
+        a, b = (args[place] if place < len(args) else None for place in _CONTRACTIONS.get(name, (0, 1)))
         is_contraction, is_mul = name in _CONTRACTIONS, name in ("mul", "mul_")
         if not (isinstance(a, Tensor) and isinstance(b, Tensor) and (is_contraction or is_mul or name == "sub")):
             return self._followed(name, out, product)
@@ -196,12 +197,14 @@ class Count(TorchDispatchMode):
             return _Product(0, 1, is_summed=False) if is_new else self._followed(name, out, product)
         if weighing and name not in _BATCHED:
             return None
-        owner = None if weighing else self._owner()
+        made_in = tuple(self._stack)
+        owner = None if weighing else self._owner(made_in)
         channels = a.shape[-1] if is_contraction else 1
         return _Product(
             out.numel(),
             channels,
             owner,
+            made_in,
             is_elementwise=name != "sub",
             is_batched=name in _BATCHED,
             is_summed=name != "sub",
@@ -219,6 +222,8 @@ class Count(TorchDispatchMode):
             return None
         if name in _SUMS and product.channels == 1:
             return replace(product, size=out.numel(), channels=max(1, product.size // out.numel()), is_summed=True)
+        if product.is_elementwise and product.owner is not None and not self._is_here(product):
+            product = replace(product, owner=self._owner(product.made_in))  # who has it now
         is_elementwise = product.is_elementwise and name not in _ENDS and out.numel() >= product.size
         if not is_elementwise and not self._is_here(product):
             return None
@@ -240,8 +245,8 @@ class Count(TorchDispatchMode):
     def _is_here(self, product: _Product) -> bool:
         return product.owner is not None and product.owner in self._stack
 
-    def _owner(self) -> Frame | None:
-        return next((frame for frame in reversed(self._stack) if has_matrix(frame.module)), None)
+    def _owner(self, made_in: tuple[Frame, ...]) -> Frame | None:
+        return next((own for own in reversed(made_in) if own in self._stack and has_matrix(own.module)), None)
 
 
 def has_matrix(module: nn.Module) -> bool:

@@ -115,6 +115,17 @@ def scripted(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.matmul(torch.softmax(torch.matmul(q, k.transpose(-1, -2)), -1), v)
 
 
+class Scores(nn.Module):
+    """Scores by one more projection, which another module goes on with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.more = nn.Linear(WIDTH // HEADS, WIDTH // HEADS)
+
+    def forward(self, q: Tensor, k: Tensor) -> Tensor:
+        return self.more(q) @ k.mT
+
+
 def talking(own: Any, q: Tensor, k: Tensor) -> Tensor:
     return own.mix((q @ k.mT).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
@@ -141,6 +152,20 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
             mix=nn.Sequential(nn.Conv2d(HEADS, 8, 1), nn.BatchNorm2d(8), nn.GELU(), nn.Conv2d(8, HEADS, 1)),
         ),
         "none can be followed",
+    ),
+    "pooling": (
+        lambda: Made(softmaxed(lambda own, q, k: F.avg_pool2d(q @ k.mT, (1, 3), 1, (0, 1)))),
+        "AvgPool2D stands between",
+    ),
+    "spectrum": (
+        lambda: Made(softmaxed(lambda own, q, k: torch.fft.ifft(torch.fft.fft(q @ k.mT)).real)),
+        "none can be followed",
+    ),
+    "handed": (
+        lambda: Made(
+            softmaxed(lambda own, q, k: own.mix(own.scores(q, k))), scores=Scores(), mix=nn.Linear(LENGTH, LENGTH)
+        ),
+        "Addmm stands between",
     ),
     "top k": (lambda: Made(top), "Topk stands between"),
     "multiplied": (
