@@ -177,6 +177,8 @@ class Trace(TorchFunctionMode):
     def _answer(self, func: Any, args: Any, kwargs: Any) -> Any:
         if func is _SDPA:
             return self._fused(*args, **kwargs)
+        if func is F.batch_norm and self._factor != 1:  # by the batch, as in training
+            return func(args[0], None, None, args[3], args[4], True)
         if func in _SOFTMAX or func in _EXP:
             return self._softmax(func, args, kwargs)
         if func in _MATMUL or func in _BADDBMM or func is torch.einsum:
@@ -321,13 +323,16 @@ def _take_factor(call: Call, product: Product, logits: Tensor) -> None:
     )
     if slope is None or not slope.requires_grad:
         return
-    visible = slope != 0
-    factor = slope.sum((-2, -1), keepdim=True) / visible.sum((-2, -1), keepdim=True).clamp_min(1)
-    if slope.shape != logits.shape or not bool(((slope - factor).abs() <= 1e-5 * factor.abs())[visible].all()):
+    if slope.shape != logits.shape:
         return
-    own = factor * product.marked.detach()
+    visible = (slope != 0) & product.marked.isfinite()
+    slope = slope.masked_fill(~visible, 0)
+    factor = slope.sum((-2, -1), keepdim=True) / visible.sum((-2, -1), keepdim=True).clamp_min(1)
+    if not bool(((slope - factor).abs() <= 1e-5 * factor.abs())[visible].all()):
+        return
+    own = factor * product.marked.detach().masked_fill(~visible, 0)
     rest = logits - own
-    call.rest = [torch.where(visible & (rest.abs() > 1e-5 * own.abs().max()), rest, logits.detach() * ~visible)]
+    call.rest = [rest.masked_fill(visible & (rest.abs() < 1e-5 * own.abs().max()), 0)]
     call.pairs = [(factor * product.query, product.key)]
     call.factors = [factor]
 
