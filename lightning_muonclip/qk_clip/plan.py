@@ -181,10 +181,11 @@ def clipped_weights(
             " weights without lowering its logits; pass qk_norm='monitor' to only watch it, or qk_norm='gain' to scale the"
             " gains of the norms",
         )
-    if spec.qk_norm and qk_norm == "monitor":
-        return [], "QK-norm"
-    if spec.qk_norm and not spec.gains:
-        return [], "QK-norm without a gain"
+    if spec.qk_norm and (qk_norm == "monitor" or not spec.gains):
+        set_by = dict.fromkeys([*(gain.name for gain in spec.gains), *spec.set_by])
+        reason = f"QK-norm; its logits are set by {', '.join(set_by)}" if spec.set_by else "QK-norm"
+        why_not = ", no factor of a single head" if spec.set_by else " without a gain"
+        return [], reason + (why_not if qk_norm == "gain" else "")
     if spec.qk_norm:
         return weights_of(module, name, spec.gains, spec, shared=True), ""
     makes_logits = [projection for projection in spec.projections if layout_kinds(projection.layout) != {"*"}]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_muonclip.qk_clip.describe.count import Frame
 from lightning_muonclip.qk_clip.describe.declared import AttentionModules
 from lightning_muonclip.qk_clip.describe.describe import FAILURES, Found, run_alone
 from lightning_muonclip.qk_clip.describe.gate import gate
@@ -16,7 +17,6 @@ from lightning_muonclip.qk_clip.describe.isolate import Isolated, Run
 from lightning_muonclip.qk_clip.describe.layout import KINDS, spread
 from lightning_muonclip.qk_clip.describe.prove import CLAMPED, LARGE, Outcome, deviation, holds, outcomes
 from lightning_muonclip.qk_clip.describe.spec import AttentionSpec, HeadAxis
-from lightning_muonclip.qk_clip.describe.survey import Frame
 from lightning_muonclip.qk_clip.describe.weights import UnscalableError, Weight
 from lightning_muonclip.qk_clip.plan import clipped_weights
 from lightning_muonclip.tables import table

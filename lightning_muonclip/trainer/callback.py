@@ -355,9 +355,14 @@ class MuonClipCallback(Callback):
         self._tell_sides()
 
     def _tell_sides(self) -> None:
-        sides = {} if self.qk_clip is None else self.qk_clip.sides
-        if sides:
-            rank_zero_info("QK-Clip scales " + ", ".join(f"{name}: {side}" for name, side in sides.items()))
+        if self.qk_clip is None or not self.qk_clip.sides:
+            return
+        rank_zero_info("QK-Clip scales " + ", ".join(f"{name}: {side}" for name, side in self.qk_clip.sides.items()))
+        by_reason: dict[str, list[str]] = {}
+        for name, reason in self.qk_clip.observer.discovery.unmeasured.items():
+            by_reason.setdefault(reason, []).append(name or "(model)")
+        for reason, names in by_reason.items():
+            rank_zero_info(f"QK-Clip scales nothing of {', '.join(names)}: {reason}")
 
     def _clip_gradients(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Clips all gradients together; Lightning's own clip of the user's optimizer then changes nothing."""

@@ -128,7 +128,7 @@ SAMPLE = {
         gcvit_xxtiny | WindowAttentionGlobal: k; q and k
         test_vit | Attention: q and k
         test_vit_relpos | RelPosAttention: q and k
-        xcit_nano_12_p8_224 | XCA: watched | ClassAttn: q and k
+        xcit_nano_12_p8_224 | XCA: q, by gains | ClassAttn: q and k
     """,
     "litgpt": """
         Falcon | CausalSelfAttention: q and k

@@ -168,7 +168,7 @@ def test_weights_have_a_second_consumer() -> None:
 
 def test_attention_is_hidden_from_functions() -> None:
     own = refused(
-        "transformers", "sew-d", "encoder.encoder.layer.0.attention.self", "attention calls, 0 can be followed"
+        "transformers", "sew-d", "encoder.encoder.layer.0.attention.self", "attention calls, none can be followed"
     )
     assert len(own.logits()) == 2
     seen: list[Tensor] = []

@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from lightning_muonclip.qk_clip.describe.count import Frame, has_matrix
 from lightning_muonclip.qk_clip.describe.infer import Heads, Layout, Unclear
 from lightning_muonclip.qk_clip.describe.isolate import Isolated, Run
 from lightning_muonclip.qk_clip.describe.locate import locate
 from lightning_muonclip.qk_clip.describe.prove import proven
 from lightning_muonclip.qk_clip.describe.spec import Softmax
-from lightning_muonclip.qk_clip.describe.survey import Frame
 
 #: What a module that cannot be run alone may raise.
 FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, NotImplementedError, AssertionError)
@@ -104,9 +104,12 @@ def _of_call(
         own = known[frame][inside[frame].index(number)]
         if own.layout is not None and not own.layout.lacks_keys:
             return own
-        if best.layout is not None and len(inside[frame]) > len(inside[frames[0]]):
+        is_of_several = len(inside[frame]) > len(inside[frames[0]])
+        if best.layout is not None and is_of_several:
             break
-        if own.layout is not None or best.layout is None:
+        # What a module with weights says of its own attention is not overruled by what a module around it says of several.
+        is_told = frame is not frames[0] and has_matrix(best.module) and (is_of_several or own.elsewhere)
+        if own.layout is not None or (best.layout is None and not is_told):
             best = own
         if own.layout is None and not own.elsewhere:
             break
@@ -129,7 +132,10 @@ def _analyse(frame: Frame, count: int, sums: bool = True) -> list[Found]:
     try:
         isolated, run = run_alone(frame, sums)
         if len(run.calls) != count:
-            reason = f"of its {count} attention calls, {len(run.calls)} can be followed when it runs alone"
+            reason = (
+                f"of its {count} attention calls, {len(run.calls) or 'none'} can be followed when it runs alone; others are"
+                " in code that torch cannot trace, or their logits are no matrix product"
+            )
             raise Unclear(reason, elsewhere=not run.calls)
         heads = Heads(isolated, run)
         found: list[Found] = [Found(frame.name, frame.module)] * count
@@ -141,7 +147,7 @@ def _analyse(frame: Frame, count: int, sums: bool = True) -> list[Found]:
                 own.softmaxes = _softmaxes(isolated, run, own.layout)
                 heads.enter_others(own.layout)
             except Unclear as unclear:
-                if any(len(call.pairs) > 1 for call in run.calls):
+                if sums and any(len(call.pairs) > 1 or call.factors for call in run.calls):
                     return _analyse(frame, count, sums=False)
                 own.layout = None
                 own.reason, own.elsewhere = unclear.reason, unclear.elsewhere

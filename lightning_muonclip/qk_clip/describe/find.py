@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_muonclip.parallel.shards import on_all_ranks
+from lightning_muonclip.qk_clip.describe.count import Frame, has_matrix
 from lightning_muonclip.qk_clip.describe.describe import FAILURES, Found, describe, softmaxes_of
 from lightning_muonclip.qk_clip.describe.fused import FusedWeights
 from lightning_muonclip.qk_clip.describe.gate import gate
@@ -17,7 +18,7 @@ from lightning_muonclip.qk_clip.describe.infer import Table
 from lightning_muonclip.qk_clip.describe.isolate import apart
 from lightning_muonclip.qk_clip.describe.layout import ChannelMap
 from lightning_muonclip.qk_clip.describe.spec import AttentionSpec, HeadAxis, Projection, Softmax
-from lightning_muonclip.qk_clip.describe.survey import Frame, Prepares, Survey, run_watched
+from lightning_muonclip.qk_clip.describe.survey import Prepares, Survey, run_watched
 
 #: How many samples of a batch are tried before all of it.
 _SAMPLES = 2
@@ -33,14 +34,15 @@ class Search(NamedTuple):
         found: Every attention that nobody has described.
         softmaxes: Where described modules that attend by hand have their logits.
         modules: The modules that have run.
-        others: Modules with a softmax over something else than a product of queries and keys.
+        others: Modules with a softmax over something else than a product of queries and keys, and others that weigh
+            activations without a softmax: why each has no logits to clip.
         fused: Weights that hold several matrices.
     """
 
     found: list[Found]
     softmaxes: dict[nn.Module, tuple[Softmax, ...]]
     modules: set[nn.Module]
-    others: set[nn.Module]
+    others: dict[nn.Module, str]
     fused: FusedWeights
 
 
@@ -73,7 +75,8 @@ def find_attention(
         assert part is not None
         with suppress(*FAILURES):  # a model may insist on a size of its batch
             search = _search(model, part, described, alone)
-        is_read = search is not None and all(own.layout is not None for own in search.found)
+        # There may be a softmax for every sample.
+        is_read = search is not None and all(own.layout and len(own.softmaxes) < 2 for own in search.found)
         if on_all_ranks(model, is_read) and search is not None:
             return search
     return _search(model, example, described, alone)
@@ -93,8 +96,12 @@ def _search(
         found += _opaque(survey, calls, {*alone, *described})
         softmaxes = {module: softmaxes_of(frame) for module, frame in of_described.items()}
     known = {own.module for own in found} | {*described, *alone}
-    stacks = (stack for stack in survey.softmaxes if stack and not any(frame.module in known for frame in stack))
-    others = {stack[-1].module for stack in stacks}
+    others: dict[nn.Module, str] = {}
+    for stack, reason in survey.others:
+        if stack and not any(frame.module in known for frame in stack):
+            others.setdefault(
+                next((f.module for f in reversed(stack) if has_matrix(f.module)), stack[-1].module), reason
+            )
     return Search(
         found,
         {module: own for module, own in softmaxes.items() if own},
@@ -126,7 +133,7 @@ def _opaque(survey: Survey, calls: Sequence[Sequence[Frame]], known: Collection[
     seen = {frame.module for stack in calls for frame in stack} | set(known)
     found: dict[nn.Module, Found] = {}
     for kernel, stack, _ in survey.opaque:
-        frames = [frame for frame in reversed(stack) if any(param.ndim > 1 for param in frame.module.parameters())]
+        frames = [frame for frame in reversed(stack) if has_matrix(frame.module)]
         if frames and not any(frame.module in known for frame in stack) and frames[0].module not in seen:
             reason = f"it calls {kernel}, in which no queries and keys can be seen"
             found[frames[0].module] = Found(frames[0].name, frames[0].module, reason=reason)
@@ -144,6 +151,7 @@ def spec_of(found: Found) -> AttentionSpec:
         layout.num_key_value_heads,
         qk_norm=layout.qk_norm,
         gains=scaled if layout.qk_norm else (),
+        set_by=layout.set_by,
         softmaxes=found.softmaxes,
         head_axes=layout.head_axes,
     )

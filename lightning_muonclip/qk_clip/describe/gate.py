@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_muonclip.parallel.shards import local_part, on_all_ranks, to_local
+from lightning_muonclip.qk_clip.describe.count import Frame
 from lightning_muonclip.qk_clip.describe.describe import Found
 from lightning_muonclip.qk_clip.describe.infer import Layout
 from lightning_muonclip.qk_clip.describe.isolate import DetachedCopies, apart, undisturbed
 from lightning_muonclip.qk_clip.describe.prove import factors
-from lightning_muonclip.qk_clip.describe.survey import Frame, kept
+from lightning_muonclip.qk_clip.describe.survey import kept
 from lightning_muonclip.qk_clip.describe.trace import Product, Trace, tracing
 
 _ELSEWHERE = "its keys are used elsewhere in the model too"

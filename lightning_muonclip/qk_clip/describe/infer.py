@@ -76,6 +76,7 @@ class Layout:
         head_axes: The leading axes of the queries that count heads, unless it is the innermost one alone.
         own_channels: Channels of the keys that are each head's own, where others are shared by all heads (latent attention).
         notes: Why one side is left alone.
+        set_by: Parameters that set the logits behind the product of queries and keys.
     """
 
     calls: list[int]
@@ -89,6 +90,7 @@ class Layout:
     unscaled: list[tuple[str, Table]] = field(default_factory=list)
     head_axes: tuple[HeadAxis, ...] = ()
     notes: list[str] = field(default_factory=list)
+    set_by: tuple[str, ...] = ()
 
     @property
     def lacks_keys(self) -> bool:
@@ -193,7 +195,7 @@ class Heads:
             def index(output: Output) -> Tensor | int:
                 return _along(output, output.slices[-axis], axis) if len(output.slices) >= axis else 0
 
-            count = max(o.size(axis) for o in self.probe.outputs if len(o.slices) >= axis)
+            count = max((o.size(axis) for o in self.probe.outputs if len(o.slices) >= axis), default=1)
             one = {key: torch.zeros_like(own) for key, own in self.side.items()}
             self._axes[axis] = self.probe.coordinates(index, count) if count > 1 else one
         return self._axes[axis]
@@ -210,6 +212,8 @@ class Heads:
             if self.run.calls[call].problem:
                 raise Unclear(self.run.calls[call].problem)
         query, key = self._sides(calls)
+        if len({self._group[call] for call in calls}) > 1 and not self._are_alike(query):
+            raise Unclear("its heads are told apart by several attention calls")
         group = _group(query, key)
         is_in_order = group == [head * key.count // query.count for head in range(query.count)]
         query_sets, key_sets = self._scaling(query), self._scaling(key) if is_in_order else []
@@ -253,6 +257,8 @@ class Heads:
                         self._add(others, side, name, kind)
         if layout.qk_norm:
             layout.unscaled = others.tables
+            called = [self.run.calls[call] for call in layout.calls]
+            layout.set_by = self.probe.reaching([x for call in called for x in (*call.rest, *call.factors)])
 
     def _sides(self, calls: list[int]) -> tuple[_Side, _Side]:
         query, key = (self._side_of(side, calls) for side in (_Q, _K))
@@ -361,6 +367,11 @@ class Heads:
         calls = sorted({output.call for output in side.outputs})
         return (side.heads[key] >= 0) & (self.side[key] == number) & self._of_calls(key, calls)
 
+    def _are_alike(self, side: _Side) -> bool:
+        """Whether every channel of several calls feeds the first of them too."""
+        first = self.probe.shares_of([o for o in side.outputs if o.call == side.outputs[0].call])
+        return not any(bool((first[k][self._private(side, k)] == 0).any()) for k in side.keys.values() if k in first)
+
     # What scales ----------------------------------------------------------------------------------------------------
 
     def _scaling(self, side: _Side) -> list[tuple[str, ...]]:
@@ -383,7 +394,10 @@ class Heads:
         return bool(((share - 1).abs() < 10 * self.probe.tolerance).all())
 
     def _is_norm(self, layout: Layout, query: _Side) -> bool:
-        """Whether no more than one number a channel scales a head, though more makes it: a norm stands in between."""
+        """Whether no more than one number a channel scales a head, though more makes it: a norm stands in between.
+
+        What normalizes a weight is no such norm: queries and keys still grow with what is projected.
+        """
         behind = self.probe.behind(query.outputs) - {name for name, _ in layout.tables}
         if not behind:
             return False  # learned queries
@@ -394,7 +408,19 @@ class Heads:
             scaled = int(table.scaled.sum()) * param.numel() // max(1, table.kinds.numel())
             if scaled > channels * max(1, heads):
                 return False
-        return True
+        return any(self._is_bounded(layout.calls, "qk".index(side)) for side in layout.sides)
+
+    def _is_bounded(self, calls: list[int], side: int) -> bool:
+        """Whether queries or keys are as large as before when all that is projected is huge."""
+        sizes = [
+            sum(float(pair[side].detach().square().sum()) for call in calls for pair in run.calls[call].pairs)
+            for run in (self.run, self._grown)
+        ]
+        return sizes[1] < 4 * sizes[0]
+
+    @cached_property
+    def _grown(self) -> Run:
+        return self.isolated.run(self.run.products, factor=1024.0)
 
     def _add(
         self,
@@ -514,7 +540,7 @@ class Heads:
         shares = {name: float(own.sum()) / whole for (name, _), own in self.probe.shares_of(side.outputs).items()}
         most = side.outputs[0].tensor.shape[-1] * side.count
         vectors = [name for name in shares if self.probe.params[name].numel() <= most]
-        matrices = [share for name, share in shares.items() if name not in vectors and share]
+        matrices = [shares[name] for name in self.probe.behind(side.outputs) & shares.keys() if name not in vectors]
         return bool(matrices) and any(
             abs(sum(matrices) + sum(shares[name] for name in biases)) < 1e-2
             for count in range(min(len(vectors), 4) + 1)

@@ -79,11 +79,11 @@ class Isolated:
             child.training = child is self.module  # without dropout, and not by a path for evaluation
         self.params = {name: p for name, p in self.module.named_parameters() if _is_real(p)}
 
-    def run(self, products: Sequence[Product] = ()) -> Run:
-        """One forward; products of an earlier one answer for its own."""
+    def run(self, products: Sequence[Product] = (), factor: float = 1.0) -> Run:
+        """One forward; products of an earlier one answer for its own, and a factor multiplies all projections."""
         with DetachedCopies():
             args, kwargs = tree_map(self._copied, self._inputs)
-        trace = Trace((args, kwargs), products, self.sums)
+        trace = Trace((args, kwargs), products, self.sums, factor)
         with apart(self.module), _full_precision(), torch.enable_grad(), tracing(trace):
             output = self.module(*args, **kwargs)
         rest = [tensor for call in trace.calls for tensor in call.rest]

@@ -76,7 +76,7 @@ def _run(isolated: Isolated, answers: Mapping[int, Tensor], probabilities: Seque
 
 
 def _logits(isolated: Isolated, layout: Layout, base: _Numbered) -> list[int]:
-    """The products that follow when one side of the heads is doubled; all, if nothing scales."""
+    """The products that follow when one side of the heads is doubled; all, if only what is behind them scales."""
     heads = torch.full((max(layout.num_heads, layout.num_key_value_heads),), 2.0)
     of = dict.fromkeys(QUERY_KINDS if "q" in layout.sides else KEY_KINDS, heads)
     factor = 4 if layout.is_tied else 2
@@ -85,7 +85,7 @@ def _logits(isolated: Isolated, layout: Layout, base: _Numbered) -> list[int]:
         after = _run(isolated, {}, base.probabilities)  # nothing behind a softmax may change
     limit = 1e-6 if isolated.dtype is torch.float64 else 1e-3
     follows = [deviation(factor * a, b) < limit for a, b in zip(base.pure, after.pure)]
-    return [number for number, is_logits in enumerate(follows) if is_logits or not layout.sides]
+    return [number for number, is_logits in enumerate(follows) if is_logits or not any(follows)]
 
 
 def _is_double(once: Tensor, twice: Tensor) -> bool:

@@ -69,6 +69,7 @@ class Probe:
     """
 
     def __init__(self, isolated: Isolated, run: Run) -> None:
+        self._isolated = isolated
         is_double = isolated.dtype is torch.float64
         self.tolerance = 1e-6 if is_double else 2e-3
         self._noise = 1e-10 if is_double else 1e-5
@@ -102,6 +103,17 @@ class Probe:
         """The parameters that some outputs depend on."""
         reached = _variables([output.tensor.grad_fn for output in outputs])
         return {name for name, param in self.params.items() if param in reached}
+
+    def reaching(self, tensors: Sequence[Tensor]) -> tuple[str, ...]:
+        """The parameters that some tensors change with."""
+        params, total = (
+            self._isolated.params,
+            sum((x.square().nan_to_num(0, 0, 0).sum() for x in tensors), torch.zeros(())),
+        )
+        if not total.requires_grad:
+            return ()
+        found = torch.autograd.grad(total, list(params.values()), retain_graph=True, allow_unused=True)
+        return tuple(name for name, gradient in zip(params, found) if gradient is not None and gradient.any())
 
     def coordinates(self, index: Callable[[Output], Tensor | int], count: int) -> dict[Key, Tensor]:
         """For every channel, the one coordinate that it feeds, :data:`MIXED` or :data:`NOTHING`.

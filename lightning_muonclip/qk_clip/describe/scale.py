@@ -8,9 +8,10 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_muonclip.qk_clip.describe.count import Frame
 from lightning_muonclip.qk_clip.describe.describe import FAILURES
 from lightning_muonclip.qk_clip.describe.follow import MATMULS, SOFTMAXES, without_addend
-from lightning_muonclip.qk_clip.describe.survey import Frame, run_watched
+from lightning_muonclip.qk_clip.describe.survey import run_watched
 from lightning_muonclip.qk_clip.describe.trace import Trace, tracing
 
 _SDPA = F.scaled_dot_product_attention  # torch's own, whoever may patch it later

@@ -86,6 +86,7 @@ class AttentionSpec:
         softmaxes: Where a module that calls no attention function has its logits (see :mod:`.locate`).
         head_axes: The leading axes of the queries that count heads, outermost first; by default the innermost one.
         watched: Why no factor on a weight could lower its logits; it is then watched and never scaled.
+        set_by: With QK-norm, the parameters that set the logits behind the product of queries and keys.
 
     Raises:
         ValueError: If the number of query heads is not a multiple of the number of key heads.
@@ -104,6 +105,7 @@ class AttentionSpec:
     softmaxes: tuple[Softmax, ...] = ()
     head_axes: tuple[HeadAxis, ...] = ()
     watched: str = ""
+    set_by: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         groups = self.num_key_value_heads or self.num_heads

@@ -27,6 +27,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from lightning_muonclip.qk_clip.describe.follow import BADDBMMS, EXPONENTIALS, MATMULS, SOFTMAXES
 
 _SDPA = F.scaled_dot_product_attention  # torch's own, whoever may have patched it since
+_PROJECTS = MATMULS | {F.linear, torch.addmm, Tensor.addmm, F.conv1d, F.conv2d, F.conv3d}
 
 #: Nodes of the autograd graph between a product and its softmax that leave every logit to its head.
 _ELEMENTWISE = {
@@ -85,6 +86,7 @@ class Product:
     query: Tensor
     key: Tensor
     out: Tensor
+    marked: Tensor | None = None  # what the module goes on with
     is_logits: bool = False  # once a softmax has been found
 
     @property
@@ -102,6 +104,7 @@ class Call:
         pairs: Queries and keys, shape (*lead, length, channels) each; several if the logits are a sum of products.
         value: Shape (*lead, length, channels); ``None`` if nothing was weighted.
         rest: Whatever else enters the logits: masks, biases.
+        factors: Learned numbers that multiply all logits of a head, such as a temperature. The queries have them already.
         problem: Why the logits cannot be followed; empty if they can.
     """
 
@@ -109,6 +112,7 @@ class Call:
     pairs: list[tuple[Tensor, Tensor]]
     value: Tensor | None = None
     rest: list[Tensor] = field(default_factory=list)
+    factors: list[Tensor] = field(default_factory=list)
     problem: str = ""
 
     @property
@@ -124,14 +128,16 @@ class Trace(TorchFunctionMode):
         given: The inputs of the module. What depends on them is an activation; a product with anything else, a projection.
         products: Products of an earlier run. They answer for those of this run, so that nothing behind them may change.
         sums: Whether logits may be a sum of products; else all but one of them are a bias.
+        factor: Multiplies whatever weights project.
     """
 
-    def __init__(self, given: Any, products: Sequence[Product] = (), sums: bool = True) -> None:
+    def __init__(self, given: Any, products: Sequence[Product] = (), sums: bool = True, factor: float = 1.0) -> None:
         super().__init__()
         self.calls: list[Call] = []
         self.products: list[Product] = []
         self._earlier = products
         self._sums = sums
+        self._factor = factor
         self._activations = WeakIdKeyDictionary()
         self._mark_activations(given)
 
@@ -147,7 +153,10 @@ class Trace(TorchFunctionMode):
         # Hooks of activation checkpointing would save nothing here, and run the function again without the trace.
         with torch.autograd.graph.saved_tensors_hooks(_same, _same):
             out = self._answer(func, args, kwargs)
-        if any(tensor in self._activations for tensor in _tensors((args, kwargs))):
+        are_activations = [tensor in self._activations for tensor in _tensors((args, kwargs))]
+        if self._factor != 1 and func in _PROJECTS and any(are_activations) and not all(are_activations):
+            out = out * self._factor
+        if any(are_activations):
             name = getattr(func, "__name__", "")
             in_place = args[:1] if name.endswith("_") or name == "__setitem__" else ()
             self._mark_activations((out, in_place))
@@ -172,6 +181,8 @@ class Trace(TorchFunctionMode):
     def _answer(self, func: Any, args: Any, kwargs: Any) -> Any:
         if func is _SDPA:
             return self._fused(*args, **kwargs)
+        if func is F.batch_norm and self._factor != 1:  # by the batch, as in training
+            return func(args[0], None, None, args[3], args[4], True)
         if func in SOFTMAXES or func in EXPONENTIALS:
             return self._softmax(func, args, kwargs)
         if func in MATMULS:
@@ -203,6 +214,8 @@ class Trace(TorchFunctionMode):
                 product.query, product.key = product.key, product.query
             product.is_logits = True
             call.pairs.append((product.query, product.key))
+        if len(call.pairs) == 1 and self._sums:
+            _take_factor(call, main, logits)
         if logits.shape[dim] < min(main.out.shape[-2:]):
             call.problem = call.problem or f"of {tuple(main.out.shape)} logits it weighs {logits.shape[dim]} at a time"
         self.calls.append(call)
@@ -230,7 +243,8 @@ class Trace(TorchFunctionMode):
             and self._earlier[number].out.shape == out.shape
         ):
             out = self._earlier[number].out
-        return _mark(out, product)
+        product.marked = _mark(out, product)
+        return product.marked
 
     def _is_product(self, func: Any, a: Tensor, b: Tensor) -> bool:
         """Not a projection; learned queries are in a batch, as the weight of a projection is not."""
@@ -308,6 +322,28 @@ def _products_behind(x: Tensor) -> tuple[list[Product], str]:
         if products:
             return products, f"{_name(node)} stands between the product of queries and keys and the softmax"
     return [], ""
+
+
+def _take_factor(call: Call, product: Product, logits: Tensor) -> None:
+    """Takes a learned number that multiplies all logits of a head for a gain of the queries, and the rest without it."""
+    assert product.marked is not None
+    (slope,) = torch.autograd.grad(
+        logits, product.marked, torch.ones_like(logits), create_graph=True, allow_unused=True
+    )
+    if slope is None or not slope.requires_grad:
+        return
+    if slope.shape != logits.shape:
+        return
+    visible = (slope != 0) & product.marked.isfinite()
+    slope = slope.masked_fill(~visible, 0)
+    factor = slope.sum((-2, -1), keepdim=True) / visible.sum((-2, -1), keepdim=True).clamp_min(1)
+    if not bool(((slope - factor).abs() <= 1e-5 * factor.abs())[visible].all()):
+        return
+    own = factor * product.marked.detach().masked_fill(~visible, 0)
+    rest = logits - own
+    call.rest = [rest.masked_fill(visible & (rest.abs() < 1e-5 * own.abs().max()), 0)]
+    call.pairs = [(factor * product.query, product.key)]
+    call.factors = [factor]
 
 
 def _marks_behind(nodes: list[Any], kind: type) -> tuple[list[Any], list[Any]]:

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
+from lightning_muonclip.qk_clip.describe.count import Frame
 from lightning_muonclip.qk_clip.describe.isolate import DetachedCopies, device_of
-from lightning_muonclip.qk_clip.describe.survey import Frame, kept
+from lightning_muonclip.qk_clip.describe.survey import kept
 from lightning_muonclip.qk_clip.observe.observer import Observer
 
 

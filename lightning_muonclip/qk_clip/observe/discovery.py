@@ -30,12 +30,11 @@ from lightning_muonclip.qk_clip.describe.describe import Found
 from lightning_muonclip.qk_clip.describe.find import Example, find_attention, spec_of, watched_spec
 from lightning_muonclip.qk_clip.describe.fused import FusedWeights
 from lightning_muonclip.qk_clip.describe.spec import AttentionSpec
+from lightning_muonclip.qk_clip.describe.survey import NO_PRODUCT, NO_SOFTMAX
 from lightning_muonclip.qk_clip.intercept import attends_by_interface
 from lightning_muonclip.qk_clip.observe.recorder import ReportsMaxLogits
 from lightning_muonclip.qk_clip.owned import Owned, has_part_of
 from lightning_muonclip.values import has_values, is_exporting
-
-_NO_PRODUCT = "its softmax is over no product of queries and keys"
 
 UNKNOWN_CHOICES = ("error", "monitor")
 
@@ -123,8 +122,9 @@ class Discovery:
         around = (m for m, name in self.names.items() if is_inside(self.names.get(root, ""), name))
         self._watch(m for m in around if m not in search.modules)
         new = self._understood(search.found)
-        for module in self.names.keys() & search.others:
-            self.unmeasured.setdefault(self.names[module], _NO_PRODUCT)
+        for module, reason in search.others.items():
+            if module in self.names:
+                self.unmeasured.setdefault(self.names[module], reason)
         for module, softmaxes in search.softmaxes.items():
             new[self.names[module]] = module, replace(self._described[module], softmaxes=softmaxes)
         self._alone |= self._inside(new) | search.modules & self._described.keys()
@@ -152,7 +152,7 @@ class Discovery:
     @property
     def has_found(self) -> bool:
         """Whether any attention was found, if only such as cannot be measured."""
-        return any(reason != _NO_PRODUCT for reason in self.unmeasured.values())
+        return any(reason not in (NO_PRODUCT, NO_SOFTMAX) for reason in self.unmeasured.values())
 
     def restore(self, attention: AttentionModules, fused: FusedWeights, unseen: Collection[str]) -> None:
         """Takes up where another run was: what it has seen is not surveyed again.

@@ -48,6 +48,7 @@ class Recorder:
             maxima: Shape ``(1, *lead)`` or, with upper bounds, ``(2, *lead)``.
             source: Where they come from.
         """
+        maxima = maxima if maxima.ndim > 1 else maxima[:, None]  # one head has no index of its own
         axes = self.spec.head_axes or (HeadAxis(1, maxima.shape[-1]),)  # of this rank
         heads = []
         for axis, count, is_inner in axes:

@@ -211,6 +211,7 @@ def test_where_only_queries_are_adapted_and_keys_are_frozen_queries_take_all() -
 
 ADAPTERS: dict[str, tuple[str, Callable[[], Any]]] = {
     "dora": ("DoRA", lambda: peft.LoraConfig(target_modules=["q_proj"], use_dora=True)),
+    "dora of both": ("DoRA", lambda: peft.LoraConfig(target_modules=["q_proj", "k_proj"], use_dora=True)),
     "loha": ("peft.tuners.loha.layer.Linear", lambda: peft.LoHaConfig(target_modules=["q_proj"])),
     "ia3": (
         "peft.tuners.ia3.layer.Linear",

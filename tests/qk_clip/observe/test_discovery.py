@@ -286,7 +286,7 @@ def test_a_softmax_over_no_product_is_listed() -> None:
         assert qk_clip.layers == ["layers.0"]
         last = qk_clip.summary().splitlines()[-1]
         assert last.startswith("layers.1") and last.endswith(
-            "nothing: its softmax is over no product of queries and keys"
+            "nothing: no product of queries and keys is seen behind its softmax"
         )
 
 
