@@ -70,7 +70,8 @@ class HalfHidden(Hidden):
 
 def test_attention_of_which_one_call_is_hidden_is_refused() -> None:
     for found in describe(surveyed(HalfHidden(), torch.randn(BATCH, LENGTH, WIDTH)).calls):
-        assert found.layout is None and found.reason == "of its 2 attention calls, 1 can be followed when it runs alone"
+        assert found.layout is None
+        assert found.reason.startswith("of its 2 attention calls, 1 can be followed when it runs alone")
 
 
 class HandMade(nn.Module):
