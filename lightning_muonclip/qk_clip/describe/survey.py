@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
+from lightning_muonclip.qk_clip.describe.follow import tensors_in
 from lightning_muonclip.qk_clip.describe.fused import Channels
 from lightning_muonclip.qk_clip.describe.isolate import DetachedCopies, apart, undisturbed
 
@@ -129,7 +130,7 @@ class Survey:
         self.head_dims.append(head_dim)
 
     def _note_opaque(self, name: str, args: Any) -> None:
-        activations = [x for x in _flat(args) if x.is_floating_point() and not isinstance(x, nn.Parameter)]
+        activations = [x for x in tensors_in(args) if x.is_floating_point() and not isinstance(x, nn.Parameter)]
         if sum(x.ndim > 2 for x in activations) > 2 or any(x.ndim > 4 for x in activations):  # or all in one tensor
             self.opaque.append((name, list(self._stack), activations[0].shape[-1]))
 
@@ -162,7 +163,7 @@ class _Count(TorchDispatchMode):
                 self._found(args[0].shape[-1])
             return func(*args, **kwargs)
         library, _, name = func._schema.name.partition("::")
-        products = [self._products[arg] for arg in _flat(args) if arg in self._products]
+        products = [self._products[arg] for arg in tensors_in(args) if arg in self._products]
         is_exponential = name in ("exp", "exp_", "exp2", "exp2_")
         is_softmax = is_exponential or name in ("_softmax", "_safe_softmax")
         if "scaled_dot_product" in name or "flash_attention" in name or "efficient_attention" in name:
@@ -186,14 +187,6 @@ class _Count(TorchDispatchMode):
             ):
                 self._products[out] = max(products)
         return out
-
-
-def _flat(args: Any) -> Any:
-    for arg in args:
-        if isinstance(arg, Tensor):
-            yield arg
-        elif isinstance(arg, (list, tuple)):
-            yield from (item for item in arg if isinstance(item, Tensor))
 
 
 def run_watched(module: nn.Module, args: Any, kwargs: Any, watching: AbstractContextManager[_T]) -> _T:

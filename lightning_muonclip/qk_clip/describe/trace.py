@@ -24,9 +24,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
+from lightning_muonclip.kernels.log_sum_exp import SDPA
 from lightning_muonclip.qk_clip.describe.follow import BADDBMMS, EXPONENTIALS, MATMULS, SOFTMAXES
-
-_SDPA = F.scaled_dot_product_attention  # torch's own, whoever may have patched it since
 
 #: Nodes of the autograd graph between a product and its softmax that leave every logit to its head.
 _ELEMENTWISE = {
@@ -170,7 +169,7 @@ class Trace(TorchFunctionMode):
             self._activations[tensor] = True
 
     def _answer(self, func: Any, args: Any, kwargs: Any) -> Any:
-        if func is _SDPA:
+        if func is SDPA:
             return self._fused(*args, **kwargs)
         if func in SOFTMAXES or func in EXPONENTIALS:
             return self._softmax(func, args, kwargs)
