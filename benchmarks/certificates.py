@@ -27,25 +27,11 @@ class Spy:
         #: For every number of rows: (steps * layers, heads) of computed maxima, bounds and true maxima.
         self.seen: dict[int, list[Tensor]] = {count: [] for count in ROWS}
 
-    def __call__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        bounds: Tensor,
-        *,
-        scale: float,
-        is_causal: bool = False,
-        window: int | None = None,
-        documents: Tensor | None = None,
-        mask: Tensor | None = None,
-    ) -> Tensor:
+    def __call__(self, query: Tensor, key: Tensor, bounds: Tensor, **options: Any) -> Tensor:
         """The maximum, as ever."""
-        pairs = {"is_causal": is_causal, "window": window, "documents": documents, "mask": mask}
-        exact = bounded_max_logits(query, key, bounds, scale=scale, **pairs)
-        with torch.no_grad():
-            for count, seen in self.seen.items():
-                found = top_rows(query, key, bounds, scale, *pairs.values(), count=count)
-                seen.append(torch.stack([*found, exact]))
+        exact = bounded_max_logits(query, key, bounds, **options)
+        for count, seen in self.seen.items():
+            seen.append(torch.stack([*top_rows(query, key, bounds, **options, count=count), exact]))
         return exact
 
 

@@ -79,9 +79,9 @@ class LogitPictures(Callback):
         peak = self.metric.compute()
         if trainer.is_global_zero:
             self.dirpath.mkdir(parents=True, exist_ok=True)
-            history, uncertified = (torch.stack([x.cpu() for x in own]) for own in (self.history, self.uncertified))
-            trajectory, axes = self.metric.plot(history)
-            _mark(axes, history, uncertified)
+            state = self.state_dict()
+            trajectory, axes = self.metric.plot(state["history"])
+            _mark(axes, **state)
             trajectory.savefig(self.dirpath / "max_logits.png", dpi=150)
             heads, _ = self.metric.plot(peak)
             heads.savefig(self.dirpath / "heads.png", dpi=150)

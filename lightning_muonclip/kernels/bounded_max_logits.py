@@ -33,7 +33,6 @@ from lightning_muonclip.kernels.max_logits import (
 #: them: over the demo, after its first 100 steps, 8 of 256 prove 97 % of the maxima (docs/tracking.md).
 ROWS, _PART = 8, 256
 
-
 #: What a pair of a sequence and a head costs a CPU beside its logits, in logits of a whole pass.
 _OVERHEAD = 4096
 
@@ -42,10 +41,6 @@ _FLAT = 2.0
 
 #: Logits that a CPU computes at once.
 _AT_ONCE = 2**20
-
-
-#: The name of the CPU's part in a profile.
-SPAN = "muonclip::bounded_max_logits"
 
 
 class _Rows(NamedTuple):
@@ -140,7 +135,11 @@ def bounded_max_logits(
         if torch.compiler.is_compiling():
             return torch.ops.muonclip.bounded_max_logits(*arguments)
         # Not without a profiler, since a span takes a fifth of the time of what it times.
-        with torch.profiler.record_function(SPAN) if profiler._is_profiler_enabled else nullcontext():
+        with (
+            torch.profiler.record_function("muonclip::bounded_max_logits")
+            if profiler._is_profiler_enabled
+            else nullcontext()
+        ):
             return _exact(*arguments)
     return top_rows(*arguments)
 

@@ -91,8 +91,8 @@ def check_known(case: Case, qk_clip: QKClip) -> None:
         assert own.qk_norm == spec.qk_norm
     if not any(spec.qk_norm for _, spec in known.values()):  # so are those of the values, which Muon splits
         ours, theirs = (matrix_parts(qk_clip.model, own, "heads") for own in (found, known))
-        assert {id(w): (dim, sorted(map(Tensor.tolist, own))) for w, (dim, own) in ours.items()} == {
-            id(w): (dim, sorted(map(Tensor.tolist, own))) for w, (dim, own) in theirs.items()
+        assert {id(w): (dim, sorted(map(Tensor.tolist, own))) for w, (dim, own, *_) in ours.items()} == {
+            id(w): (dim, sorted(map(Tensor.tolist, own))) for w, (dim, own, *_) in theirs.items()
         }
 
 

@@ -8,7 +8,7 @@ has been through a softmax; else it is another kind of attention.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from typing import Any
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
+
+from lightning_muonclip.qk_clip.describe.follow import tensors_in
 
 _BATCHED = {"bmm": (0, 1), "baddbmm": (1, 2)}
 
@@ -141,7 +143,7 @@ class Count(TorchDispatchMode):
         library, _, name = func._schema.name.partition("::")
         if "scaled_dot_product" in name or "flash_attention" in name or "efficient_attention" in name:
             self._note(args[0].shape[-1], True)
-        tensors = list(flat(args))
+        tensors = list(tensors_in(args))
         product = self._softmaxed(name, self._product_of(tensors))
         out = func(*args, **kwargs)
         if library not in _TORCHS:
@@ -256,15 +258,6 @@ class Count(TorchDispatchMode):
 def has_matrix(module: nn.Module) -> bool:
     """Whether a module has parameters that may project."""
     return any(param.ndim > 1 for param in module.parameters())
-
-
-def flat(args: Any) -> Iterator[Tensor]:
-    """The tensors among the arguments of a kernel."""
-    for arg in args:
-        if isinstance(arg, Tensor):
-            yield arg
-        elif isinstance(arg, (list, tuple)):
-            yield from (item for item in arg if isinstance(item, Tensor))
 
 
 def _is_outer(a: Tensor, b: Tensor) -> bool:

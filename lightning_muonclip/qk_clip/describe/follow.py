@@ -67,7 +67,7 @@ def follow(ways: Ways, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         out = args[0]
     if not ways or not isinstance(out, Tensor) or not out.is_floating_point():
         return
-    operands = [(x, factors_in(ways, x)) for x in _tensors((*args, *kwargs.values()))]
+    operands = [(x, factors_in(ways, x)) for x in tensors_in((*args, *kwargs.values()))]
     followed = [(x, factors) for x, factors in operands if factors]
     if not followed:
         return
@@ -108,7 +108,8 @@ def _is_one(factor: Any) -> bool:
     return not isinstance(factor, Tensor) or factor.numel() == 1
 
 
-def _tensors(args: Any) -> Iterator[Tensor]:
+def tensors_in(args: Any) -> Iterator[Tensor]:
+    """The tensors among the arguments of a function, and in lists among them."""
     for arg in args:
         if isinstance(arg, Tensor):
             yield arg

@@ -7,13 +7,14 @@ convolution; the inputs of a state space model. The same forward shows which dim
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
+
+from lightning_muonclip.qk_clip.describe.follow import tensors_in
 
 
 class FusedWeight(NamedTuple):
@@ -195,7 +196,7 @@ class Channels(TorchDispatchMode):
             return
         if name == "convolution":
             self._convolve(args[0], args[1], args[8], args[6], out)
-        elif not any(self._tags_of(x) for x in _tensors(args)):
+        elif not any(self._tags_of(x) for x in tensors_in(args)):
             return
         elif name in _COPIES:
             self._set_tags(out[0] if isinstance(out, tuple) else out, self._tags_of(args[0]))
@@ -205,7 +206,7 @@ class Channels(TorchDispatchMode):
         elif func.is_view or name in _MOVES:
             self._move(func, args, kwargs, out)
         elif torch.Tag.pointwise in func.tags:
-            self._combine(name, [x for x in _tensors(args) if self._tags_of(x)], out)
+            self._combine(name, [x for x in tensors_in(args) if self._tags_of(x)], out)
         else:
             self._take(args)
 
@@ -266,12 +267,12 @@ class Channels(TorchDispatchMode):
         """Moves the numbers of channels as the operation moves the channels."""
         outs = list(out) if isinstance(out, (list, tuple)) else [out]
         found: list[dict[str, _Tag]] = [{} for _ in outs]
-        own = {name for x in _tensors(args[:1]) for name in self._tags_of(x)}
+        own = {name for x in tensors_in(args[:1]) for name in self._tags_of(x)}
         for name in own:
-            tags = [self._tags_of(x).get(name) for x in _tensors(args[:1])]
+            tags = [self._tags_of(x).get(name) for x in tensors_in(args[:1])]
             numbers = [
                 torch.zeros((), dtype=torch.int32, device=x.device).expand(x.shape) if tag is None else tag.numbers
-                for x, tag in zip(_tensors(args[:1]), tags)
+                for x, tag in zip(tensors_in(args[:1]), tags)
             ]
             given = numbers[0] if isinstance(args[0], Tensor) else numbers
             try:
@@ -319,7 +320,7 @@ class Channels(TorchDispatchMode):
 
     def _take(self, args: Any) -> None:
         """An operation takes each of these tensors as a whole."""
-        for x in _tensors(args):
+        for x in tensors_in(args):
             for name, tag in self._tags_of(x).items():
                 self._weights[name].join(tag.numbers, tag.activated)
 
@@ -350,11 +351,3 @@ def _alike(tags: list[_Tag]) -> bool:
         )
     except RuntimeError:
         return False
-
-
-def _tensors(args: Any) -> Iterator[Tensor]:
-    for arg in args:
-        if isinstance(arg, Tensor):
-            yield arg
-        elif isinstance(arg, (list, tuple)):
-            yield from (item for item in arg if isinstance(item, Tensor))

@@ -8,13 +8,12 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_muonclip.kernels.log_sum_exp import SDPA
 from lightning_muonclip.qk_clip.describe.count import Frame
 from lightning_muonclip.qk_clip.describe.describe import FAILURES
 from lightning_muonclip.qk_clip.describe.follow import MATMULS, SOFTMAXES, without_addend
 from lightning_muonclip.qk_clip.describe.survey import run_watched
 from lightning_muonclip.qk_clip.describe.trace import Trace, tracing
-
-_SDPA = F.scaled_dot_product_attention  # torch's own, whoever may patch it later
 
 #: Factors on a number to see what follows it: small, so that soft-caps are linear there.
 _SMALL = (2.0**-10, 2.0**-9)
@@ -41,7 +40,7 @@ class Logits(Trace):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is _SDPA:
+        if func is SDPA:
             self._keep(*args, **kwargs)
         elif func in SOFTMAXES:
             self.logits.append((args[0] if args else kwargs["input"]).double())

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lightning_muonclip.qk_clip.describe.count import Count, Frame, flat
+from lightning_muonclip.qk_clip.describe.count import Count, Frame
+from lightning_muonclip.qk_clip.describe.follow import tensors_in
 from lightning_muonclip.qk_clip.describe.fused import Channels
 from lightning_muonclip.qk_clip.describe.isolate import DetachedCopies, apart, undisturbed
 
@@ -111,7 +112,7 @@ class Survey:
 
     def _note_opaque(self, name: str, args: Any, out: Any) -> None:
         activations = [
-            x for x in flat(args) if x.is_floating_point() and not isinstance(x, nn.Parameter) and x.ndim > 2
+            x for x in tensors_in(args) if x.is_floating_point() and not isinstance(x, nn.Parameter) and x.ndim > 2
         ]
         ndim = next((x.ndim for x in tree_leaves(out) if isinstance(x, Tensor)), 0)
         # Queries, keys and values may be in one tensor, along a dimension that the result does not have.

@@ -24,9 +24,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
+from lightning_muonclip.kernels.log_sum_exp import SDPA
 from lightning_muonclip.qk_clip.describe.follow import BADDBMMS, EXPONENTIALS, MATMULS, SOFTMAXES
 
-_SDPA = F.scaled_dot_product_attention  # torch's own, whoever may have patched it since
+#: Functions that may hold a weight.
 _PROJECTS = MATMULS | {F.linear, torch.addmm, Tensor.addmm, F.conv1d, F.conv2d, F.conv3d}
 
 #: Nodes of the autograd graph between a product and its softmax that leave every logit to its head.
@@ -179,7 +180,7 @@ class Trace(TorchFunctionMode):
             self._activations[tensor] = True
 
     def _answer(self, func: Any, args: Any, kwargs: Any) -> Any:
-        if func is _SDPA:
+        if func is SDPA:
             return self._fused(*args, **kwargs)
         if func is F.batch_norm and self._factor != 1:  # by the batch, as in training
             return func(args[0], None, None, args[3], args[4], True)
