@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_muonclip.optim.muon import Muon
 from lightning_muonclip.optim.options import check_muon_options
-from lightning_muonclip.optim.routing import Route, check_router, route_params, routes_under, routing_table
+from lightning_muonclip.optim.routing import Route, check_router, route_params, routes_under
 from lightning_muonclip.optim.schedules import Schedule
-from lightning_muonclip.optim.stats import Stats, summarized
-from lightning_muonclip.parallel.grad_norm import clip_grad_norm_, total_norm
-from lightning_muonclip.parallel.shards import to_local
+from lightning_muonclip.optim.stats import Stats
 from lightning_muonclip.qk_clip.clip import QKClip
 from lightning_muonclip.qk_clip.describe.declared import AttentionModules
 from lightning_muonclip.qk_clip.describe.fused import FusedWeights
@@ -33,6 +28,7 @@ from lightning_muonclip.qk_clip.options import check_clip_options
 from lightning_muonclip.qk_clip.result import ClipResult
 from lightning_muonclip.rehearsal import after_steps
 from lightning_muonclip.signatures import share_out, takes_keywords_of
+from lightning_muonclip.trainer.announcements import announce_parts, announce_routes, announce_sides
 from lightning_muonclip.trainer.checkpoints import (
     WITHOUT_CALLBACK,
     emptied_groups,
@@ -42,7 +38,9 @@ from lightning_muonclip.trainer.checkpoints import (
     warn_of_other_settings,
 )
 from lightning_muonclip.trainer.checks import check_fit, scaler_of, users_optimizer
+from lightning_muonclip.trainer.gradients import clip_gradients, params_of, share_infinities
 from lightning_muonclip.trainer.groups import FollowingGroups
+from lightning_muonclip.trainer.logs import ClipLog, log_heads, log_stats
 from lightning_muonclip.trainer.mixin import MaxLogitsMixin
 from lightning_muonclip.trainer.strategies import check_strategy, restores_optimizers
 
@@ -155,7 +153,7 @@ class MuonClipCallback(Callback):
         self._handles: list[Any] = []
         self._capture: Capture | None = None
         self._verified: set[str] = set()
-        self._logged: dict[str, Tensor] = {}
+        self._log = ClipLog()
         #: Whether Muon steps all weights that QK-Clip scales; otherwise the user's optimizer, which steps later, does too.
         self._muon_is_last = True
         self._last_step = 0
@@ -168,7 +166,8 @@ class MuonClipCallback(Callback):
         if stage != "fit":
             return
         self.muon, self.qk_clip, self.last, self._restored_clips = None, None, None, None
-        self._has_started = False
+        self._has_started, self._log = False, ClipLog()
+        self.last_stats, self.last_stats_step = {}, 0
         check_strategy(trainer.strategy)
         check_fit(trainer, pl_module, MuonClipCallback)
 
@@ -225,8 +224,7 @@ class MuonClipCallback(Callback):
             self._restore_clips()
             for own in (self.muon, optimizer):
                 self._handles += after_steps(own, self._apply_qk_clip)
-        table = routing_table(self._routes, self.muon.parts)
-        rank_zero_info(f"MuonClip routes the parameters as follows\n{table}")
+        announce_routes(self._routes, self.muon.parts)
         self._follow_attention()
 
     def _observe(self, pl_module: pl.LightningModule) -> Observer:
@@ -278,15 +276,8 @@ class MuonClipCallback(Callback):
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Makes a GradScaler skip both optimizers if the gradients of either are not finite."""
-        if scaler_of(trainer) is None:
-            return
-        grads = [[p.grad for p in _params(o) if p.grad is not None] for o in trainer.optimizers]
-        # 0 if all gradients are finite, else NaN; the scaler finds it in one gradient of each optimizer. A sum, since a
-        # maximum over ranks may lose a NaN.
-        poison = 0 * total_norm((g for own in grads for g in own), norm_type=1.0)
-        for own in grads:
-            for grad in [grad for grad in own if grad.numel()][:1]:
-                to_local(grad).add_(poison.to(grad.device))
+        if scaler_of(trainer) is not None:
+            share_infinities(trainer.optimizers)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -294,7 +285,7 @@ class MuonClipCallback(Callback):
         """Clips the gradients of both optimizers together and steps Muon; QK-Clip runs in a hook after the last step."""
         assert self.muon is not None
         assert self._groups is not None
-        if all(p.grad is None for p in _params(self.muon)):
+        if all(p.grad is None for p in params_of(self.muon)):
             return  # training_step returned None
         self._verify()
         self._groups.follow(optimizer, self.muon, self.lr, self.weight_decay)
@@ -304,7 +295,7 @@ class MuonClipCallback(Callback):
         scaler = scaler_of(trainer)
         if scaler is not None:
             scaler.unscale_(self.muon)
-        self._clip_gradients(trainer, pl_module)
+        clip_gradients(trainer, pl_module)
         if scaler is not None:
             scaler.step(self.muon)
         else:
@@ -333,47 +324,20 @@ class MuonClipCallback(Callback):
         self.muon.set_parts(self._parts_of(pl_module))
         self.muon.set_heads(partial(attention_heads, attention))
         self._follow_attention()
-        self._tell_parts()
+        announce_parts(self._routes, self.muon.parts)
 
     def _parts_of(self, pl_module: pl.LightningModule) -> dict[Any, Any]:
         """The matrices in fused weights; the user's word goes above what is found."""
         attention, fused = self._known
         return {**matrix_parts(pl_module, attention, self.split, fused), **self._given_parts}
 
-    def _tell_parts(self) -> None:
-        assert self.muon is not None
-        split = [route for route in self._routes if len(self.muon.parts.get(route.param, ((), ()))[1]) > 1]
-        if split:
-            rank_zero_info(f"Muon takes these weights for several matrices\n{routing_table(split, self.muon.parts)}")
-
     def _follow_attention(self) -> None:
         """Decides after whose step QK-Clip runs, and says what it will scale."""
         assert self.muon is not None
         if self.qk_clip is not None:
-            of_muon = set(_params(self.muon))
+            of_muon = set(params_of(self.muon))
             self._muon_is_last = all(p in of_muon for p in self.qk_clip.params)
-        self._tell_sides()
-
-    def _tell_sides(self) -> None:
-        if self.qk_clip is None or not self.qk_clip.sides:
-            return
-        rank_zero_info("QK-Clip scales " + ", ".join(f"{name}: {side}" for name, side in self.qk_clip.sides.items()))
-        by_reason: dict[str, list[str]] = {}
-        for name, reason in self.qk_clip.observer.discovery.unmeasured.items():
-            by_reason.setdefault(reason, []).append(name or "(model)")
-        for reason, names in by_reason.items():
-            rank_zero_info(f"QK-Clip scales nothing of {', '.join(names)}: {reason}")
-
-    def _clip_gradients(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Clips all gradients together; Lightning's own clip of the user's optimizer then changes nothing."""
-        if not trainer.gradient_clip_val:
-            return
-        owned = {p for o in trainer.optimizers for p in _params(o)}
-        params = [p for p in pl_module.parameters() if p in owned]
-        if trainer.gradient_clip_algorithm == "value":
-            torch.nn.utils.clip_grad_value_(params, trainer.gradient_clip_val)
-        else:
-            clip_grad_norm_(params, trainer.gradient_clip_val)
+            announce_sides(self.qk_clip)
 
     def _apply_qk_clip(self, optimizer: Optimizer) -> None:
         """Clips after the last update of a query or key weight; the user's optimizer steps after Muon."""
@@ -398,46 +362,16 @@ class MuonClipCallback(Callback):
             return  # accumulating gradients
         self._last_step = trainer.global_step
         if self.log_stats_every_n_steps and self.muon.track_stats:
-            self._log_stats(trainer, self.muon.stats())
-        if self.last is not None:
-            self._log(trainer, pl_module, self.last)
-        elif self.qk_clip is not None:
+            self.last_stats, self.last_stats_step = self.muon.stats(), trainer.global_step
+            log_stats(trainer, self.last_stats)
+        if self.qk_clip is None:
+            return
+        if self.last is None:
             self.qk_clip.discard()
-
-    def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule, result: ClipResult) -> None:
-        assert self.qk_clip is not None
-        self._log_largest(pl_module, "muonclip/max_logit", result.max_logit, prog_bar=True)
-        if result.owned is not None:
-            self._log_largest(pl_module, "muonclip/unowned_max_logit", result.unowned_max_logit)
-        pl_module.log("muonclip/clipped_heads", result.clipped_heads.float(), prog_bar=True)
-        pl_module.log("muonclip/uncertified_heads", result.uncertified_heads.float())
-        pl_module.log("muonclip/min_gamma", result.min_gamma)
-        pl_module.log("muonclip/nonfinite", result.nonfinite.float())
-        every = self.log_heads_every_n_steps
-        if every and trainer.global_step % every == 0:
-            rows = zip(self.qk_clip.layers, self.qk_clip.observer.ledger.heads, result.max_logits.tolist())
-            heads = {
-                f"max_logits/{name}/{h}": row[h]
-                for name, heads, row in rows
-                for h in range(heads)
-                if row[h] > float("-inf")
-            }
-            for logger in trainer.loggers:
-                logger.log_metrics(heads, step=trainer.global_step - 1)
-
-    def _log_stats(self, trainer: pl.Trainer, stats: Stats) -> None:
-        self.last_stats, self.last_stats_step = stats, trainer.global_step
-        values = {f"muon/{figure}": value for figure, value in summarized(stats).items()}
-        for name, own in stats.items():
-            values |= {f"muon/{figure}/{name}": value for figure, value in own.items() if not math.isnan(value)}
-        for logger in trainer.loggers:
-            logger.log_metrics(values, step=trainer.global_step - 1)
-
-    def _log_largest(self, pl_module: pl.LightningModule, name: str, value: Tensor, **options: Any) -> None:
-        """Logs a maximum; that of the last step, if none was recorded in this one."""
-        before = self._logged.get(name, torch.full_like(value, float("nan")))
-        self._logged[name] = torch.where(value.isneginf(), before, value)
-        pl_module.log(name, self._logged[name], **options)
+            return
+        self._log.log(pl_module, self.last)
+        if self.log_heads_every_n_steps and trainer.global_step % self.log_heads_every_n_steps == 0:
+            log_heads(trainer, self.qk_clip, self.last)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Stops observing; the optimizers stay in the Trainer so that checkpoints can still be saved."""
@@ -458,7 +392,3 @@ class MuonClipCallback(Callback):
             self._capture = None
         if self._observer is not None:
             self._observer.close()
-
-
-def _params(optimizer: Optimizer) -> list[Tensor]:
-    return [p for group in optimizer.param_groups for p in group["params"]]

@@ -115,3 +115,13 @@ def test_no_infinity_is_logged(plan: list[set[int]], verify: bool, ours: bool, t
     value = float(fitter.callback_metrics.get("muonclip/max_logit", torch.tensor(float("nan"))))
     used = any(plan)
     assert (value > float("-inf")) == used  # the last that was seen; NaN if none was
+
+
+def test_a_second_fit_logs_nothing_of_the_first() -> None:
+    callback = MuonClipCallback(threshold=1.0, specs={NAMES[1]: None}, log_stats_every_n_steps=2)
+    model = Dropping([{0}] * 4)
+    assert float(fit(model, callback).callback_metrics["muonclip/max_logit"]) > 0
+    assert callback.last_stats
+    model.plan, callback.log_stats_every_n_steps = [{1}] * 4, None
+    assert fit(model, callback).callback_metrics["muonclip/max_logit"].isnan()
+    assert not callback.last_stats
