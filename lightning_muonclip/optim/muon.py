@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from lightning_muonclip.optim.options import (
     for_torch,
     from_torch,
 )
-from lightning_muonclip.optim.parts import KINDS, Parts, intern_parts, named_parts
+from lightning_muonclip.optim.parts import KINDS, PlacedParts, intern_parts, named_parts
 from lightning_muonclip.optim.schedules import GroupSchedules, Schedule
 from lightning_muonclip.optim.states import has_whole_matrices, momentum_buffer, restore_dtypes, second_moment
 from lightning_muonclip.optim.stats import Heads, Stats, Tracker
@@ -152,7 +152,6 @@ class Muon(Optimizer):
         }
         check_muon_options(**defaults, dtype=dtype, stack_numel=stack_numel)
         self._matrix_step = MatrixStep(as_dtype(dtype), stack_numel, Tracker(track_stats))
-        self._parts: list[list[Parts | None]] = []
         self._schedules = GroupSchedules()
         super().__init__(params, defaults)
         self.set_parts(parts or {})
@@ -186,14 +185,12 @@ class Muon(Optimizer):
                 " momentum of the matrices that it owns; add the group before the first step, or pass shard_momentum=False"
             )
         super().add_param_group(param_group)
-        self._parts.append([None] * len(self.param_groups[-1]["params"]))
         self._shared = None
         if algorithm == "muon":
             try:
                 check_matrices(self.param_groups[-1])
             except ValueError:
                 self.param_groups.pop()
-                self._parts.pop()
                 raise
 
     def set_heads(self, heads: Heads | Callable[[], Heads]) -> None:
@@ -206,28 +203,26 @@ class Muon(Optimizer):
         Raises:
             ValueError: If they do not cover their weights, or if a name matches none.
         """
-        # By place in the groups, where another tensor may take the place of a weight: fully_shard, to_empty.
         groups = [group for group in self.param_groups if group["algorithm"] == "muon"]
         pairs = (pair for group in groups for pair in zip(group.get("param_names", ()), group["params"]))
         names = {p: [name, bare_name(name)] for name, p in pairs}
         kinds = {p: group["kind"] for group in groups for p in group["params"]}
         #: The matrices inside of fused weights, by weight.
         self.parts = named_parts(parts, names)
-        own = intern_parts(self.parts, kinds)
-        self._parts = [[own.get(p) for p in group["params"]] for group in self.param_groups]
+        self._placed_parts = PlacedParts(intern_parts(self.parts, kinds), self.param_groups)
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {
             "shard_momentum": self.shard_momentum,
             "_matrix_step": self._matrix_step,
-            "_parts": self._parts,
+            "_placed_parts": self._placed_parts,
             "_schedules": self._schedules,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("process_group", None)  # cannot be pickled
-        self.__dict__.setdefault("_parts", [])
+        self.__dict__.setdefault("_placed_parts", PlacedParts())
         self.__dict__.setdefault("parts", {})
         self.__dict__.setdefault("_schedules", GroupSchedules())
         for group in self.param_groups:  # absent in a checkpoint of torch.optim.Muon
@@ -266,7 +261,9 @@ class Muon(Optimizer):
     def _matrices(self, number: int) -> list[Matrix]:
         """Decays the weights of one group and updates their momentum, each on the shard of this rank."""
         group, elsewhere = self.param_groups[number], self._kept_elsewhere()
-        params, parts = zip(*((p, own) for p, own in self._with_parts(number) if p.grad is not None))
+        params, parts = zip(
+            *((p, own) for p, own in self._placed_parts.of(self.param_groups, number) if p.grad is not None)
+        )
         grads = [gradient(p) for p in params]
         buffers = [
             None if p in elsewhere else momentum_buffer(self.state[p], grad, group) for p, grad in zip(params, grads)
@@ -284,20 +281,6 @@ class Muon(Optimizer):
         if not group["cautious_weight_decay"]:  # which needs the updates
             torch._foreach_mul_([m.weight for m in matrices], 1 - scalar(group["lr"]) * group["weight_decay"])
         return matrices
-
-    def _with_parts(self, number: int) -> Iterator[tuple[Tensor, Parts | None]]:
-        """The weights of one group, each with its parts."""
-        params = self.param_groups[number]["params"]
-        if not any(map(any, self._parts)):
-            return ((p, None) for p in params)
-        places = [len(own) for own in self._parts]
-        fit = places == [len(group["params"]) for group in self.param_groups]
-        if not fit or any(own and own.count != p.shape[own.dim] for p, own in zip(params, self._parts[number])):
-            raise RuntimeError(
-                f"parameter group {number} has other weights than when the parts of its fused weights were set; call"
-                " set_parts() after changing param_groups, or replace each weight by one of the same shape"
-            )
-        return zip(params, self._parts[number])
 
     @property
     def track_stats(self) -> bool:
@@ -345,7 +328,9 @@ class Muon(Optimizer):
             costs: dict[Tensor, float] = {}
             local_costs: dict[Tensor, float] = {}
             for number, group in enumerate(self.param_groups):
-                for p, parts in self._with_parts(number) if group["algorithm"] == "muon" else ():
+                if group["algorithm"] != "muon":
+                    continue
+                for p, parts in self._placed_parts.of(self.param_groups, number):
                     if share_key(p, self.process_group) is not None:
                         own = local_costs if has_whole_matrices(p, group["kind"]) else costs
                         own[p] = self._matrix_step.flops(p, group, parts)

@@ -76,6 +76,36 @@ class Parts:
         return self._factors[key]
 
 
+class PlacedParts:
+    """The parts of weights, by their places in parameter groups.
+
+    Another tensor may take the place of a weight, as with ``fully_shard`` and ``to_empty``.
+
+    Args:
+        parts: The parts of some weights.
+        groups: The parameter groups.
+    """
+
+    def __init__(self, parts: Mapping[Tensor, Parts] | None = None, groups: Sequence[Mapping[str, Any]] = ()) -> None:
+        self._groups = [[parts.get(p) for p in group["params"]] for group in groups] if parts else []
+
+    def of(self, groups: Sequence[Mapping[str, Any]], number: int) -> list[tuple[Tensor, Parts | None]]:
+        """The weights of one group, each with its parts.
+
+        Raises:
+            RuntimeError: If groups have other weights than before.
+        """
+        params = groups[number]["params"]
+        parts = self._groups[number] if number < len(self._groups) else [None] * len(params)
+        is_same = list(map(len, self._groups)) == [len(group["params"]) for group in groups[: len(self._groups)]]
+        if not is_same or any(own and own.count != p.shape[own.dim] for p, own in zip(params, parts)):
+            raise RuntimeError(
+                f"parameter group {number} has other weights than when the parts of its fused weights were set; call"
+                " set_parts() after changing param_groups, or replace each weight by one of the same shape"
+            )
+        return list(zip(params, parts))
+
+
 def intern_parts(parts: MatrixParts, kinds: Mapping[Tensor, str]) -> dict[Tensor, Parts]:
     """Checks parts and creates one object for all weights with equal parts, so that these can be stacked.
 

@@ -16,11 +16,11 @@ from families.brute_force import brute_force
 from families.known import known_attention
 from families.zoo import LENGTH, Case
 from lightning_muonclip import AttentionSpec, QKClip
-from lightning_muonclip.qk_clip import intercept
 from lightning_muonclip.qk_clip.describe.declared import AttentionModules
 from lightning_muonclip.qk_clip.describe.layout import NO_HEAD, layout_kinds, layout_text
 from lightning_muonclip.qk_clip.describe.split import matrix_parts
 from lightning_muonclip.qk_clip.describe.weights import weights_of
+from lightning_muonclip.qk_clip.intercept.listener import running
 
 TOLERANCE = 1e-4
 CHECKS = ("brute force", "verify", "replay")
@@ -181,7 +181,7 @@ class State:
         for place, original in zip(self.places, self.before):
             assert not _differences(dict(place), original)
         assert _hooks(self.model) == self.hooks
-        assert not intercept.running
+        assert not running
         assert not hasattr(F.scaled_dot_product_attention, "__wrapped__")
 
 

@@ -47,7 +47,7 @@ from transformers.models.llama import modeling_llama
 
 from lightning_muonclip import AttentionSpec, Projection, QKClip
 from lightning_muonclip.kernels.max_logits import max_logits
-from lightning_muonclip.qk_clip import intercept
+from lightning_muonclip.qk_clip.intercept import hugging_face
 
 PLACES: list[tuple[Any, str]] = [
     (F, "scaled_dot_product_attention"),
@@ -916,5 +916,5 @@ def test_without_a_mask_the_last_query_is_aligned_with_the_last_key(window: int 
     """As flash-attention aligns them: keys before the first query come from a cache."""
     query, key = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 8, 4)
     visible = causal(8)[-3:] & (~causal(8).tril(-2)[-3:] if window else True)
-    seen = intercept._visible(nn.Module(), query, key, None, {"sliding_window": window})
+    seen = hugging_face._visible(nn.Module(), query, key, None, {"sliding_window": window})
     close(max_logits(query, key, scale=1.0, **seen), brute_max_logits(query, key, 1.0, visible))

@@ -22,7 +22,8 @@ from lightning_muonclip.qk_clip.describe.follow import (
     without_sinks,
 )
 from lightning_muonclip.qk_clip.describe.spec import Softmax
-from lightning_muonclip.qk_clip.intercept import Place, running, unrecorded
+from lightning_muonclip.qk_clip.intercept.listener import running, unrecorded
+from lightning_muonclip.qk_clip.intercept.patches import Place
 from lightning_muonclip.qk_clip.observe.watch import Watch
 
 

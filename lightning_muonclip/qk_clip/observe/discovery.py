@@ -31,7 +31,7 @@ from lightning_muonclip.qk_clip.describe.find import Example, find_attention, sp
 from lightning_muonclip.qk_clip.describe.fused import FusedWeights
 from lightning_muonclip.qk_clip.describe.spec import AttentionSpec
 from lightning_muonclip.qk_clip.describe.survey import NO_PRODUCT, NO_SOFTMAX
-from lightning_muonclip.qk_clip.intercept import attends_by_interface
+from lightning_muonclip.qk_clip.intercept.calls import attends_by_interface
 from lightning_muonclip.qk_clip.observe.recorder import ReportsMaxLogits
 from lightning_muonclip.qk_clip.owned import Owned, has_part_of
 from lightning_muonclip.values import has_values, is_exporting

@@ -23,7 +23,7 @@ from lightning_muonclip.qk_clip.describe.declared import (
 from lightning_muonclip.qk_clip.describe.find import Example
 from lightning_muonclip.qk_clip.describe.fused import FusedWeights
 from lightning_muonclip.qk_clip.describe.isolate import device_of
-from lightning_muonclip.qk_clip.intercept import running
+from lightning_muonclip.qk_clip.intercept.listener import running
 from lightning_muonclip.qk_clip.observe.by_hand import measure_by_hand
 from lightning_muonclip.qk_clip.observe.discovery import Discovery
 from lightning_muonclip.qk_clip.observe.ledger import Ledger, has_others

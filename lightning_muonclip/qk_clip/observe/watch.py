@@ -13,7 +13,9 @@ from lightning_muonclip.kernels.bounded_max_logits import bounded_max_logits
 from lightning_muonclip.kernels.log_sum_exp import as_multiplied
 from lightning_muonclip.kernels.max_logits import max_logits
 from lightning_muonclip.qk_clip.describe.spec import Softmax
-from lightning_muonclip.qk_clip.intercept import Logits, Patches, attention_calls, running
+from lightning_muonclip.qk_clip.intercept.calls import attention_calls
+from lightning_muonclip.qk_clip.intercept.listener import Logits, running
+from lightning_muonclip.qk_clip.intercept.patches import Patches
 from lightning_muonclip.qk_clip.observe.recorder import Recorder, ReportsMaxLogits
 from lightning_muonclip.values import has_values
 

@@ -140,7 +140,7 @@ def test_weights_with_the_same_parts_are_stacked_and_a_copy_of_the_optimizer_goe
     attention = found(model, torch.arange(8)[None])
     weights = [block.attn.c_attn.weight for block in model.h]
     optimizer = Muon(weights, lr=0.1, parts=matrix_parts(model, attention, "qkv"))
-    assert len({id(parts) for parts in optimizer._parts[0]}) == 1
+    assert len({id(parts) for _, parts in optimizer._placed_parts.of(optimizer.param_groups, 0)}) == 1
     twin = copy.deepcopy(optimizer)
     grads = [torch.randn_like(w) for w in weights]
     for stepped in (optimizer, twin):
