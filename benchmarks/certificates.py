@@ -9,7 +9,7 @@ from demo import Demo
 from harness import save
 from torch import Tensor
 
-from lightning_muonclip.attention import tracking
+from lightning_muonclip.kernels import measure
 from lightning_muonclip.kernels.bounded_max_logits import bounded_max_logits, top_rows
 
 ROWS = (1, 2, 4, 8, 16)
@@ -31,17 +31,17 @@ class Spy:
         """The maximum, as ever."""
         exact = bounded_max_logits(query, key, bounds, **options)
         for count, seen in self.seen.items():
-            seen.append(torch.stack([*top_rows(query, key, bounds, **options, count=count), exact]))
+            seen.append(torch.stack([*top_rows(*measure.Logits(query, key, bounds, **options), count=count), exact]))
         return exact
 
 
 def run(name: str, steps: int, options: dict[str, Any]) -> dict[str, Any]:
     """Trains, and prints a row of the table for every number of rows."""
-    spy = tracking.bounded_max_logits = Spy()  # type: ignore[assignment]
+    spy = measure.bounded_max_logits = Spy()  # type: ignore[assignment]
     demo = Demo(**options)
     for _ in range(steps):
         loss = demo.step()
-    tracking.bounded_max_logits = bounded_max_logits
+    measure.bounded_max_logits = bounded_max_logits
     results: dict[str, Any] = {"loss": loss}
     for count, seen in spy.seen.items():
         found, bound, exact = torch.stack(seen, 1)

@@ -11,8 +11,8 @@ from demo import Demo
 from harness import compare, report, save, side_by_side
 from torch import Tensor
 
-from lightning_muonclip.attention import tracking
 from lightning_muonclip.attention.core import attention
+from lightning_muonclip.kernels import measure
 from lightning_muonclip.kernels.bounded_max_logits import bounded_max_logits, top_rows
 from lightning_muonclip.kernels.log_sum_exp import SDPA, attention_with_log_sum_exp
 from lightning_muonclip.kernels.max_logits import max_logits
@@ -40,9 +40,9 @@ def trained_queries_and_keys(steps: int = 400) -> Callable[[int, int], list[Qk]]
             return query.new_zeros(query.shape[1])
 
         tokens = demo.data.text.validation[: batch * length].long().view(batch, length)
-        tracking.bounded_max_logits, usual = spy, tracking.bounded_max_logits
+        measure.bounded_max_logits, usual = spy, measure.bounded_max_logits
         demo.model(tokens)
-        tracking.bounded_max_logits = usual
+        measure.bounded_max_logits = usual
         layers = [tuple(F.pad(x, (0, DIM - x.shape[-1])) for x in own) for own in seen]
         return [tuple(torch.cat(both, 1) for both in zip(*layers[i : i + 2])) for i in (0, 2)]  # type: ignore[misc]
 

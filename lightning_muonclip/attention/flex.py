@@ -42,8 +42,7 @@ def attend(
         query, key, value = _without_gradient(query, key, value)
     # The kernel's maxima come after score_mod, one per query over all keys.
     has_maxima = track is not None and score_mod is None and not mask.pads_in_part and is_complete
-    is_bounded = track in ("exact", "lse") and not has_maxima and score_mod is None
-    maxima = None if track is None or has_maxima or is_bounded else measure(query, key, scale, mask)
+    has_bounds = track is not None and score_mod is None and not has_maxima
     plain = query, key
     # Whole blocks: with a mask and a score_mod, the backward of partial ones is NaN (pytorch#153799, torch 2.7).
     more = filled(length) - length
@@ -58,19 +57,19 @@ def attend(
         block_mask=mask.block_mask(length, query.device, batch=batch, heads=heads),
         scale=scale,
         enable_gqa=heads != key.shape[1],
-        return_aux=AuxRequest(lse=sinks is not None or is_bounded, max_scores=has_maxima),
+        return_aux=AuxRequest(lse=sinks is not None or has_bounds, max_scores=has_maxima),
     )
     output = output[:, :, :length]
     if sinks is not None:
         lse = aux.lse[:, :, :length]
         kept = torch.sigmoid(lse - sinks.float()[:, None]).masked_fill(lse.isneginf(), 0.0)
         output = (output * kept.unsqueeze(-1)).to(output.dtype)
+    if track is None:
+        return output, None
     if has_maxima:
-        maxima = _counted(aux.max_scores[:, :, :length], mask.padding).amax((0, 2))
-    elif is_bounded:
-        bounds = _counted(aux.lse[:, :, :length].float(), mask.padding)
-        maxima = bounds.amax((0, 2)) if track == "lse" else measure(*plain, scale, mask, bounds)
-    return output, maxima
+        return output, _counted(aux.max_scores[:, :, :length], mask.padding).amax((0, 2))
+    bounds = _counted(aux.lse[:, :, :length].float(), mask.padding) if has_bounds else None
+    return output, measure(*plain, scale, mask, track, bounds)
 
 
 def _without_gradient(*tensors: Tensor) -> tuple[Tensor, ...]:

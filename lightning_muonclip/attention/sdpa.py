@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_muonclip.attention.masks import AttentionMask
 from lightning_muonclip.attention.score_mods import ScoreMod
 from lightning_muonclip.attention.tracking import measure
-from lightning_muonclip.kernels.log_sum_exp import as_multiplied, attention_with_log_sum_exp, bounds_of_logits
+from lightning_muonclip.kernels.log_sum_exp import attention_with_log_sum_exp, bounds_of_logits
 
 
 def attend(
@@ -51,19 +51,7 @@ def attend(
     output, log_sum_exp = attention_with_log_sum_exp(
         function, query, key, value, dense, 0.0, is_causal, scale=scale, enable_gqa=shares_keys
     )
-    return output[..., :width], _maxima(query, key, log_sum_exp, scale, mask, track)
-
-
-def _maxima(
-    query: Tensor, key: Tensor, log_sum_exp: Tensor | None, scale: float, mask: AttentionMask, track: str
-) -> Tensor:
-    if log_sum_exp is None or (track == "whole" and query.device.type != "cpu"):
-        return measure(query, key, scale, mask)
-    batch, heads, length, _ = query.shape
-    counted = mask.dense(length, query.device, batch=batch, heads=heads, counted=True)
-    bounds = bounds_of_logits(log_sum_exp, counted)
-    assert bounds is not None  # the mask is boolean
-    if track == "lse":
-        return bounds.amax((0, 2))
-    query, key = as_multiplied(query, key)
-    return measure(query, key, scale, mask, bounds)
+    bounds = None
+    if log_sum_exp is not None:
+        bounds = bounds_of_logits(log_sum_exp, mask.dense(length, query.device, batch=batch, heads=heads, counted=True))
+    return output[..., :width], measure(query, key, scale, mask, track, bounds)

@@ -7,8 +7,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from lightning_muonclip.attention.masks import AttentionMask
-from lightning_muonclip.kernels.bounded_max_logits import bounded_max_logits
-from lightning_muonclip.kernels.max_logits import max_logits
+from lightning_muonclip.kernels.measure import Logits, measure_max_logits
 
 
 class MaxLogitsRecorder(Protocol):
@@ -25,17 +24,17 @@ class MaxLogitsRecorder(Protocol):
         """Receives the maxima of one forward, shape ``(heads,)`` or, with upper bounds, ``(2, heads)``."""
 
 
-def measure(query: Tensor, key: Tensor, scale: float, mask: AttentionMask, bounds: Tensor | None = None) -> Tensor:
-    """Per-head maximum logits, shape ``(heads,)``, for kernels that do not return them.
+def measure(
+    query: Tensor, key: Tensor, scale: float, mask: AttentionMask, track: str, bounds: Tensor | None = None
+) -> Tensor:
+    """Per-head maximum logits, for kernels that do not return them.
 
-    With bounds on the logits of every query, shape ``(batch, heads, length)``, fewer are computed; elsewhere than on a CPU
-    the result then has shape ``(2, heads)`` (see :func:`~lightning_muonclip.kernels.bounded_max_logits.bounded_max_logits`).
+    ``bounds`` on the logits of every query have shape ``(batch, heads, length)``. For the result, see
+    :func:`~lightning_muonclip.kernels.measure.measure_max_logits`.
     """
     batch, heads, length, _ = query.shape
     pairs = mask.tiles(length, query.device, batch=batch, heads=heads)
-    if bounds is None:
-        return max_logits(query, key, scale=scale, **pairs)
-    return bounded_max_logits(query, key, bounds, scale=scale, **pairs)
+    return measure_max_logits(Logits(query, key, bounds, scale, **pairs), track)
 
 
 class Tracked(nn.Module):

@@ -172,21 +172,18 @@ def _prepared(
 
 
 @torch.no_grad()
-def top_rows(
-    query: Tensor,
-    key: Tensor,
-    bounds: Tensor,
-    scale: float,
-    is_causal: bool,
-    window: int | None,
-    documents: Tensor | None,
-    mask: Tensor | None,
-    count: int | None = None,
-) -> Tensor:
-    """Without a branch on values: the maximum of the queries of largest bound, and at least the bound of all others."""
+def top_rows(query: Tensor, key: Tensor, *others: Any, count: int | None = None) -> Tensor:
+    """Without a branch on values: the maximum of the queries of largest bound, and at least the bound of all others.
+
+    Args:
+        query: As in :func:`bounded_max_logits`.
+        key: As there.
+        *others: All other arguments, in the order there.
+        count: Number of queries; ``None`` is that of :data:`ROWS` and the length.
+    """
     if query.numel() == 0 or key.numel() == 0:
-        return bounds.new_full((2, query.shape[-3]), float("-inf"))
-    query, key, bounds, scale, pairs = _prepared(query, key, bounds, scale, is_causal, window, documents, mask)
+        return torch.full((2, query.shape[-3]), float("-inf"), dtype=torch.float32, device=query.device)
+    query, key, bounds, scale, pairs = _prepared(query, key, *others)
     batch, heads, length = bounds.shape
     count = min(count or max(ROWS, length // _PART), length)
     largest, positions = bounds.topk(min(count + 1, length), -1)
@@ -213,20 +210,11 @@ def _product(chosen: Tensor, key: Tensor) -> Tensor:
         return torch.bmm(chosen.float(), key.float().mT)
 
 
-def _exact(
-    query: Tensor,
-    key: Tensor,
-    bounds: Tensor,
-    scale: float,
-    is_causal: bool,
-    window: int | None,
-    documents: Tensor | None,
-    mask: Tensor | None,
-) -> Tensor:
+def _exact(query: Tensor, key: Tensor, *others: Any) -> Tensor:
     """By branch and bound: first one query of each head, then those whose bound is above its largest logit."""
     if query.numel() == 0 or key.numel() == 0:
-        return bounds.new_full((query.shape[-3],), float("-inf"))
-    query, key, bounds, scale, pairs = _prepared(query, key, bounds, scale, is_causal, window, documents, mask)
+        return torch.full((query.shape[-3],), float("-inf"), dtype=torch.float32)
+    query, key, bounds, scale, pairs = _prepared(query, key, *others)
     # Bookkeeping in NumPy: on arrays this small, the overhead of a torch operation is most of its time.
     limits = bounds.numpy()
     batch, heads, length = limits.shape
@@ -241,7 +229,7 @@ def _exact(
     if not len(rows[0]):
         return torch.from_numpy(maxima)
     cost = len(rows[0]) * keys + np.count_nonzero(is_open.any(-1)) * _OVERHEAD
-    if cost > batch * heads * length * keys / (2 if is_causal else 1):
+    if cost > batch * heads * length * keys / (2 if pairs.is_causal else 1):
         return of_all_pairs(query, key, scale, *pairs)
     at_once = max(1, _AT_ONCE // keys)
     for start in range(0, len(rows[0]), at_once):

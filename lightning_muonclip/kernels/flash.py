@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_muonclip.kernels.measure import Logits
 
 #: Their second output is the log-sum-exp, of shape (batch, heads, length) or, of packed sequences, (heads, tokens).
 _KERNELS = {
@@ -26,18 +28,6 @@ _PLAIN = {
 }
 
 
-class FlashCall(NamedTuple):
-    """Arguments of :func:`~lightning_muonclip.kernels.bounded_max_logits.bounded_max_logits`."""
-
-    query: Tensor
-    key: Tensor
-    bounds: Tensor | None
-    scale: float
-    is_causal: bool
-    window: int | None
-    documents: Tensor | None
-
-
 class FlashCalls(TorchDispatchMode):
     """Sees the calls of these kernels.
 
@@ -47,7 +37,7 @@ class FlashCalls(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[FlashCall | None] = []
+        self.calls: list[Logits | None] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -63,7 +53,7 @@ class FlashCalls(TorchDispatchMode):
         return out
 
 
-def flash_call(given: Mapping[str, Any], log_sum_exp: Tensor | None) -> FlashCall | None:
+def flash_call(given: Mapping[str, Any], log_sum_exp: Tensor | None) -> Logits | None:
     """What a call computes, from its arguments by name; ``None`` for what is no self-attention in its usual forms.
 
     Args:
@@ -89,12 +79,11 @@ def flash_call(given: Mapping[str, Any], log_sum_exp: Tensor | None) -> FlashCal
         if log_sum_exp is not None:
             log_sum_exp = log_sum_exp.masked_fill(past, float("-inf"))[None]
         query, key = query[None], key[None]
-    scale = given.get("softmax_scale", given.get("scale"))
-    return FlashCall(
+    return Logits(
         query.transpose(1, 2),
         key.transpose(1, 2),
         log_sum_exp,
-        query.shape[-1] ** -0.5 if scale is None else scale,
+        given.get("softmax_scale", given.get("scale")),
         is_causal,
         left + 1 if left is not None and left >= 0 else None,
         documents,

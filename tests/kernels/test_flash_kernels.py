@@ -11,8 +11,9 @@ from oracles import brute_max_logits
 from test_max_logits import normal
 from torch import Tensor
 
-from lightning_muonclip.kernels.bounded_max_logits import bounded_max_logits, top_rows
+from lightning_muonclip.kernels.bounded_max_logits import top_rows
 from lightning_muonclip.kernels.flash import FlashCalls, flash_call
+from lightning_muonclip.kernels.measure import measure_max_logits
 
 _OPTIONS = (
     "float softmax_scale, bool causal, int window_size_left, int window_size_right, float softcap, Tensor? alibi_slopes"
@@ -110,7 +111,7 @@ def test_a_call_bounds_its_logits(options: dict[str, Any]) -> None:
     )
     visible = logits_of(q, k, 0.3, causal, left, right).isfinite()
     expected = brute_max_logits(q.transpose(1, 2), k.transpose(1, 2), 0.3, visible)
-    torch.testing.assert_close(bounded_max_logits(**call._asdict()).double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(measure_max_logits(call, "exact").double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_packed_sequences_see_only_themselves() -> None:
@@ -120,7 +121,7 @@ def test_packed_sequences_see_only_themselves() -> None:
     assert call is not None
     visible = logits_of(q, k, 0.3, True, -1, -1, ids_of(starts)).isfinite()
     expected = brute_max_logits(q.transpose(0, 1), k.transpose(0, 1), 0.3, visible)
-    torch.testing.assert_close(bounded_max_logits(**call._asdict()).double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(measure_max_logits(call, "exact").double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_tokens_behind_the_last_sequence_do_not_count() -> None:
@@ -133,9 +134,8 @@ def test_tokens_behind_the_last_sequence_do_not_count() -> None:
     assert call is not None
     visible = logits_of(q[:12], k[:12], 0.3, True, -1, -1, ids_of(starts)).isfinite()
     expected = brute_max_logits(q[:12].transpose(0, 1), k[:12].transpose(0, 1), 0.3, visible)
-    arguments = call._asdict()
-    torch.testing.assert_close(bounded_max_logits(**arguments).double(), expected, rtol=1e-5, atol=1e-5)
-    bounds = top_rows(*call[:4], call.is_causal, call.window, call.documents, None)[1]
+    torch.testing.assert_close(measure_max_logits(call, "exact").double(), expected, rtol=1e-5, atol=1e-5)
+    bounds = top_rows(*call)[1]
     assert (bounds.double() <= expected + 5).all()
 
 

@@ -10,8 +10,8 @@ from oracles import SdpaAttention, snapshot, true_maxima
 from torch import Tensor
 
 from lightning_muonclip import Attention, QKClip
-from lightning_muonclip.attention import tracking
-from lightning_muonclip.kernels import bounded_max_logits as kernels
+from lightning_muonclip.kernels import measure
+from lightning_muonclip.kernels.bounded_max_logits import top_rows
 from lightning_muonclip.qk_clip.observe import watch
 
 LENGTH = 30  # of which 8 rows of a sequence and head are computed
@@ -19,13 +19,12 @@ LENGTH = 30  # of which 8 rows of a sequence and head are computed
 
 def on_a_device(query: Tensor, key: Tensor, bounds: Tensor, *, scale: float, **pairs: Any) -> Tensor:
     names = ("is_causal", "window", "documents", "mask")
-    return kernels.top_rows(query, key, bounds, scale, *(pairs.get(name) for name in names))
+    return top_rows(query, key, bounds, scale, *(pairs.get(name) for name in names))
 
 
 @pytest.fixture(params=[lambda: Attention(16, 4, 2), lambda: SdpaAttention(16, 4, 2)], ids=["ours", "third party"])
 def module(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
-    for holder in (watch, tracking):
-        monkeypatch.setattr(holder, "bounded_max_logits", on_a_device)
+    monkeypatch.setattr(measure, "bounded_max_logits", on_a_device)
     torch.manual_seed(0)
     return request.param()
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_muonclip.kernels.flash import FlashCalls
-from lightning_muonclip.qk_clip.intercept.listener import Listener, Logits, current_listener, unrecorded
+from lightning_muonclip.kernels.measure import Logits
+from lightning_muonclip.qk_clip.intercept.listener import Listener, current_listener, unrecorded
 from lightning_muonclip.qk_clip.intercept.patches import Place, original_of
 from lightning_muonclip.qk_clip.intercept.torch_functions import dense, measure_flash
 
@@ -34,7 +35,7 @@ def _patch_eager(original: Callable[..., Any]) -> Callable[..., Any]:
         listener = current_listener()
         if listener is not None:  # the mask includes causality
             mask = None if attention_mask is None else attention_mask[..., : key.shape[-2]]
-            listener.measure("eager_attention_forward", Logits(query, key, kwargs.get("scaling"), mask))
+            listener.measure("eager_attention_forward", Logits(query, key, scale=kwargs.get("scaling"), mask=mask))
         return original(module, query, key, value, attention_mask, **kwargs)
 
     return eager_attention_forward
@@ -60,7 +61,7 @@ def _measure_interface(
     listener: Listener, module: nn.Module, query: Tensor, key: Tensor, attention_mask: Any, kwargs: Mapping[str, Any]
 ) -> None:
     visible = _visible(module, query, key, attention_mask, kwargs)
-    listener.measure("the attention interface", Logits(query, key, kwargs.get("scaling"), **visible))
+    listener.measure("the attention interface", Logits(query, key, scale=kwargs.get("scaling"), **visible))
 
 
 def _through_flash(

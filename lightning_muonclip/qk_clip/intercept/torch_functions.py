@@ -15,7 +15,8 @@ from torch import Tensor
 from lightning_muonclip.kernels.flash import FlashCalls, flash_call
 from lightning_muonclip.kernels.hidden import HIDDEN
 from lightning_muonclip.kernels.log_sum_exp import attention_with_log_sum_exp, bounds_of_logits
-from lightning_muonclip.qk_clip.intercept.listener import Listener, Logits, current_listener, unrecorded
+from lightning_muonclip.kernels.measure import Logits
+from lightning_muonclip.qk_clip.intercept.listener import Listener, current_listener, unrecorded
 
 _VARLEN_ARGUMENTS = ("query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k")
 _MULTI_HEAD_ARGUMENTS = tuple(inspect.signature(F.multi_head_attention_forward).parameters)
@@ -39,7 +40,7 @@ def patch_sdpa(original: Callable[..., Any]) -> Callable[..., Any]:
         bounds = None
         if log_sum_exp is not None and not (is_causal and attn_mask is not None):  # together they may hide a whole row
             bounds = bounds_of_logits(log_sum_exp, attn_mask)
-        listener.measure("scaled_dot_product_attention", Logits(query, key, scale, attn_mask, is_causal, bounds))
+        listener.measure("scaled_dot_product_attention", Logits(query, key, bounds, scale, is_causal, mask=attn_mask))
 
     @functools.wraps(original)
     def scaled_dot_product_attention(*args: Any, **kwargs: Any) -> Tensor:
@@ -102,7 +103,7 @@ def _multi_head_logits(asked: Mapping[str, Any]) -> Logits:
         visible = shown if visible is None else visible & shown
     if visible is not None:  # appended keys are always visible
         visible = F.pad(visible, (0, key.shape[-2] - visible.shape[-1]), value=True)
-    return Logits(query, key, query.shape[-1] ** -0.5, visible)
+    return Logits(query, key, mask=visible)
 
 
 def patch_flex(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -124,7 +125,7 @@ def patch_flex(original: Callable[..., Any]) -> Callable[..., Any]:
                 "QK-Clip counts pairs that a score_mod hides as visible; hide pairs by block_mask instead",
                 stacklevel=3,
             )
-        listener.measure("flex_attention", Logits(query, key, scale, dense(block_mask, query, key)))
+        listener.measure("flex_attention", Logits(query, key, scale=scale, mask=dense(block_mask, query, key)))
 
     @functools.wraps(original)
     def flex_attention(*args: Any, **kwargs: Any) -> Any:
@@ -147,7 +148,7 @@ def patch_varlen(original: Callable[..., Any]) -> Callable[..., Any]:
         if torch.compiler.is_compiling():  # which cannot trace a mode
             call = flash_call({**dict(zip(_VARLEN_ARGUMENTS, args)), **kwargs}, None)
             if call is not None:
-                listener.measure("varlen_attn", Logits(**call._asdict()))
+                listener.measure("varlen_attn", call)
             return original(*args, **kwargs)
         with FlashCalls() as seen:
             output = original(*args, **kwargs)
@@ -161,7 +162,7 @@ def measure_flash(listener: Listener, source: str, seen: FlashCalls) -> bool:
     """Measures what a single kernel of FlashAttention tells; whether it tells enough."""
     call = seen.calls[0] if len(seen.calls) == 1 else None
     if call is not None:
-        listener.measure(source, Logits(**call._asdict()))
+        listener.measure(source, call)
     return call is not None
 
 

@@ -22,7 +22,7 @@ from lightning_muonclip.qk_clip.describe.follow import (
     without_sinks,
 )
 from lightning_muonclip.qk_clip.describe.spec import Softmax
-from lightning_muonclip.qk_clip.intercept.listener import running, unrecorded
+from lightning_muonclip.qk_clip.intercept.listener import current_listener, unrecorded
 from lightning_muonclip.qk_clip.intercept.patches import Place
 from lightning_muonclip.qk_clip.observe.watch import Watch
 
@@ -44,7 +44,7 @@ def _forward_of(cls: type[nn.Module]) -> Iterator[Place]:
 def _patch_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        watch: Any = running[-1] if running else None
+        watch: Any = current_listener()
         if watch is None or not watch.is_of(module) or not watch.softmaxes:
             return original(module, *args, **kwargs)
         with Measure(watch):

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_muonclip.kernels.bounded_max_logits import bounded_max_logits
-from lightning_muonclip.kernels.log_sum_exp import as_multiplied
 from lightning_muonclip.kernels.max_logits import max_logits
+from lightning_muonclip.kernels.measure import Logits, is_bound, measure_max_logits, scale_of
 from lightning_muonclip.qk_clip.describe.spec import Softmax
 from lightning_muonclip.qk_clip.intercept.calls import attention_calls
-from lightning_muonclip.qk_clip.intercept.listener import Logits, running
+from lightning_muonclip.qk_clip.intercept.listener import running
 from lightning_muonclip.qk_clip.intercept.patches import Patches
 from lightning_muonclip.qk_clip.observe.recorder import Recorder, ReportsMaxLogits
 from lightning_muonclip.values import has_values
@@ -74,21 +73,14 @@ class Watch:
 
     def measure(self, source: str, logits: Logits) -> None:
         """Measures the logits of one call."""
-        query, key = logits.query, logits.key
+        query, key, bounds, scale, is_causal, window, documents, mask = logits
+        how = self.logits
         self.called = True
-        if not has_values((query, key)):
+        if how is None or not has_values((query, key)):
             return
-        scale = query.shape[-1] ** -0.5 if logits.scale is None else logits.scale
         if query.is_nested:
-            self.record(_nested_max_logits(query, key, scale, logits.is_causal), source)
+            self.record(_nested_max_logits(query, key, scale_of(logits), is_causal), source)
             return
-        mask, bounds = logits.mask, logits.bounds
-        if bounds is not None:
-            query, key = as_multiplied(query, key)
-            if self.logits == "whole" and bounds.device.type != "cpu":
-                bounds = None
-        # An additive mask takes the bound further from the maximum than the logarithm of the number of keys.
-        suffices = self.logits == "lse" and (mask is None or mask.dtype is torch.bool)
         if query.ndim == 2:
             query, key = query[None], key[None]
         lead = query.shape[:-2]
@@ -100,23 +92,12 @@ class Watch:
                 key = key.repeat_interleave(lead[-1] // key.shape[-3], -3).expand(*lead, *key.shape[-2:])
             query, key = query.flatten(0, -3), key.flatten(0, -3)
             bounds = None if bounds is None else bounds.flatten(0, -2)
-            if logits.documents is not None:  # of a batch
+            if documents is not None:  # of a batch
                 query, key = query[None], key[None]
                 mask, bounds = (None if x is None else x[None] for x in (mask, bounds))
-        options: Any = {
-            "scale": scale,
-            "is_causal": logits.is_causal,
-            "window": logits.window,
-            "documents": logits.documents,
-            "mask": mask,
-        }
-        if bounds is None:
-            maxima = max_logits(query, key, **options)
-        elif suffices:
-            source = f"log-sum-exp of {source}"
-            maxima = bounds.amax((0, 2) if has_heads else -1).flatten()
-        else:
-            maxima = bounded_max_logits(query, key, bounds, **options)
+        logits = Logits(query, key, bounds, scale, is_causal, window, documents, mask)
+        source = f"log-sum-exp of {source}" if is_bound(logits, how) else source
+        maxima = measure_max_logits(logits, how)
         if has_heads:
             self.record(maxima, source)
         else:
