@@ -10,17 +10,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from torch.optim import Optimizer
 
+from lightning_muonclip.qk_clip.counts import Counts
 from lightning_muonclip.qk_clip.describe.declared import AttentionModules, unwrapped
 from lightning_muonclip.qk_clip.describe.find import Example
-from lightning_muonclip.qk_clip.describe.fused import FusedWeight
 from lightning_muonclip.qk_clip.describe.isolate import device_of
 from lightning_muonclip.qk_clip.describe.saved import restored_attention, saved_attention
 from lightning_muonclip.qk_clip.describe.spec import AttentionSpec
 from lightning_muonclip.qk_clip.describe.survey import run_watched
-from lightning_muonclip.qk_clip.effect import REMEMBERED, Effect
+from lightning_muonclip.qk_clip.effect import Effect
 from lightning_muonclip.qk_clip.observe.capture import Capture
 from lightning_muonclip.qk_clip.observe.ledger import Late, has_others, reduce_max
 from lightning_muonclip.qk_clip.observe.observer import Observer
@@ -118,15 +117,12 @@ class QKClip:
         self._qk_norm = qk_norm
         self._lora = lora
         self._steps = 0
-        self._clips = torch.zeros(0, 0, dtype=torch.int64)
-        self._memory = torch.zeros(REMEMBERED, 0, 0, dtype=torch.float64)
+        self._counts = Counts()
         self._effect: Effect | None = None
         self._plan: ClipPlan | None = None
         self._owned: set[Tensor] | None = None
         self._owned_rows: Tensor | None = None
         self._arranged: AttentionModules = {}
-        #: Counts of a checkpoint whose layers have yet to be found.
-        self._earlier: dict[str, Tensor] = {}
         #: Whether a rank has found attention that others do not know, as of the last step.
         self._is_alone = Late()
         self._handles: list[Any] = []
@@ -147,29 +143,21 @@ class QKClip:
         self._owned = owned
         of_run = [[has_part_of(module, owned)] for module, _ in attention.values()]
         self._owned_rows = None if all(own for (own,) in of_run) else torch.tensor(of_run)
-        rows = {**self._earlier, **self._counts()}
-        self._earlier = {name: own for name, own in rows.items() if name not in attention}
-        counts = torch.zeros(1 + REMEMBERED, *self.observer.ledger.values.shape, dtype=torch.float64)
-        for row, (name, (_, spec)) in enumerate(attention.items()):
-            if name in rows:
-                own = rows[name][:, : spec.num_heads]
-                counts[:, row, : own.shape[1]] = own
-        self._clips, self._memory = counts[0].to(self._clips), counts[1:]
+        self._remember_effect()
+        self._counts.arrange(attention)
         self._arranged, self._effect = attention, None
         if self._plan is not None and self._plan.scaled:
-            self._effect = Effect(self._plan, list(attention), self._memory)
+            self._effect = Effect(self._plan, list(attention), self._counts.memory)
 
-    def _counts(self) -> dict[str, Tensor]:
-        """For every layer, how often each head was clipped, and what is remembered of the effect; a column for each head."""
-        memory = self._memory if self._effect is None else self._effect.memory
-        counts = torch.cat([self._clips.cpu().double()[None], memory])
-        return {name: counts[:, row] for row, name in enumerate(self._arranged)}
+    def _remember_effect(self) -> None:
+        if self._effect is not None:
+            self._counts.memory = self._effect.memory
 
     @property
     def clips(self) -> Tensor:
         """Number of times that each head was clipped, int64, shape (layers, most heads)."""
         self._arrange()
-        return self._clips
+        return self._counts.clips
 
     @property
     def layers(self) -> list[str]:
@@ -211,9 +199,8 @@ class QKClip:
         """
         with torch.profiler.record_function("muonclip::qk_clip"):
             agreed = self.settle()
-            observed = (
-                self.observer.ledger.bounded if max_logits is None else self._as_table(max_logits).expand(2, -1, -1)
-            )
+            ledger = self.observer.ledger
+            observed = ledger.bounded if max_logits is None else ledger.table_of(max_logits).expand(2, -1, -1)
             is_due = self.is_due
             if max_logits is None and self._steps == 0:
                 self._check_that_layers_were_seen()
@@ -229,7 +216,7 @@ class QKClip:
                 if self._effect is not None and max_logits is None:
                     gamma = self._effect.judge(norms, largest, gamma)  # a bound need not fall with the weights
                 self._plan.apply(gamma)
-                self._clips = self._clips.to(gamma.device).add_(gamma < 1)
+                self._counts.clips = self._counts.clips.to(gamma.device).add_(gamma < 1)
                 self._outdate_others(gamma)
             return self._result(largest, bounds, gamma)
 
@@ -299,19 +286,20 @@ class QKClip:
     def _check_that_layers_were_seen(self) -> None:
         unseen = [recorder.name or "(model)" for recorder in self.observer.recorders if recorder.source is None]
         discovery = self.observer.discovery
+        is_left_alone = bool(discovery.left_alone) and not discovery.unseen
         is_missing = not self.layers and not discovery.has_found and discovery.has_surveyed and not discovery.unseen
-        if is_missing and self.threshold is not None:
+        if is_missing and not is_left_alone and self.threshold is not None:
             raise ValueError(
                 f"{type(self.model).__name__} computes no attention that QK-Clip can see: neither a call of an attention"
                 " function nor a softmax over a product of queries and keys. Describe it with specs={name:"
                 " AttentionSpec(...)}, or train without QK-Clip: MuonClipCallback(logits='off'), or in plain PyTorch"
                 " Muon(split_params(model))"
             )
-        if unseen or not self.layers:
+        if unseen or not (self.layers or is_left_alone):
             warnings.warn(
                 f"no logits were recorded in {', '.join(unseen) or 'the model'}, so QK-Clip does not act there. The modules"
                 " were not called, or are in eval mode, as from_pretrained of Hugging Face returns them; call model.train()",
-                stacklevel=3,
+                stacklevel=4,
             )
 
     @property
@@ -403,16 +391,10 @@ class QKClip:
     def state_dict(self) -> dict[str, Any]:
         """The clip counts of every head, the number of steps and the specs of the layers, equal on every rank."""
         self._arrange()
-        counts = {**self._counts(), **self._earlier}
-        table = torch.zeros(0, 0, 1 + REMEMBERED)
-        if counts:
-            table = pad_sequence([own.T for own in counts.values()], batch_first=True)
-        state = {"layers": list(counts), "clips": table[..., 0].long(), "effect": table[..., 1:], "steps": self._steps}
-        discovery = self.observer.discovery
-        if discovery.has_surveyed:
-            state |= saved_attention(self.model, self.observer.attention)
-            fused = {name: list(own) for name, own in discovery.fused.items()}
-            state |= {"unseen": discovery.unseen, "asked": discovery.asked, "fused": fused}
+        self._remember_effect()
+        state = {**self._counts.state_dict(), "steps": self._steps}
+        if self.observer.discovery.has_surveyed:
+            state |= saved_attention(self.model, self.observer.attention) | self.observer.discovery.state_dict()
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -428,15 +410,11 @@ class QKClip:
                 f"the saved clip counts are of layers that the model does not have: {', '.join(map(repr, strange))};"
                 " load them into a model with the same attention layers"
             )
-        if "fused" in state_dict and not discovery.has_surveyed and state_dict["asked"] == discovery.asked:
+        if state_dict.get("asked") == discovery.asked and not discovery.has_surveyed:
             attention = restored_attention(self.model, state_dict)
             if attention is not None:
-                fused = {name: FusedWeight(*own) for name, own in state_dict["fused"].items()}
-                discovery.restore(attention, fused, state_dict["unseen"])
-        # By name: some may be found only later.
-        clips = torch.as_tensor(state_dict["clips"]).double()[..., None]
-        effect = torch.as_tensor(state_dict.get("effect", torch.zeros(*clips.shape[:2], REMEMBERED))).double()
-        self._earlier = {name: own.T for name, own in zip(layers, torch.cat([clips, effect], -1))}
+                discovery.restore(attention, state_dict)
+        self._counts.load_state_dict({**state_dict, "layers": layers})
         self._arranged = {}
         self._count(state_dict.get("steps", 0))
 
@@ -447,17 +425,3 @@ class QKClip:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def _as_table(self, max_logits: Tensor | Sequence[Sequence[float]]) -> Tensor:
-        ledger = self.observer.ledger
-        table = torch.full_like(ledger.values, float("-inf"))
-        rows = [torch.as_tensor(row, dtype=table.dtype, device=table.device) for row in max_logits]
-        given = [tuple(row.shape) for row in rows]
-        layers, widest = table.shape
-        if given not in ([(heads,) for heads in ledger.heads], [(widest,)] * layers):
-            raise ValueError(
-                f"max_logits has rows of shapes {given}; give one row per layer, of {list(ledger.heads)} heads"
-            )
-        for target, heads, row in zip(table, ledger.heads, rows):
-            target[:heads] = row[:heads]
-        return table

@@ -136,7 +136,7 @@ class Effect:
             if (what, row) not in self._told:
                 self._told.add((what, row))
                 own = ", ".join(map(str, np.flatnonzero(heads[row]).tolist()))
-                warnings.warn(what.format(layer=self._layers[row], heads=own), stacklevel=5)
+                warnings.warn(what.format(layer=self._layers[row], heads=own), stacklevel=6)
 
     def _weights(self) -> list[Tensor]:
         return [to_local(own.module.get_parameter(own.weight.path)) for own in self._scaled]

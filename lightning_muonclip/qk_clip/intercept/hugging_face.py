@@ -14,7 +14,7 @@ from lightning_muonclip.kernels.flash import FlashCalls
 from lightning_muonclip.kernels.measure import Logits
 from lightning_muonclip.qk_clip.intercept.listener import Listener, current_listener, unrecorded
 from lightning_muonclip.qk_clip.intercept.patches import Place, original_of
-from lightning_muonclip.qk_clip.intercept.torch_functions import dense, measure_flash
+from lightning_muonclip.qk_clip.intercept.torch_functions import dense_mask, measure_flash
 
 
 def interface_places(scope: dict[str, Any]) -> Iterator[Place]:
@@ -137,7 +137,7 @@ def _visible(module: nn.Module, query: Tensor, key: Tensor, mask: Any, kwargs: M
     causality and the window itself.
     """
     if mask is not None and (not isinstance(mask, Tensor) or mask.ndim == 4):
-        return {"mask": mask[..., : key.shape[-2]] if isinstance(mask, Tensor) else dense(mask, query, key)}
+        return {"mask": mask[..., : key.shape[-2]] if isinstance(mask, Tensor) else dense_mask(mask, query, key)}
     queries, keys = query.shape[-2], key.shape[-2]
     is_causal = kwargs.get("is_causal")
     is_causal = queries > 1 and (getattr(module, "is_causal", True) if is_causal is None else is_causal)

@@ -125,7 +125,7 @@ def patch_flex(original: Callable[..., Any]) -> Callable[..., Any]:
                 "QK-Clip counts pairs that a score_mod hides as visible; hide pairs by block_mask instead",
                 stacklevel=3,
             )
-        listener.measure("flex_attention", Logits(query, key, scale=scale, mask=dense(block_mask, query, key)))
+        listener.measure("flex_attention", Logits(query, key, scale=scale, mask=dense_mask(block_mask, query, key)))
 
     @functools.wraps(original)
     def flex_attention(*args: Any, **kwargs: Any) -> Any:
@@ -166,7 +166,7 @@ def measure_flash(listener: Listener, source: str, seen: FlashCalls) -> bool:
     return call is not None
 
 
-def dense(block_mask: Any, query: Tensor, key: Tensor) -> Tensor | None:
+def dense_mask(block_mask: Any, query: Tensor, key: Tensor) -> Tensor | None:
     """A BlockMask as a boolean tensor; tensors are returned unchanged."""
     if block_mask is None or isinstance(block_mask, Tensor):
         return block_mask
@@ -175,6 +175,6 @@ def dense(block_mask: Any, query: Tensor, key: Tensor) -> Tensor | None:
     (batch, heads), (queries, keys) = block_mask.shape[:2], (query.shape[-2], key.shape[-2])
     rows, columns = block_mask.BLOCK_SIZE
     # A pair is visible if its block is listed and the mask_mod allows it.
-    listed = block_mask.todense().bool().repeat_interleave(rows, -2).repeat_interleave(columns, -1)
+    listed = block_mask.to_dense().bool().repeat_interleave(rows, -2).repeat_interleave(columns, -1)
     visible = create_mask(block_mask.mask_mod, batch, heads, queries, keys, str(query.device))
     return visible & listed[..., :queries, :keys]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import weakref
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -28,7 +28,7 @@ from lightning_muonclip.qk_clip.describe.declared import (
 )
 from lightning_muonclip.qk_clip.describe.describe import Found
 from lightning_muonclip.qk_clip.describe.find import Example, find_attention, spec_of, watched_spec
-from lightning_muonclip.qk_clip.describe.fused import FusedWeights
+from lightning_muonclip.qk_clip.describe.fused import FusedWeight, FusedWeights
 from lightning_muonclip.qk_clip.describe.spec import AttentionSpec
 from lightning_muonclip.qk_clip.describe.survey import NO_PRODUCT, NO_SOFTMAX
 from lightning_muonclip.qk_clip.intercept.calls import attends_by_interface
@@ -70,7 +70,8 @@ class Discovery:
         asked = [by_display_name(specs), {name: spec for name, (_, spec) in described.items()}, unknown, trained]
         #: A hash of what inference depends on beside the model.
         self.asked = hashlib.sha256(repr(asked).encode()).hexdigest()
-        left = [name for name, spec in by_display_name(specs).items() if spec is None]
+        #: Modules that the user leaves alone.
+        self.left_alone = [name for name, spec in by_display_name(specs).items() if spec is None]
         #: Described modules that may attend by hand, so that it must be found where they have their logits.
         self._described = {
             module: spec
@@ -78,7 +79,7 @@ class Discovery:
             if not (isinstance(module, ReportsMaxLogits) or spec.softmaxes or attends_by_interface(type(module)))
         }
         #: Modules of which a survey need tell nothing.
-        self._alone = self._inside([n for n, (m, _) in described.items() if m not in self._described] + left)
+        self._alone = self._inside([n for n, (m, _) in described.items() if m not in self._described] + self.left_alone)
         #: Weights that hold several matrices, by display name; another dictionary whenever one is found.
         self.fused: FusedWeights = {}
         self.has_surveyed = False
@@ -154,16 +155,22 @@ class Discovery:
         """Whether any attention was found, if only such as cannot be measured."""
         return any(reason not in (NO_PRODUCT, NO_SOFTMAX) for reason in self.unmeasured.values())
 
-    def restore(self, attention: AttentionModules, fused: FusedWeights, unseen: Collection[str]) -> None:
+    def state_dict(self) -> dict[str, Any]:
+        """What was found beside the attention modules, and what inference depends on, in plain containers."""
+        fused = {name: list(own) for name, own in self.fused.items()}
+        return {"unseen": self.unseen, "unmeasured": dict(self.unmeasured), "fused": fused, "asked": self.asked}
+
+    def restore(self, attention: AttentionModules, state_dict: Mapping[str, Any]) -> None:
         """Takes up where another run was: what it has seen is not surveyed again.
 
         Args:
             attention: What it had found.
-            fused: Its :attr:`fused`.
-            unseen: Its :attr:`unseen`.
+            state_dict: Its :meth:`state_dict`.
         """
-        self.has_surveyed, self.fused = True, dict(fused)
-        for module in [module for module in self._handles if self.names[module] not in unseen]:
+        self.has_surveyed = True
+        self.fused = {name: FusedWeight(*own) for name, own in state_dict["fused"].items()}
+        self.unmeasured = dict(state_dict.get("unmeasured", {}))
+        for module in [module for module in self._handles if self.names[module] not in state_dict["unseen"]]:
             self._handles.pop(module).remove()
         self._alone |= self._inside(attention)
         self._add(attention, None)

@@ -37,6 +37,27 @@ class Ledger:
         """Shape (layers, max heads), float32; -inf where there is no such head or nothing was seen since the last step."""
         return self.bounded[0]
 
+    def table_of(self, max_logits: Tensor | Sequence[Sequence[float]]) -> Tensor:
+        """Numbers of the caller as :attr:`values`.
+
+        Args:
+            max_logits: One list of numbers per layer, or a tensor of shape (layers, heads).
+
+        Raises:
+            ValueError: If they are not one row per layer and one number per head.
+        """
+        table = torch.full_like(self.values, float("-inf"))
+        rows = [torch.as_tensor(row, dtype=table.dtype, device=table.device) for row in max_logits]
+        given = [tuple(row.shape) for row in rows]
+        layers, widest = table.shape
+        if given not in ([(heads,) for heads in self.heads], [(widest,)] * layers):
+            raise ValueError(
+                f"max_logits has rows of shapes {given}; give one row per layer, of {list(self.heads)} heads"
+            )
+        for target, heads, row in zip(table, self.heads, rows):
+            target[:heads] = row[:heads]
+        return table
+
     @property
     def bounded(self) -> Tensor:
         """The values and the upper bounds, shape (2, layers, max heads)."""

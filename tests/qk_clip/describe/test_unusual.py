@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -217,17 +218,26 @@ class Lit(pl.LightningModule):
         return torch.optim.AdamW(self.parameters())
 
 
-def test_what_is_not_softmaxed_is_listed_and_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_what_is_not_softmaxed_is_listed_and_told_also_after_a_resume(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
     model = Residual(SdpaAttention(WIDTH, HEADS), *(Made(attend) for attend in UNSOFTMAXED.values()))
     caplog.set_level("INFO")
     callback = MuonClipCallback()
-    trainer([callback]).fit(Lit(model), loader(batch()[None]))
+    fit = trainer([callback])
+    fit.fit(Lit(model), loader(batch()[None]))
+    fit.save_checkpoint(tmp_path / "one.ckpt")
     others = [f"model.layers.{i + 1}" for i in range(len(UNSOFTMAXED))]
     reason = "no softmax follows its product of two activations"
     assert f"QK-Clip scales nothing of {', '.join(others)}: {reason}" in caplog.text
     assert callback.qk_clip is not None
     rows = callback.qk_clip.summary().splitlines()[2:]
     assert [(row.split()[0], row.endswith(f"nothing: {reason}")) for row in rows] == [(name, True) for name in others]
+    caplog.clear()
+    trainer([MuonClipCallback()], max_epochs=2).fit(
+        Lit(model), loader(batch()[None]), ckpt_path=str(tmp_path / "one.ckpt")
+    )
+    assert f"QK-Clip scales nothing of {', '.join(others)}: {reason}" in caplog.text
 
 
 class Experts(nn.Module):

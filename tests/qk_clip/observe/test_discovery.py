@@ -288,6 +288,10 @@ def test_a_softmax_over_no_product_is_listed() -> None:
         assert last.startswith("layers.1") and last.endswith(
             "nothing: no product of queries and keys is seen behind its softmax"
         )
+        state = qk_clip.state_dict()
+    with QKClip(model) as resumed:
+        resumed.load_state_dict(state)
+        assert resumed.summary().splitlines()[-1] == last
 
 
 def test_evaluation_finds_nothing_and_says_so() -> None:
@@ -574,3 +578,12 @@ def test_attention_in_eval_mode_is_warned_of(threshold: float | None) -> None:
         with pytest.warns(UserWarning, match="in eval mode"):
             result = qk_clip.step()
         assert result.max_logit == -math.inf and result.min_gamma == 1
+
+
+@pytest.mark.parametrize("name", ["", "layers.0"])
+def test_a_model_whose_attention_is_left_alone_is_not_warned_of(name: str, recwarn: pytest.WarningsRecorder) -> None:
+    model = Residual(SdpaAttention(16, 4))
+    with QKClip(model, specs={name: None}) as qk_clip:
+        model(batches(1)[0])
+        assert qk_clip.step().max_logits.shape == (0, 0)
+    assert not recwarn.list
