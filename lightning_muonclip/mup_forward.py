@@ -20,7 +20,7 @@ from lightning_muonclip.qk_clip.describe.find import Example, first_samples
 from lightning_muonclip.qk_clip.describe.isolate import DetachedCopies, apart, device_of, is_apart, undisturbed
 from lightning_muonclip.qk_clip.describe.scale import Logits, logits_of, numbers_of, power_of
 from lightning_muonclip.qk_clip.describe.survey import Survey, kept, run_watched
-from lightning_muonclip.qk_clip.observe.discovery import _eager as eager
+from lightning_muonclip.qk_clip.observe.eager import eager
 from lightning_muonclip.qk_clip.observe.recorder import ReportsMaxLogits
 from lightning_muonclip.values import has_values
 

@@ -37,9 +37,9 @@ def _compiler_is_on() -> Iterator[None]:
     """A QKClip that a test leaves before its first step keeps torch.compile off, for the next test too."""
     yield
     from lightning_muonclip.qk_clip.intercept import patches
-    from lightning_muonclip.qk_clip.observe import discovery  # late: Lightning logs to the stderr of its import
+    from lightning_muonclip.qk_clip.observe.eager import eager  # late: Lightning logs to the stderr of its import
 
-    for user in list(discovery._eager._users):
-        discovery._eager._release(user)
+    for user in list(eager.users):
+        eager._release(user)
     if patches._patched:  # by what a circle, such as a Trainer's, still keeps
         gc.collect()

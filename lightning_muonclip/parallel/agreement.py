@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from lightning_muonclip.parallel.holders import has_others
 from lightning_muonclip.parallel.shards import to_local
 
 REMEDY = (
@@ -51,7 +52,7 @@ def check_models(
         RuntimeError: If ranks differ in their matrices, their values, or their settings.
     """
     params = [p for own in groups for p in own["params"]]
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
+    if not has_others(group):
         return
     if params and all(isinstance(p, DTensor) for p in params):
         return

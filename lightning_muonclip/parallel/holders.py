@@ -16,6 +16,11 @@ from lightning_muonclip.parallel.shards import Box, boxes_of
 _T = TypeVar("_T")
 
 
+def has_others(group: dist.ProcessGroup | None = None) -> bool:
+    """Whether a group has other ranks; ``None`` is the default group."""
+    return dist.is_initialized() and dist.get_world_size(group) != 1
+
+
 def share_key(weight: Tensor, group: dist.ProcessGroup | None) -> Hashable | None:
     """A key that is equal for weights that can be exchanged together; ``None`` if only this rank holds the weight.
 
@@ -25,8 +30,7 @@ def share_key(weight: Tensor, group: dist.ProcessGroup | None) -> Hashable | Non
     """
     if isinstance(weight, DTensor):
         return None if weight.device_mesh.size() == 1 else (weight.device_mesh, weight.dtype, weight.device)
-    is_alone = not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1
-    return None if is_alone else (group, weight.dtype, weight.device)
+    return (group, weight.dtype, weight.device) if has_others(group) else None
 
 
 def group_of(weight: Tensor, group: dist.ProcessGroup | None) -> dist.ProcessGroup:

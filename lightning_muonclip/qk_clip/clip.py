@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_muonclip.parallel.holders import has_others
 from lightning_muonclip.qk_clip.counts import Counts
 from lightning_muonclip.qk_clip.describe.declared import AttentionModules, unwrapped
 from lightning_muonclip.qk_clip.describe.find import Example
@@ -21,7 +22,7 @@ from lightning_muonclip.qk_clip.describe.spec import AttentionSpec
 from lightning_muonclip.qk_clip.describe.survey import run_watched
 from lightning_muonclip.qk_clip.effect import Effect
 from lightning_muonclip.qk_clip.observe.capture import Capture
-from lightning_muonclip.qk_clip.observe.ledger import Late, has_others, reduce_max
+from lightning_muonclip.qk_clip.observe.ledger import Late, reduce_max
 from lightning_muonclip.qk_clip.observe.observer import Observer
 from lightning_muonclip.qk_clip.observe.watch import watch_of
 from lightning_muonclip.qk_clip.options import check_clip_options

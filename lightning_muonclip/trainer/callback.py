@@ -205,11 +205,11 @@ class MuonClipCallback(Callback):
         """Moves the hidden matrices to Muon and starts observing, before any optimizer is restored."""
         optimizer = users_optimizer(trainer)
         self._routes = routes_under(optimizer, route_params(pl_module, self.exclude, self.include, self.router))
-        self._groups = FollowingGroups(optimizer, self._routes, self.lr)
+        self._groups = FollowingGroups(optimizer, self._routes, self.lr, self.weight_decay)
         self._observer = self._observe(pl_module)
         self._known = self._observer.attention, self._observer.fused
         self.muon = Muon(self._groups.groups, parts=self._parts_of(pl_module), **self._muon_options)
-        self._groups.follow(optimizer, self.muon, self.lr, self.weight_decay)
+        self._groups.follow(self.muon)
         if scaler_of(trainer) is not None and not any(group["params"] for group in optimizer.param_groups):
             raise ValueError(
                 f"Muon takes every parameter of {type(optimizer).__name__}, and a GradScaler cannot step an empty optimizer;"
@@ -288,7 +288,7 @@ class MuonClipCallback(Callback):
         if all(p.grad is None for p in params_of(self.muon)):
             return  # training_step returned None
         self._verify()
-        self._groups.follow(optimizer, self.muon, self.lr, self.weight_decay)
+        self._groups.follow(self.muon)
         self._take_up_attention(pl_module)
         if self.log_stats_every_n_steps:
             self.muon.track_stats = (trainer.global_step + 1) % self.log_stats_every_n_steps == 0
@@ -357,7 +357,7 @@ class MuonClipCallback(Callback):
         assert self.muon is not None
         assert self._groups is not None
         # Schedulers have stepped; monitors and checkpoints see the learning rate of the next step.
-        self._groups.follow(trainer.optimizers[0], self.muon, self.lr, self.weight_decay)
+        self._groups.follow(self.muon)
         if trainer.global_step == self._last_step:
             return  # accumulating gradients
         self._last_step = trainer.global_step

@@ -22,7 +22,8 @@ class FollowingGroups:
     Args:
         optimizer: The user's; its groups lose the matrices that Muon takes.
         routes: Where each parameter goes.
-        lr: Muon's own base learning rate; ``None`` is that of the user's groups.
+        lr: Muon's own base learning rate, under the schedule of the user's groups; ``None`` is theirs.
+        weight_decay: Muon's own weight decay, which may be scheduled; ``None`` is that of the user's groups.
 
     Attributes:
         groups: Parameter groups for :class:`~lightning_muonclip.Muon`.
@@ -31,7 +32,10 @@ class FollowingGroups:
         ValueError: If Muon takes no parameter, or if it should follow a group that has no learning rate.
     """
 
-    def __init__(self, optimizer: Optimizer, routes: Sequence[Route], lr: float | None = None) -> None:
+    def __init__(
+        self, optimizer: Optimizer, routes: Sequence[Route], lr: float | None, weight_decay: float | Schedule | None
+    ) -> None:
+        self._optimizer, self._lr, self._weight_decay = optimizer, lr, weight_decay
         self.groups: list[dict[str, Any]] = []
         # The index of the group that each of Muon's follows, and that group's base learning rate. Indices, since loading a
         # checkpoint replaces the dicts.
@@ -56,25 +60,20 @@ class FollowingGroups:
                 "Exclude fewer of them (exclude=), include some (include=), or remove the callback"
             )
 
-    def follow(
-        self, optimizer: Optimizer, muon: Optimizer, lr: float | None, weight_decay: float | Schedule | None
-    ) -> None:
+    def follow(self, muon: Optimizer) -> None:
         """Updates the learning rate and weight decay of Muon's groups; their momentum under a schedule that cycles it.
 
         Args:
-            optimizer: The user's.
             muon: The optimizer with :attr:`groups`.
-            lr: Muon's own base learning rate, under the schedule of the user's groups; ``None`` is theirs.
-            weight_decay: Muon's own weight decay, which may be scheduled; ``None`` is that of the user's groups.
         """
         for (i, base), group in zip(self._sources, muon.param_groups):
-            source = optimizer.param_groups[i]
+            source = self._optimizer.param_groups[i]
             factors = source.get("mup", {})  # of a group that muP has scaled, for AdamW
             own, users = factors.get(group["adjust_lr_fn"] or "original", 1.0), factors.get("adamw", 1.0)
-            rate = source["lr"] / users if lr is None else lr * (source["lr"] / base if base else 1.0)
+            rate = source["lr"] / users if self._lr is None else self._lr * (source["lr"] / base if base else 1.0)
             decay = (source.get("weight_decay") or 0.0) * users
-            if weight_decay is not None and not (callable(weight_decay) and decay == 0):
-                decay = at_step(weight_decay, group.get("steps", 0))
+            if self._weight_decay is not None and not (callable(self._weight_decay) and decay == 0):
+                decay = at_step(self._weight_decay, group.get("steps", 0))
             group["lr"], group["weight_decay"] = rate * own, decay / own
             if "max_momentum" in source:  # OneCycleLR and CyclicLR write it
                 group["momentum"] = source["betas"][0] if "betas" in source else source["momentum"]

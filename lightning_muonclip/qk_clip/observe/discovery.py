@@ -32,6 +32,7 @@ from lightning_muonclip.qk_clip.describe.fused import FusedWeight, FusedWeights
 from lightning_muonclip.qk_clip.describe.spec import AttentionSpec
 from lightning_muonclip.qk_clip.describe.survey import NO_PRODUCT, NO_SOFTMAX
 from lightning_muonclip.qk_clip.intercept.calls import attends_by_interface
+from lightning_muonclip.qk_clip.observe.eager import eager
 from lightning_muonclip.qk_clip.observe.recorder import ReportsMaxLogits
 from lightning_muonclip.qk_clip.owned import Owned, has_part_of
 from lightning_muonclip.values import has_values, is_exporting
@@ -92,7 +93,7 @@ class Discovery:
         #: Whether ranks may find different attention.
         self.may_differ = bool(self._handles.keys() - self._inside(described))
         if self._handles:
-            _eager.acquire(self)
+            eager.acquire(self)
 
     def survey(self, root: nn.Module, example: Example, *, is_entered: bool = False) -> None:
         """Finds and infers all attention that a module computes on these inputs.
@@ -106,7 +107,7 @@ class Discovery:
             ValueError: If some cannot be read, unless it is to be monitored.
         """
         if not is_entered:
-            _eager.release(self)
+            eager.release(self)
         self._is_surveying = True
         try:
             search = find_attention(root, example, self._described, self._alone)
@@ -174,16 +175,16 @@ class Discovery:
             self._handles.pop(module).remove()
         self._alone |= self._inside(attention)
         self._add(attention, None)
-        _eager.release(self)
+        eager.release(self)
 
     def close_step(self) -> None:
         """Lets torch.compile act again, after the first step: not in the middle of a forward that it could not compile."""
         if self.has_surveyed:
-            _eager.release(self)
+            eager.release(self)
 
     def close(self) -> None:
         """Removes all hooks. May be called twice."""
-        _eager.release(self)
+        eager.release(self)
         _remove(self._all_handles)
         self._handles = {}
 
@@ -262,32 +263,6 @@ class _Entered:
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return type(self), ()
-
-
-class _Eager:
-    """Disables torch.compile, whose graphs cannot hold a survey, as long as somebody needs it."""
-
-    def __init__(self) -> None:
-        self._users: set[int] = set()
-        self._stance: Any = None
-
-    def acquire(self, user: object) -> None:
-        if not self._users:
-            self._stance = torch.compiler.set_stance("force_eager")
-        self._users.add(id(user))
-        weakref.finalize(user, self._release, id(user))
-
-    def release(self, user: object) -> None:
-        self._release(id(user))
-
-    def _release(self, user: int) -> None:
-        self._users.discard(user)
-        if not self._users and self._stance is not None:
-            self._stance.__exit__(None, None, None)
-            self._stance = None
-
-
-_eager = _Eager()
 
 
 def _refusal(refused: dict[str, Found]) -> str:

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_muonclip.parallel.holders import has_others
+
 
 class Ledger:
     """Maximum logit of every head since the last optimizer step, and an upper bound on it.
@@ -136,11 +138,6 @@ def reduce_max(values: Tensor, group: dist.ProcessGroup | None = None) -> Tensor
     if has_others(group):
         dist.all_reduce(values, op=dist.ReduceOp.MAX, group=group)
     return values
-
-
-def has_others(group: dist.ProcessGroup | None = None) -> bool:
-    """Whether there are other ranks."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
 
 
 class Late:

@@ -13,6 +13,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
+from lightning_muonclip.parallel.holders import has_others
 from lightning_muonclip.qk_clip.describe.declared import (
     AttentionModules,
     Specs,
@@ -26,7 +27,7 @@ from lightning_muonclip.qk_clip.describe.isolate import device_of
 from lightning_muonclip.qk_clip.intercept.listener import running
 from lightning_muonclip.qk_clip.observe.by_hand import measure_by_hand
 from lightning_muonclip.qk_clip.observe.discovery import Discovery
-from lightning_muonclip.qk_clip.observe.ledger import Ledger, has_others
+from lightning_muonclip.qk_clip.observe.ledger import Ledger
 from lightning_muonclip.qk_clip.observe.recorder import Recorder
 from lightning_muonclip.qk_clip.observe.watch import Watch, watch_of
 from lightning_muonclip.qk_clip.owned import Owned
@@ -98,7 +99,6 @@ class Observer:
         Args:
             found: The modules and their specs.
             entered: A module whose forward is about to run, too late for another hook.
-
         """
         new = {name: own for name, own in found.items() if name not in self.attention}
         before = dict(zip(self.attention, self.recorders))
