@@ -17,6 +17,7 @@ from lightning_muonclip.qk_clip.describe.isolate import Isolated, Run
 from lightning_muonclip.qk_clip.describe.layout import KINDS, spread
 from lightning_muonclip.qk_clip.describe.prove import CLAMPED, LARGE, Outcome, deviation, holds, outcomes
 from lightning_muonclip.qk_clip.describe.spec import AttentionSpec, HeadAxis
+from lightning_muonclip.qk_clip.describe.trace import flex_attention_traced
 from lightning_muonclip.qk_clip.describe.weights import UnscalableError, Weight
 from lightning_muonclip.qk_clip.plan import clipped_weights
 from lightning_muonclip.tables import table
@@ -58,6 +59,7 @@ class Verification:
         return table(rows)
 
 
+@flex_attention_traced()
 def verify_attention(
     attention: AttentionModules,
     frames: Mapping[str, Frame],

@@ -119,6 +119,7 @@ class Count(TorchDispatchMode):
     Attributes:
         softmaxes: Fused kernels, and softmaxes of any kind, in order.
         others: Where a product weighs an activation without a softmax in between.
+        calls_flex_attention: Whether FlexAttention was called.
     """
 
     supports_higher_order_operators = True
@@ -127,6 +128,7 @@ class Count(TorchDispatchMode):
         super().__init__()
         self.softmaxes: list[Noted] = []
         self.others: list[Noted] = []
+        self.calls_flex_attention = False
         self._stack = stack
         self._opaque = opaque
         self._products = WeakIdKeyDictionary()
@@ -138,6 +140,7 @@ class Count(TorchDispatchMode):
         kwargs = kwargs or {}
         if not isinstance(func, torch._ops.OpOverload):
             if "flex_attention" in str(func):
+                self.calls_flex_attention = True
                 self._note(args[0].shape[-1], True)
             return func(*args, **kwargs)
         library, _, name = func._schema.name.partition("::")

@@ -19,6 +19,7 @@ from lightning_muonclip.qk_clip.describe.isolate import apart
 from lightning_muonclip.qk_clip.describe.layout import ChannelMap
 from lightning_muonclip.qk_clip.describe.spec import AttentionSpec, HeadAxis, Projection, Softmax
 from lightning_muonclip.qk_clip.describe.survey import Prepares, Survey, run_watched
+from lightning_muonclip.qk_clip.describe.trace import flex_attention_traced
 
 #: How many samples of a batch are tried before all of it.
 _SAMPLES = 2
@@ -90,11 +91,12 @@ def _search(
         calls = [stack for stack in survey.calls if not any(frame.module in alone for frame in stack)]
         of_described = {frame.module: frame for stack in calls for frame in stack if frame.module in described}
         unknown = [stack for stack in calls if not any(frame.module in of_described for frame in stack)]
-        found = describe(unknown)
-        if found:
-            gate(Frame("", model, *example), found)
+        with flex_attention_traced(survey.calls_flex_attention):
+            found = describe(unknown)
+            if found:
+                gate(Frame("", model, *example), found)
+            softmaxes = {module: softmaxes_of(frame) for module, frame in of_described.items()}
         found += _opaque(survey, calls, {*alone, *described})
-        softmaxes = {module: softmaxes_of(frame) for module, frame in of_described.items()}
     known = {own.module for own in found} | {*described, *alone}
     others: dict[nn.Module, str] = {}
     for stack, reason in survey.others:

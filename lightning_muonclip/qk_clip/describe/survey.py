@@ -58,6 +58,11 @@ class Survey:
         return [noted.stack for noted in self._count.softmaxes if noted.is_attention]
 
     @property
+    def calls_flex_attention(self) -> bool:
+        """Whether FlexAttention was called."""
+        return self._count.calls_flex_attention
+
+    @property
     def head_dims(self) -> list[int]:
         """For every attention call, the number of channels of a query."""
         return [noted.head_dim for noted in self._count.softmaxes if noted.is_attention]

@@ -266,27 +266,52 @@ class Trace(TorchFunctionMode):
 _running: list[Trace] = []
 
 
+#: Whether calls of FlexAttention are sent to the running trace, if there are any.
+_is_cared_for = False
+
+
+@contextmanager
+def flex_attention_traced(is_called: bool = True) -> Iterator[None]:
+    """Sends calls of FlexAttention to the running trace, wherever it was imported, compiled or not.
+
+    Enter it once for all traces of a search: it looks through every module that Python has imported.
+
+    Args:
+        is_called: Whether there are any such calls, if that is known.
+    """
+    global _is_cared_for
+    flex = sys.modules.get("torch.nn.attention.flex_attention")
+    if flex is None or _is_cared_for:
+        yield
+        return
+    original = unwrap(flex.flex_attention)
+
+    def flex_attention(*args: Any, **kwargs: Any) -> Any:
+        return _running[-1].flex_attention(original, *args, **kwargs) if _running else original(*args, **kwargs)
+
+    with ExitStack() as stack:
+        for module in list(sys.modules.values()) if is_called else ():
+            for name, value in list(vars(module).items()) if hasattr(module, "__dict__") else ():
+                # By name first, for speed; what wraps a function has its name.
+                if type(value) is FunctionType and value.__name__ == "flex_attention" and unwrap(value) is original:
+                    stack.callback(setattr, module, name, value)
+                    setattr(module, name, flex_attention)
+        _is_cared_for = True
+        try:
+            yield
+        finally:
+            _is_cared_for = False
+
+
 @contextmanager
 def tracing(trace: Trace) -> Iterator[Trace]:
-    """Runs under the trace, FlexAttention included wherever it was imported, compiled or not."""
-    with ExitStack() as stack:
-        flex = sys.modules.get("torch.nn.attention.flex_attention")
-        if flex is not None:
-            original = unwrap(flex.flex_attention)
-
-            def flex_attention(*args: Any, **kwargs: Any) -> Any:
-                return _running[-1].flex_attention(original, *args, **kwargs) if _running else original(*args, **kwargs)
-
-            for module in list(sys.modules.values()):
-                for name, value in list(vars(module).items()) if hasattr(module, "__dict__") else ():
-                    # By name first, for speed; what wraps a function has its name.
-                    if type(value) is FunctionType and value.__name__ == "flex_attention" and unwrap(value) is original:
-                        stack.callback(setattr, module, name, value)
-                        setattr(module, name, flex_attention)
-        stack.enter_context(trace)
+    """Runs under the trace, FlexAttention included."""
+    with flex_attention_traced(), trace:
         _running.append(trace)
-        stack.callback(_running.pop)
-        yield trace
+        try:
+            yield trace
+        finally:
+            _running.pop()
 
 
 class _Mark(torch.autograd.Function):

@@ -19,6 +19,7 @@ from lightning_muonclip.qk_clip.describe.layout import KINDS
 from lightning_muonclip.qk_clip.describe.probe import MIXED, SIDES, Probe
 from lightning_muonclip.qk_clip.describe.prove import deviation
 from lightning_muonclip.qk_clip.describe.survey import Survey
+from lightning_muonclip.qk_clip.describe.trace import flex_attention_traced
 
 options = st.builds(
     Options,
@@ -46,7 +47,8 @@ def inputs(seed: int = 1) -> Tensor:
 def described(model: nn.Module, *args: Any) -> list[Found]:
     with torch.no_grad(), Survey(model) as survey:
         model(*args)
-    return describe(survey.calls)
+    with flex_attention_traced(survey.calls_flex_attention):
+        return describe(survey.calls)
 
 
 def made(own: Options) -> Drawn:
