@@ -10,12 +10,44 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_muonclip.kernels.hidden import HIDDEN
+
 INF = float("inf")
 
 
 def causal(length: int, key_length: int | None = None) -> Tensor:
     """Query i sees keys 0..i."""
     return torch.arange(key_length or length) <= torch.arange(length)[:, None]
+
+
+def normal(shape: tuple[int, ...], seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def visible_pairs(
+    query: Tensor,
+    key: Tensor,
+    *,
+    is_causal: bool = False,
+    window: int | None = None,
+    documents: Tensor | None = None,
+    mask: Tensor | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    """The visible pairs under the options of max_logits, one matrix per head, computed without max_logits."""
+    length, key_length = query.shape[-2], key.shape[-2]
+    visible = torch.ones(*query.shape[:-1], key_length, dtype=torch.bool, device=query.device)
+    i, j = torch.arange(length, device=query.device)[:, None], torch.arange(key_length, device=query.device)
+    if is_causal:
+        visible = visible & (j <= i)
+    if window is not None:
+        visible = visible & (j > i - window) & (j < i + window)
+    if documents is not None:
+        same = documents[..., :, None] == documents[..., None, :]
+        visible = visible & (same & (documents[..., None] >= 0)).unsqueeze(-3)
+    if mask is not None:
+        visible = visible & (mask if mask.dtype is torch.bool else mask > HIDDEN)
+    return visible
 
 
 def brute_max_logits(query: Tensor, key: Tensor, scale: float, visible: Tensor | None = None) -> Tensor:

@@ -8,8 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import INF, brute_max_logits
-from test_max_logits import normal, visible_pairs
+from oracles import INF, brute_max_logits, normal, visible_pairs
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracles import brute_max_logits
-from test_max_logits import normal
+from oracles import brute_max_logits, normal
 from torch import Tensor
 
 from lightning_muonclip.kernels.bounded_max_logits import top_rows

@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import INF, causal
-from test_max_logits import normal
+from oracles import INF, causal, normal
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 

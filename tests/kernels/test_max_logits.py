@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import INF, brute_max_logits, causal
+from oracles import INF, brute_max_logits, causal, normal, visible_pairs
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -16,36 +16,6 @@ from lightning_muonclip.kernels.hidden import HIDDEN
 from lightning_muonclip.kernels.max_logits import max_logits
 
 LENGTHS = st.one_of(st.sampled_from([1, 63, 64, 65, 127, 128, 129]), st.integers(1, 150))
-
-
-def normal(shape: tuple[int, ...], seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def visible_pairs(
-    query: Tensor,
-    key: Tensor,
-    *,
-    is_causal: bool = False,
-    window: int | None = None,
-    documents: Tensor | None = None,
-    mask: Tensor | None = None,
-    scale: float = 1.0,
-) -> Tensor:
-    """The visible pairs under the options of max_logits, one matrix per head, computed without max_logits."""
-    length, key_length = query.shape[-2], key.shape[-2]
-    visible = torch.ones(*query.shape[:-1], key_length, dtype=torch.bool, device=query.device)
-    i, j = torch.arange(length, device=query.device)[:, None], torch.arange(key_length, device=query.device)
-    if is_causal:
-        visible = visible & (j <= i)
-    if window is not None:
-        visible = visible & (j > i - window) & (j < i + window)
-    if documents is not None:
-        same = documents[..., :, None] == documents[..., None, :]
-        visible = visible & (same & (documents[..., None] >= 0)).unsqueeze(-3)
-    if mask is not None:
-        visible = visible & (mask if mask.dtype is torch.bool else mask > HIDDEN)
-    return visible
 
 
 @st.composite

@@ -9,8 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import INF, brute_max_logits, causal
-from test_max_logits import normal, visible_pairs
+from oracles import INF, brute_max_logits, causal, normal, visible_pairs
 from torch import Tensor
 
 from lightning_muonclip.kernels.max_logits import max_logits
