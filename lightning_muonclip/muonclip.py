@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,9 +13,8 @@ from lightning_muonclip.optim.muon import Muon, evaluated
 from lightning_muonclip.optim.routing import split_params
 from lightning_muonclip.optim.schedules import Schedule
 from lightning_muonclip.qk_clip.clip import QKClip
-from lightning_muonclip.qk_clip.describe.declared import AttentionModules
 from lightning_muonclip.qk_clip.describe.spec import AttentionSpec
-from lightning_muonclip.qk_clip.describe.split import attention_heads, matrix_parts
+from lightning_muonclip.qk_clip.fused_parts import FusedParts
 from lightning_muonclip.qk_clip.result import ClipResult
 from lightning_muonclip.rehearsal import is_rehearsal
 from lightning_muonclip.signatures import share_out, takes_keywords_of
@@ -108,14 +106,14 @@ class MuonClip(Muon):
                 groups += _without_decay_of_vectors(group | adamw)
         qk_clip = QKClip(model, specs=specs, process_group=process_group, **clip_options)
         try:
-            attention = qk_clip.observer.attention
-            self._split, self._given_parts = split, muon_options.pop("parts") or {}
+            self._fused_parts = FusedParts(model, split, muon_options.pop("parts") or {})
+            self._fused_parts.update(qk_clip.observer.attention, qk_clip.observer.fused)
             super().__init__(
                 groups,
                 lr,
                 weight_decay,
                 adjust_lr_fn=adjust_lr_fn,
-                parts=self._parts_of(qk_clip, attention),
+                parts=self._fused_parts.parts,
                 process_group=process_group,
                 **muon_options,
             )
@@ -125,8 +123,7 @@ class MuonClip(Muon):
         self.param_groups[0][_COUNTS] = None  # a flattened state is read by the keys that are there
         qk_clip.observer.owned.add(self)
         self.qk_clip: QKClip | None = qk_clip
-        self._known_fused = attention, qk_clip.observer.fused
-        self.set_heads(partial(attention_heads, attention))
+        self.set_heads(self._fused_parts.heads)
         #: Maxima and clips of the last step.
         self.last: ClipResult | None = None
 
@@ -152,20 +149,15 @@ class MuonClip(Muon):
         if is_rehearsal(self):
             self._update()
             return loss
-        known = self.qk_clip.settle(), self.qk_clip.observer.fused
+        attention = self.qk_clip.settle()
         if self._shared is None:
             self._check_that_params_are_the_models()
-        if any(now is not before for now, before in zip(known, self._known_fused)):
-            self.set_parts(self._parts_of(self.qk_clip, known[0]))
-            self._known_fused = known
-            self.set_heads(partial(attention_heads, known[0]))
+        if self._fused_parts.update(attention, self.qk_clip.observer.fused):
+            self.set_parts(self._fused_parts.parts)
+            self.set_heads(self._fused_parts.heads)
         self._update()
         self.last = self.qk_clip.step(max_logits)
         return loss
-
-    def _parts_of(self, qk_clip: QKClip, attention: AttentionModules) -> dict[Any, Any]:
-        """The matrices in fused weights; the user's word goes above what is found."""
-        return {**matrix_parts(qk_clip.model, attention, self._split, qk_clip.observer.fused), **self._given_parts}
 
     def _check_that_params_are_the_models(self) -> None:
         assert self.qk_clip is not None

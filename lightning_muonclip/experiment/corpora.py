@@ -23,11 +23,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+#: One part in this many is held out for validation: whole files if there are several, else the end of the text.
 HELD_OUT = 20
-"""One part in this many is held out for validation: whole files if there are several, else the end of the text."""
 
-# Installed packages are not part of the standard library. Tests are half of its bytes, much of it data and deliberately
-# broken code. encodings and pydoc_data are generated tables. config-* and _sysconfigdata* differ between machines.
+#: Installed packages are not part of the standard library. Tests are half of its bytes, much of it data and deliberately
+#: broken code. encodings and pydoc_data are generated tables. config-* and _sysconfigdata* differ between machines.
 NOT_LIBRARY = (
     "site-packages",
     "dist-packages",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -18,10 +17,9 @@ from lightning_muonclip.optim.routing import Route, check_router, route_params, 
 from lightning_muonclip.optim.schedules import Schedule
 from lightning_muonclip.optim.stats import Stats
 from lightning_muonclip.qk_clip.clip import QKClip
-from lightning_muonclip.qk_clip.describe.declared import AttentionModules
-from lightning_muonclip.qk_clip.describe.fused import FusedWeights
 from lightning_muonclip.qk_clip.describe.spec import AttentionSpec
-from lightning_muonclip.qk_clip.describe.split import attention_heads, check_split, matrix_parts
+from lightning_muonclip.qk_clip.describe.split import check_split
+from lightning_muonclip.qk_clip.fused_parts import FusedParts
 from lightning_muonclip.qk_clip.observe.capture import Capture
 from lightning_muonclip.qk_clip.observe.observer import Observer
 from lightning_muonclip.qk_clip.options import check_clip_options
@@ -146,8 +144,7 @@ class MuonClipCallback(Callback):
         self.last: ClipResult | None = None
         self._groups: FollowingGroups | None = None
         self._observer: Observer | None = None
-        #: The attention and the fused weights that Muon splits.
-        self._known: tuple[AttentionModules, FusedWeights] = ({}, {})
+        self._fused_parts: FusedParts | None = None
         self._routes: list[Route] = []
         self._restored_clips: dict[str, Any] | None = None
         self._handles: list[Any] = []
@@ -207,8 +204,9 @@ class MuonClipCallback(Callback):
         self._routes = routes_under(optimizer, route_params(pl_module, self.exclude, self.include, self.router))
         self._groups = FollowingGroups(optimizer, self._routes, self.lr, self.weight_decay)
         self._observer = self._observe(pl_module)
-        self._known = self._observer.attention, self._observer.fused
-        self.muon = Muon(self._groups.groups, parts=self._parts_of(pl_module), **self._muon_options)
+        self._fused_parts = FusedParts(pl_module, self.split, self._given_parts)
+        self._fused_parts.update(self._observer.attention, self._observer.fused)
+        self.muon = Muon(self._groups.groups, parts=self._fused_parts.parts, **self._muon_options)
         self._groups.follow(self.muon)
         if scaler_of(trainer) is not None and not any(group["params"] for group in optimizer.param_groups):
             raise ValueError(
@@ -289,7 +287,7 @@ class MuonClipCallback(Callback):
             return  # training_step returned None
         self._verify()
         self._groups.follow(self.muon)
-        self._take_up_attention(pl_module)
+        self._take_up_attention()
         if self.log_stats_every_n_steps:
             self.muon.track_stats = (trainer.global_step + 1) % self.log_stats_every_n_steps == 0
         scaler = scaler_of(trainer)
@@ -313,23 +311,17 @@ class MuonClipCallback(Callback):
         if not self._verified.issuperset(capture.attention):
             self._capture = Capture(self.qk_clip.observer, but=self._verified)
 
-    def _take_up_attention(self, pl_module: pl.LightningModule) -> None:
+    def _take_up_attention(self) -> None:
         """Splits fused weights of attention that was found since the last step, and says what QK-Clip will scale."""
         assert self.muon is not None
         assert self._observer is not None
+        assert self._fused_parts is not None
         attention = self._observer.settle() if self.qk_clip is None else self.qk_clip.settle()
-        before, self._known = self._known, (attention, self._observer.fused)
-        if all(now is earlier for now, earlier in zip(self._known, before)):
-            return
-        self.muon.set_parts(self._parts_of(pl_module))
-        self.muon.set_heads(partial(attention_heads, attention))
-        self._follow_attention()
-        announce_parts(self._routes, self.muon.parts)
-
-    def _parts_of(self, pl_module: pl.LightningModule) -> dict[Any, Any]:
-        """The matrices in fused weights; the user's word goes above what is found."""
-        attention, fused = self._known
-        return {**matrix_parts(pl_module, attention, self.split, fused), **self._given_parts}
+        if self._fused_parts.update(attention, self._observer.fused):
+            self.muon.set_parts(self._fused_parts.parts)
+            self.muon.set_heads(self._fused_parts.heads)
+            self._follow_attention()
+            announce_parts(self._routes, self.muon.parts)
 
     def _follow_attention(self) -> None:
         """Decides after whose step QK-Clip runs, and says what it will scale."""
