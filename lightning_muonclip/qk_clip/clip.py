@@ -22,7 +22,8 @@ from lightning_muonclip.qk_clip.describe.spec import AttentionSpec
 from lightning_muonclip.qk_clip.describe.survey import run_watched
 from lightning_muonclip.qk_clip.effect import Effect
 from lightning_muonclip.qk_clip.observe.capture import Capture
-from lightning_muonclip.qk_clip.observe.ledger import Late, reduce_max
+from lightning_muonclip.qk_clip.observe.deferred_read import DeferredRead
+from lightning_muonclip.qk_clip.observe.ledger import reduce_max
 from lightning_muonclip.qk_clip.observe.observer import Observer
 from lightning_muonclip.qk_clip.observe.watch import watch_of
 from lightning_muonclip.qk_clip.options import check_clip_options
@@ -125,7 +126,7 @@ class QKClip:
         self._owned_rows: Tensor | None = None
         self._arranged: AttentionModules = {}
         #: Whether a rank has found attention that others do not know, as of the last step.
-        self._is_alone = Late()
+        self._is_alone = DeferredRead()
         self._handles: list[Any] = []
         self._owns_observer = observer is None
         try:

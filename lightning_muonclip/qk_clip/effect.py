@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_muonclip.parallel.shards import local_box, to_local
 from lightning_muonclip.qk_clip.describe.layout import KEY_KINDS, KINDS, NO_HEAD, QUERY_KINDS
-from lightning_muonclip.qk_clip.observe.ledger import Late
+from lightning_muonclip.qk_clip.observe.deferred_read import DeferredRead
 from lightning_muonclip.qk_clip.plan import ClipPlan, Scaled
 
 #: Clips in a row are of no use if queries times keys have shrunk by so much while the largest logit has fallen by less than
@@ -51,7 +51,7 @@ class Effect:
         self._scaled = [own for own in plan.scaled if not own.weight.offset]
         self._tied, self._key_heads = plan.tied.numpy(), plan.key_heads.numpy()
         self._layers = [name or "(model)" for name in layers]
-        self._last = Late()
+        self._last = DeferredRead()
         self._told: set[tuple[str, int]] = set()
         # What the host knows of every head: whether it is no longer clipped; the norms and the gamma of the last step; the
         # norms and the largest logit at the first of the present row of clips, and their product, 0 if there are none; how
