@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import csv
+import functools
 import math
 import os
 import runpy
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from inspect import Parameter, signature
 from pathlib import Path
@@ -25,6 +26,7 @@ from processes import start
 import lightning_muonclip.experiment.train as command
 from lightning_muonclip import Attention, MultiheadLatentAttention, MuonClipCallback
 from lightning_muonclip.experiment import config as schemas
+from lightning_muonclip.experiment.corpora import StandardLibrary
 from lightning_muonclip.experiment.gpt import GPT
 from lightning_muonclip.experiment.lit import LitGPT
 from lightning_muonclip.experiment.train import main
@@ -39,11 +41,18 @@ TINY = [
     "trainer.max_steps=8",
     "trainer.val_check_interval=4",
     "+trainer.enable_progress_bar=false",
-    "callbacks.summary.profile_from=2",
+    "callbacks.summary.profile_from=1000",  # which takes a third of the time
     "callbacks.summary.profile_batches=2",
     "~callbacks.progress_bar",
     "callbacks.sample.length=8",
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _corpus_is_read_once() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StandardLibrary, "load", functools.cache(StandardLibrary.load))
+        yield
 
 
 @pytest.fixture
@@ -79,7 +88,7 @@ def assert_equal_trees(a: Any, b: Any, path: str = "") -> None:
 
 
 def test_a_run_writes_its_outputs(train: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = train("muonclip.threshold=1e-3")
+    folder = train("muonclip.threshold=1e-3", "muonclip.log_stats_every_n_steps=2", "callbacks.summary.profile_from=2")
     for name in ("metrics.csv", "config.yaml", "max_logits.png", "heads.png", "sample.txt", "checkpoints/last.ckpt"):
         assert (folder / name).stat().st_size > 0, name
     assert (folder / "sample.txt").read_text().startswith("def ")
@@ -94,25 +103,18 @@ def test_a_run_writes_its_outputs(train: Any, capsys: pytest.CaptureFixture[str]
     bits = [float(r["val/bits_per_byte"]) for r in rows if r["val/bits_per_byte"]]
     losses = [float(r["val/loss"]) for r in rows if r["val/loss"]]
     assert bits == pytest.approx([loss / 0.6931471805599453 for loss in losses])
+    assert (folder / "muon.png").stat().st_size > 0
+    assert [row["step"] for row in rows if row["muon/update_rms"]] == ["1", "3", "5", "7"]
+    saved = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    assert saved["callbacks"]["StatPictures"]["history"]
 
 
-@pytest.mark.parametrize(
-    ("model", "optimizer"), [("mha", "muonclip"), ("gqa", "muon"), ("mla", "muon"), ("mla", "adamw")]
-)
+@pytest.mark.parametrize(("model", "optimizer"), [("gqa", "muon"), ("mla", "adamw")])
 def test_models_and_optimizers(train: Any, model: str, optimizer: str) -> None:
     folder = train(f"model={model}", f"optimizer={optimizer}", "trainer.max_steps=2", "trainer.val_check_interval=2")
     header = (folder / "metrics.csv").open().readline()
     assert ("muonclip/max_logit" in header) == (optimizer != "adamw")
     assert (folder / "max_logits.png").exists()
-
-
-def test_what_the_matrices_do_is_plotted(train: Any) -> None:
-    folder = train("muonclip.log_stats_every_n_steps=2")
-    assert (folder / "muon.png").stat().st_size > 0
-    rows = list(csv.DictReader((folder / "metrics.csv").open()))
-    assert [row["step"] for row in rows if row["muon/update_rms"]] == ["1", "3", "5", "7"]
-    saved = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
-    assert saved["callbacks"]["StatPictures"]["history"]
 
 
 def test_another_logger(train: Any) -> None:
