@@ -126,21 +126,21 @@ def test_adapted_values_do_not_matter() -> None:
 
 
 @needs_peft
-@pytest.mark.parametrize("described", [False, True])
-@pytest.mark.parametrize("shared_keys", ["query", "compensate"])
-@pytest.mark.parametrize(
-    ("names", "options"),
+@pytest.mark.parametrize(  # every combination of the last three, and two of them with each kind of adapters
+    ("names", "options", "attention_bias", "shared_keys", "described"),
     [
-        (("default",), {}),
-        (("one", "two"), {}),
-        (("default",), {"lora_bias": True}),
-        (("default",), {"use_rslora": True, "init_lora_weights": "gaussian"}),
+        (("default",), {}, False, "query", False),
+        (("default",), {}, True, "compensate", True),
+        (("one", "two"), {}, True, "compensate", False),
+        (("one", "two"), {}, False, "query", True),
+        (("default",), {"lora_bias": True}, True, "query", False),
+        (("default",), {"lora_bias": True}, False, "compensate", True),
+        (("default",), {"use_rslora": True, "init_lora_weights": "gaussian"}, False, "compensate", False),
+        (("default",), {"use_rslora": True, "init_lora_weights": "gaussian"}, True, "query", True),
     ],
-    ids=["one", "two adapters", "bias", "rslora"],
 )
-@pytest.mark.parametrize("attention_bias", [False, True])
 def test_scaled_with_its_adapters_a_replay_has_the_threshold(
-    attention_bias: bool, names: tuple[str, ...], options: dict[str, Any], shared_keys: str, described: bool
+    names: tuple[str, ...], options: dict[str, Any], attention_bias: bool, shared_keys: str, described: bool
 ) -> None:
     base = llama(attention_bias or "lora_bias" in options)
     model, x = adapted(base, ["q_proj", "k_proj"], names, **options), tokens()
