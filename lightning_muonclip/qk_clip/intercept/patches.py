@@ -16,7 +16,7 @@ Place = tuple[Any, str, Patch]
 
 
 class Patches:
-    """The functions patched by one observer. A function that several observers need is patched once."""
+    """The functions that one observed module needs patched. A function that several need is patched once."""
 
     def __init__(self) -> None:
         self._keys: list[tuple[int, str]] = []
@@ -30,7 +30,7 @@ class Patches:
                 _acquire(key, holder, name, patch)
 
     def remove(self) -> None:
-        """Restores the originals, unless another observer still needs the patch."""
+        """Restores the originals, unless another module still needs the patch."""
         for key in self._keys:
             _release(key)
         self._keys = []
