@@ -72,6 +72,13 @@ _ARRANGE = _named(
 ) | {getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH")}
 _JOIN = _named("cat", "concat", "concatenate", "stack")
 _PAD = {F.pad}
+#: Functions that take a tensor for its shape or dtype alone.
+_LIKE = _named(
+    *("new_empty", "new_full", "new_ones", "new_tensor", "new_zeros", "empty_like", "full_like", "ones_like"),
+    *("rand_like", "randn_like", "zeros_like"),
+)
+#: Functions of which the first argument alone is followed.
+_OF_FIRST = _ARRANGE | _PAD | _named("to", "type_as")
 #: Functions that put one tensor into places of another.
 _PUT = _named("__setitem__")
 _IN_PLACE = _named(
@@ -168,15 +175,17 @@ def follow(ways: Ways, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     if func in _PUT:
         _put(ways, *args)
         return
-    operands = [(x, parts_of(ways, x)) for x in tensors_in((*args, *kwargs.values()))]
+    operands = [
+        (x, parts_of(ways, x)) for x in tensors_in(args[:1] if func in _OF_FIRST else (*args, *kwargs.values()))
+    ]
     followed = [(x, parts) for x, parts in operands if parts]
-    if not followed:
+    if not followed or func in _LIKE:
         return
     if func in _JOIN:
         ways.append((out, (_joined(func, args, kwargs, operands),)))
     elif func in _ARRANGE or func in _PAD:
         _arrange(ways, func, args, kwargs, out, *followed[0])
-    elif isinstance(out, Tensor):
+    elif isinstance(out, Tensor) and out.is_floating_point():
         ways.append((out, _computed(func, args, kwargs, out, followed)))
     elif isinstance(out, tuple):  # such as the largest ones, which may be anywhere
         ways += [(own, tuple(_unknown(part) for _, parts in followed for part in parts)) for own in tensors_in(out)]

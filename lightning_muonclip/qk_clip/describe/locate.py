@@ -61,7 +61,7 @@ def locate(isolated: Isolated, layout: Layout) -> tuple[Softmax, ...]:
                 if not _follows(change, *(run.part(number, product) for run in (before, after))):
                     whole.add(number)
     for number, own in found.items():
-        if len(own) > 1 or number in whole:
+        if len({base.place(number, product) for product in own}) > 1 or number in whole:
             more = {product: base.products[product] + base.pure[product] for product in own}
             doubled = _run(isolated, more, base.probabilities)
             if layout.sides and not _is_double(base.inputs[number], doubled.inputs[number]):
