@@ -40,4 +40,4 @@ class SampleText(Callback):
         if trainer.is_global_zero:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.write_text(text)
-            rank_zero_info(text)
+            rank_zero_info(f"\nA sample of what the model writes after {self.prompt!r}:\n{text}\n")
