@@ -49,7 +49,7 @@ class MixtureOfExperts(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Maps ``(..., hidden_size)`` to the same."""
         tokens = x.flatten(0, -2)
-        scores = self.router(tokens).float().sigmoid()
+        scores = self.router(tokens).to(torch.promote_types(x.dtype, torch.float32)).sigmoid()
         chosen = (scores + self.choice_bias).topk(self.num_experts_per_token, dim=-1).indices
         weights = scores.gather(-1, chosen)
         weights = (weights / weights.sum(-1, keepdim=True)).to(x.dtype)
