@@ -43,11 +43,10 @@ def test_every_package_and_config_folder_is_installed() -> None:
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     packages = {p.parent.relative_to(ROOT).as_posix().replace("/", ".") for p in PACKAGE.rglob("*.py")}
-    configs = {"lightning_muonclip.conf"} | {f"lightning_muonclip.conf.{name}" for name in folders(ROOT / "conf")}
+    configs = {
+        ".".join(["lightning_muonclip", *p.parent.relative_to(ROOT).parts]) for p in (ROOT / "conf").rglob("*.yaml")
+    }
     assert set(project["tool"]["setuptools"]["packages"]) == packages | configs
-    assert len(list((ROOT / "conf").glob("*/*.yaml"))) + len(list((ROOT / "conf").glob("*.yaml"))) == len(
-        list((ROOT / "conf").rglob("*.yaml"))
-    )
 
 
 def test_tests_mirror_the_package() -> None:
