@@ -16,6 +16,7 @@ from lightning_muonclip.qk_clip.describe.declared import register_attention
 from lightning_muonclip.qk_clip.describe.spec import AttentionSpec, Projection
 from lightning_muonclip.qk_clip.rule import muonclip_qk_clip, qk_clip_gamma
 from lightning_muonclip.trainer.callback import MuonClipCallback
+from lightning_muonclip.trainer.fsdp2 import FSDP2Strategy
 from lightning_muonclip.trainer.mixin import MaxLogitsMixin
 
 __version__ = "0.1.0"
@@ -24,6 +25,7 @@ __all__ = [
     "Attention",
     "AttentionMask",
     "AttentionSpec",
+    "FSDP2Strategy",
     "GroupScheduler",
     "MaxLogits",
     "MaxLogitsMixin",

@@ -15,6 +15,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lightning_muonclip import Attention, MultiheadLatentAttention, MuonClipCallback
+from lightning_muonclip.experiment.causal_lm import CausalLM
 from lightning_muonclip.experiment.gpt import GPT
 
 # OmegaConf reads these annotations at run time; on Python 3.10 it does not support X | None.
@@ -56,6 +57,9 @@ AttentionConfig = schema_of(Attention, "lightning_muonclip.Attention", ["hidden_
 LatentAttentionConfig = schema_of(
     MultiheadLatentAttention, "lightning_muonclip.MultiheadLatentAttention", ["hidden_size"], partial=True
 )
+
+
+CausalLMConfig = schema_of(CausalLM, "lightning_muonclip.experiment.causal_lm.CausalLM")
 
 
 @dataclass
@@ -121,6 +125,7 @@ _SCHEMAS: tuple[tuple[str, type], ...] = (
     ("model.attention", AttentionConfig),
     ("model.attention", LatentAttentionConfig),
     ("model", ModelConfig),
+    ("model", CausalLMConfig),
 )
 
 #: Config groups that only override others and have no key of their own.

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from lightning_muonclip import mup
 from lightning_muonclip.experiment.config import CoordCheckConfig, check_config
-from lightning_muonclip.experiment.train import build_model, output_dir, run_command
+from lightning_muonclip.experiment.train import build_model, check_width, output_dir, run_command
 from lightning_muonclip.optim.muon import Muon
 from lightning_muonclip.optim.routing import split_params
 from lightning_muonclip.tables import table
@@ -189,6 +189,7 @@ def draw(widths: Sequence[int], results: Mapping[str, Sizes], path: Path) -> Non
 @hydra.main(version_base="1.3", config_path="pkg://lightning_muonclip.conf", config_name="coord_check")
 def _hydra_main(config: DictConfig) -> None:
     check_config(config, CoordCheckConfig)
+    check_width(config.model)
     data = instantiate(config.data, _convert_="all")
     vocab_size = data.vocab_size
     data.setup("fit")

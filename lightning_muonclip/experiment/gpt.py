@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -67,25 +66,6 @@ class GPT(nn.Module):
         for layer in self.layers:
             hidden_states = layer(hidden_states, mask)
         return self.lm_head(self.norm(hidden_states))
-
-    @torch.no_grad()
-    def generate(self, tokens: Tensor, length: int, context: int, generator: torch.Generator) -> Tensor:
-        """Continues a sequence by sampling.
-
-        Args:
-            tokens: The prompt, shape ``(1, prompt)``, not empty.
-            length: Number of tokens to add.
-            context: Maximum number of tokens that the model sees.
-            generator: Random number generator on the CPU.
-
-        Returns:
-            Prompt and continuation, shape ``(1, prompt + length)``.
-        """
-        for _ in range(length):
-            probabilities = self(tokens[:, -context:])[:, -1].float().softmax(-1).cpu()
-            drawn = torch.multinomial(probabilities, 1, generator=generator)
-            tokens = torch.cat([tokens, drawn.to(tokens.device)], dim=1)
-        return tokens
 
 
 class Block(nn.Module):

@@ -14,8 +14,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from lightning_muonclip.experiment.gpt import GPT
 from lightning_muonclip.mup import parametrize
+from lightning_muonclip.trainer.fsdp2 import repeated_blocks
 from lightning_muonclip.trainer.mixin import MaxLogitsMixin
 
 #: Projections that tensor parallelism shards by columns and by rows, so that each rank has some heads and neurons.
@@ -24,10 +24,10 @@ _ROWS = ("o_proj", "down_proj")
 
 
 class LitGPT(MaxLogitsMixin):
-    """Trains a GPT to predict the next token, and reports bits per byte.
+    """Trains a network to predict the next token, and reports bits per byte.
 
     Args:
-        model: The network.
+        model: The network, from tokens of shape ``(batch, length)`` to logits ``(batch, length, vocab_size)``.
         optimizer: Creates the optimizer from parameter groups. MuonClipCallback takes the hidden matrices out of it.
         warmup_steps: Steps of linear warm-up, followed by cosine decay.
         final_lr: Final learning rate as a fraction of the peak.
@@ -37,12 +37,12 @@ class LitGPT(MaxLogitsMixin):
 
     def __init__(
         self,
-        model: GPT,
+        model: nn.Module,
         optimizer: Callable[[Iterable[Any]], Optimizer],
         warmup_steps: int = 0,
         final_lr: float = 0.1,
         compile: bool = False,
-        base: GPT | None = None,
+        base: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -54,15 +54,15 @@ class LitGPT(MaxLogitsMixin):
             self.model.compile()
 
     def configure_model(self) -> None:
-        """Shards the model layer by layer under ModelParallelStrategy."""
+        """Shards the model block by block under ModelParallelStrategy."""
         mesh = self.device_mesh
         if mesh is None or hasattr(self.model, "unshard"):
             return
         if mesh["tensor_parallel"].size() > 1:
             parallelize_module(self.model, mesh["tensor_parallel"], _tensor_parallel_plan(self.model))
         # Even for a single data-parallel rank: optimizers do not accept plain tensors together with DTensors.
-        for layer in self.model.layers:
-            fully_shard(layer, mesh=mesh["data_parallel"])
+        for block in repeated_blocks(self.model):
+            fully_shard(block, mesh=mesh["data_parallel"])
         fully_shard(self.model, mesh=mesh["data_parallel"])
 
     def forward(self, tokens: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,8 @@ class LogitPictures(Callback):
 
     def __init__(self, dirpath: str) -> None:
         self.dirpath = Path(dirpath)
-        self.metric: MaxLogits | None = None
+        #: Names of the attention modules: the rows of the history.
+        self.layers: list[str] = []
         #: One tensor of shape (layers, heads) per step.
         self.history: list[Tensor] = []
         #: Where a maximum is not proven to be one, likewise; booleans.
@@ -40,14 +42,7 @@ class LogitPictures(Callback):
         self._last_step = 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Creates the metric; in a resumed run, fills it with the history."""
-        assert isinstance(pl_module, MaxLogitsMixin)
-        clip = _muonclip_callback(trainer)
-        threshold = clip.qk_clip.threshold if clip is not None and clip.qk_clip is not None else None
-        layers, heads = pl_module.max_logits.shape
-        self.metric = MaxLogits(layers, heads, threshold).to(pl_module.device)
-        for maxima in self.history:
-            self.metric.update(maxima.to(pl_module.device))
+        """Notes the step that training starts from."""
         self._last_step = trainer.global_step
 
     def on_train_batch_end(
@@ -55,7 +50,6 @@ class LogitPictures(Callback):
     ) -> None:
         """Records the maxima of the last step."""
         assert isinstance(pl_module, MaxLogitsMixin)
-        assert self.metric is not None
         if trainer.global_step == self._last_step:
             return
         self._last_step = trainer.global_step
@@ -68,33 +62,39 @@ class LogitPictures(Callback):
             maxima, uncertified = clip.last.max_logits, clip.last.uncertified
         else:
             return
-        self.metric.update(maxima)
+        if self.layers != pl_module.max_logits_layers:  # more attention has been found
+            layers, self.layers = self.layers, list(pl_module.max_logits_layers)
+            self.history = [_arranged(x, layers, self.layers, maxima.shape, -math.inf) for x in self.history]
+            self.uncertified = [_arranged(x, layers, self.layers, maxima.shape, False) for x in self.uncertified]
         self.history.append(maxima)
         self.uncertified.append(uncertified)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Saves the plots."""
-        if self.metric is None or not self.history:
+        if not self.history or not trainer.is_global_zero:
             return
-        peak = self.metric.compute()
-        if trainer.is_global_zero:
-            self.dirpath.mkdir(parents=True, exist_ok=True)
-            state = self.state_dict()
-            trajectory, axes = self.metric.plot(state["history"])
-            _mark(axes, **state)
-            trajectory.savefig(self.dirpath / "max_logits.png", dpi=150)
-            heads, _ = self.metric.plot(peak)
-            heads.savefig(self.dirpath / "heads.png", dpi=150)
+        clip = _muonclip_callback(trainer)
+        threshold = clip.qk_clip.threshold if clip is not None and clip.qk_clip is not None else None
+        state = self.state_dict()
+        _, layers, heads = state["history"].shape
+        metric = MaxLogits(layers, heads, threshold)
+        self.dirpath.mkdir(parents=True, exist_ok=True)
+        trajectory, axes = metric.plot(state["history"])
+        _mark(axes, state["history"], state["uncertified"])
+        trajectory.savefig(self.dirpath / "max_logits.png", dpi=150)
+        figure, _ = metric.plot(state["history"].amax(0))
+        figure.savefig(self.dirpath / "heads.png", dpi=150)
 
     def state_dict(self) -> dict[str, Any]:
         """The history, the same on every rank under MuonClipCallback."""
         if not self.history:
             return {}
         both = {"history": self.history, "uncertified": self.uncertified}
-        return {name: torch.stack([x.cpu() for x in own]) for name, own in both.items()}
+        return {"layers": self.layers} | {name: torch.stack([x.cpu() for x in own]) for name, own in both.items()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores the history."""
+        self.layers = list(state_dict.get("layers", ()))
         self.history = list(state_dict.get("history", ()))
         self.uncertified = list(
             state_dict.get("uncertified", [torch.zeros_like(x, dtype=torch.bool) for x in self.history])
@@ -184,6 +184,14 @@ def draw_curves(curves: dict[str, tuple[list[int], list[float]]], path: Path) ->
     axes.set(xlabel="step", ylabel="max logit", yscale="log", title="Largest attention logit of the model")
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=150)
+
+
+def _arranged(table: Tensor, before: list[str], after: list[str], shape: torch.Size, fill: float) -> Tensor:
+    """The rows of a table at their places among more layers; what is new is filled."""
+    new = table.new_full(shape, fill)
+    for name, row in zip(before, table):
+        new[after.index(name), : len(row)] = row
+    return new
 
 
 def _mark(axes: Any, history: Tensor, uncertified: Tensor) -> None:

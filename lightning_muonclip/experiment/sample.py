@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor, nn
 
 from lightning_muonclip.experiment.data import TextDataModule
 from lightning_muonclip.experiment.lit import LitGPT
@@ -35,9 +36,31 @@ class SampleText(Callback):
         pl_module.eval()
         tokens = torch.tensor([data.encode(self.prompt)], device=pl_module.device)
         generator = torch.Generator().manual_seed(0)
-        text = data.decode(pl_module.model.generate(tokens, self.length, data.block_size, generator)[0].tolist())
+        tokens = generate(pl_module.model, tokens, self.length, data.block_size, generator)
+        text = data.decode(tokens[0].tolist())
         pl_module.train()
         if trainer.is_global_zero:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.write_text(text)
-            rank_zero_info(text)
+            rank_zero_info(f"\nA sample of what the model writes after {self.prompt!r}:\n{text}\n")
+
+
+@torch.no_grad()
+def generate(model: nn.Module, tokens: Tensor, length: int, context: int, generator: torch.Generator) -> Tensor:
+    """Continues a sequence by sampling.
+
+    Args:
+        model: Maps tokens to logits of the next token.
+        tokens: The prompt, shape ``(1, prompt)``, not empty.
+        length: Number of tokens to add.
+        context: Maximum number of tokens that the model sees.
+        generator: Random number generator on the CPU.
+
+    Returns:
+        Prompt and continuation, shape ``(1, prompt + length)``.
+    """
+    for _ in range(length):
+        probabilities = model(tokens[:, -context:])[:, -1].float().softmax(-1).cpu()
+        drawn = torch.multinomial(probabilities, 1, generator=generator)
+        tokens = torch.cat([tokens, drawn.to(tokens.device)], dim=1)
+    return tokens

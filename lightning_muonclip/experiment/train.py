@@ -20,10 +20,10 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from torch import nn
 
 from lightning_muonclip.experiment.config import ConfigError, check_choices, check_config, unknown_key
 from lightning_muonclip.experiment.finish import ValidateAtEnd
-from lightning_muonclip.experiment.gpt import GPT
 from lightning_muonclip.experiment.interrupt import StopOnInterrupt
 from lightning_muonclip.experiment.lit import LitGPT
 
@@ -90,8 +90,10 @@ def _build_all(nodes: DictConfig | None) -> list[Any]:
 
 
 def _build_module(config: DictConfig, vocab_size: int) -> LitGPT:
-    model = build_model(config.model, vocab_size)
     width = config.get("base_hidden_size")
+    if width is not None:
+        check_width(config.model)
+    model = build_model(config.model, vocab_size)
     base = None if width is None else build_model(config.model, vocab_size, width)
     optimizer = _build(config.optimizer)
     try:
@@ -103,15 +105,21 @@ def _build_module(config: DictConfig, vocab_size: int) -> LitGPT:
     return lit
 
 
-def build_model(node: DictConfig, vocab_size: int, hidden_size: int | None = None) -> GPT:
+def build_model(node: DictConfig, vocab_size: int, hidden_size: int | None = None) -> nn.Module:
     """The configured model, optionally at another width; ``vocab_size`` applies if the config has none."""
     sizes = {"vocab_size": node.vocab_size or vocab_size}
     if hidden_size is not None:
         sizes["hidden_size"] = hidden_size
         if node.intermediate_size is not None:
             sizes["intermediate_size"] = node.intermediate_size * hidden_size // node.hidden_size
-    model: GPT = _build(node, **sizes)
+    model: nn.Module = _build(node, **sizes)
     return model
+
+
+def check_width(node: DictConfig) -> None:
+    """Raises ConfigError if a model cannot be built at another width."""
+    if "hidden_size" not in node:
+        raise ConfigError(f"{node._target_} has no hidden_size to compare widths by; use model=mha, gqa, mla or moe")
 
 
 def output_dir() -> Path:

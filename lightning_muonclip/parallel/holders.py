@@ -34,10 +34,14 @@ def share_key(weight: Tensor, group: dist.ProcessGroup | None) -> Hashable | Non
 
 
 def group_of(weight: Tensor, group: dist.ProcessGroup | None) -> dist.ProcessGroup:
-    """The process group of all ranks that hold a weight or a part of it."""
-    if isinstance(weight, DTensor):
-        return _group_of_mesh(weight.device_mesh)
-    return group or _default_group()
+    """The process group of all ranks that hold a weight or a part of it.
+
+    If theirs has no backend for a weight on the CPU, as NCCL's has none for what FSDP2 offloads, it is a new one of gloo.
+    """
+    ranks = _group_of_mesh(weight.device_mesh) if isinstance(weight, DTensor) else group or _default_group()
+    if weight.device.type != "cpu" or "cpu:" in dist.get_backend_config(ranks):
+        return ranks
+    return _new_group(dist.get_process_group_ranks(ranks), backend="gloo")
 
 
 def _group_of_mesh(mesh: DeviceMesh) -> dist.ProcessGroup:
@@ -45,8 +49,11 @@ def _group_of_mesh(mesh: DeviceMesh) -> dist.ProcessGroup:
         return mesh.get_group()
     if mesh.size() == dist.get_world_size():
         return _default_group()
-    ranks = mesh.mesh.flatten().tolist()
-    return dist.new_group(ranks, use_local_synchronization=True)
+    return _new_group(mesh.mesh.flatten().tolist())
+
+
+def _new_group(ranks: list[int], backend: str | None = None) -> dist.ProcessGroup:
+    return dist.new_group(ranks, backend=backend, use_local_synchronization=True)
 
 
 def _default_group() -> dist.ProcessGroup:

@@ -10,9 +10,9 @@ _SUPPORTED = ("SingleDeviceStrategy", "DDPStrategy", "ModelParallelStrategy")
 _REFUSED = {
     "FSDPStrategy": (
         "FSDP1 flattens matrices into shards that cannot be orthogonalized",
-        "ModelParallelStrategy with fully_shard (FSDP2)",
+        'strategy="fsdp2"',
     ),
-    "DeepSpeedStrategy": ("DeepSpeed owns the optimizer and its gradients", "DDP, or ModelParallelStrategy (FSDP2)"),
+    "DeepSpeedStrategy": ("DeepSpeed owns the optimizer and its gradients", 'DDP, or strategy="fsdp2"'),
     "XLAStrategy": ("XLA runs neither the kernels nor the hooks", "a CPU or CUDA accelerator"),
     "SingleDeviceXLAStrategy": ("XLA runs neither the kernels nor the hooks", "a CPU or CUDA accelerator"),
     "XLAFSDPStrategy": ("XLA runs neither the kernels nor the hooks", "a CPU or CUDA accelerator"),

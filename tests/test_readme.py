@@ -1,0 +1,102 @@
+"""Every Python snippet of the README runs, beside what its reader has already."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from helpers import LitTiny, loader, next_token_loss, tiny_gpt, token_batches
+from torch import nn
+
+import lightning_muonclip
+from lightning_muonclip.hugging_face import MuonClipLogger
+
+README = Path(__file__).parents[1] / "README.md"
+SNIPPETS = re.findall(r"^```python\n(.*?)^```$", README.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def lightning() -> dict[str, Any]:
+    trainer = partial(L.Trainer, max_steps=2, logger=False, enable_checkpointing=False, accelerator="cpu")
+    quiet = type("L", (), {"Trainer": staticmethod(trainer)})
+    model = LitTiny(tiny_gpt(), partial(torch.optim.AdamW, lr=1e-3))
+    return {"L": quiet, "model": model, "data": loader(token_batches(2))}
+
+
+def plain() -> dict[str, Any]:
+    class Loss:
+        """Is computed once there is an optimizer, which sees the forward."""
+
+        def backward(self) -> None:
+            next_token_loss(model, token_batches(1)[0]).backward()
+
+    model = tiny_gpt()
+    return {"model": model, "loss": Loss()}
+
+
+def hugging_face() -> dict[str, Any]:
+    from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=17, **sizes))
+    args = TrainingArguments("outputs", max_steps=2, report_to="none", use_cpu=True)
+    data = [{"input_ids": row, "labels": row} for row in token_batches(4).flatten(0, 1)]
+    return {"Trainer": Trainer, "MuonClipLogger": MuonClipLogger, "model": model, "args": args, "data": data}
+
+
+def mup() -> dict[str, Any]:
+    def make(hidden_size: int) -> nn.Module:
+        return nn.Sequential(
+            nn.Embedding(8, hidden_size), nn.Linear(hidden_size, hidden_size), nn.Linear(hidden_size, 8)
+        )
+
+    return {"make": make, "plain": make(1024)}
+
+
+def mixin() -> dict[str, Any]:
+    return {}
+
+
+def summary() -> dict[str, Any]:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gpt = tiny_gpt()
+
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            return self.gpt(input_ids)
+
+    return {"model": Model(), "tokens": token_batches(1)[0]}
+
+
+#: What the reader of each snippet has, in the order of the page.
+READERS: list[Callable[[], dict[str, Any]]] = [lightning, plain, hugging_face, mup, mixin, summary, mixin]
+
+
+def test_every_snippet_has_a_reader() -> None:
+    assert len(SNIPPETS) == len(READERS)
+
+
+@pytest.mark.parametrize(("snippet", "reader"), zip(SNIPPETS, READERS))
+def test_snippet(
+    snippet: str, reader: Callable[[], dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    scope = {name: getattr(lightning_muonclip, name) for name in lightning_muonclip.__all__} | reader()
+    exec(compile(snippet, str(README), "exec"), scope)
+    for value in scope.values():
+        if isinstance(value, (lightning_muonclip.MuonClip, lightning_muonclip.QKClip)):
+            value.close()
+    trainer = scope.get("trainer")
+    if reader is lightning:
+        assert trainer.global_step == 2
+    elif reader is hugging_face:
+        assert trainer.train().global_step == 2
+        assert "muonclip/max_logit" in trainer.state.log_history[-1]
+    elif reader is plain:
+        assert scope["optimizer"].last.max_logits.isfinite().all()
