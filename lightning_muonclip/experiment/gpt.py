@@ -21,7 +21,8 @@ class GPT(nn.Module):
         hidden_size: Width of the residual stream.
         num_hidden_layers: Number of layers.
         intermediate_size: Width of the MLP. Defaults to four times ``hidden_size``.
-        mlp: ``"relu2"`` (squared ReLU) or ``"swiglu"``.
+        mlp: ``"relu2"`` (squared ReLU), ``"swiglu"``, or what creates the MLP of a layer from ``hidden_size`` and
+            ``intermediate_size``, such as :class:`~lightning_muonclip.experiment.moe.MixtureOfExperts`.
         sliding_window: Passed to ``attention``, one entry per layer, repeated as needed: ``[64, None]`` alternates local and
             global attention, as in Gemma 2. ``None`` leaves it to ``attention``.
 
@@ -36,19 +37,20 @@ class GPT(nn.Module):
         hidden_size: int = 128,
         num_hidden_layers: int = 4,
         intermediate_size: int | None = None,
-        mlp: str = "relu2",
+        mlp: str | Callable[[int, int], nn.Module] = "relu2",
         sliding_window: Sequence[int | None] | None = None,
     ) -> None:
         super().__init__()
-        if mlp not in _MLPS:
+        if isinstance(mlp, str) and mlp not in _MLPS:
             raise ValueError(f"unknown mlp {mlp!r}; use one of {', '.join(_MLPS)}")
+        make_mlp = _MLPS[mlp] if isinstance(mlp, str) else mlp
         if sliding_window is not None and not sliding_window:
             raise ValueError(f"sliding_window needs at least one entry, got {sliding_window!r}; use None for no window")
         width = intermediate_size or 4 * hidden_size
         self.embed_tokens = nn.Embedding(vocab_size, hidden_size)
         windows = [{}] if sliding_window is None else [{"sliding_window": window} for window in sliding_window]
         self.layers = nn.ModuleList(
-            Block(attention(hidden_size=hidden_size, **window), _MLPS[mlp](hidden_size, width), hidden_size)
+            Block(attention(hidden_size=hidden_size, **window), make_mlp(hidden_size, width), hidden_size)
             for window in itertools.islice(itertools.cycle(windows), num_hidden_layers)
         )
         self.norm = nn.RMSNorm(hidden_size)

@@ -311,7 +311,7 @@ def test_every_run_is_validated_at_its_end_and_saved(
         ("logger", "csv, none, tensorboard, wandb; ~logger is a run without"),
         ("callbacks", "default, none; ~callbacks is a run without"),
         ("experiment", "adamw_baseline, demo, explosion, kimi_mla, mu_transfer; ~experiment is a run without"),
-        ("model", "gqa, hf, mha, mla"),
+        ("model", "gqa, hf, mha, mla, moe"),
     ],
 )
 def test_a_group_that_is_given_no_choice_names_its_choices(train: Any, group: str, value: str, known: str) -> None:
