@@ -522,7 +522,7 @@ class TestRefusals:
         self.fit(lit=lit)  # without a scaler an emptied optimizer is no harm
 
     @pytest.mark.parametrize(
-        ("name", "way_out"), [("FSDPStrategy", "FSDP2"), ("DeepSpeedStrategy", "DDP"), ("XLAStrategy", "CUDA")]
+        ("name", "way_out"), [("FSDPStrategy", "fsdp2"), ("DeepSpeedStrategy", "DDP"), ("XLAStrategy", "CUDA")]
     )
     def test_strategies(self, name: str, way_out: str) -> None:
         callback = MuonClipCallback()
