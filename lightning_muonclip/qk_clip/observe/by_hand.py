@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from lightning_muonclip.kernels.hidden import HIDDEN
@@ -22,35 +20,9 @@ from lightning_muonclip.qk_clip.describe.follow import (
     without_sinks,
 )
 from lightning_muonclip.qk_clip.describe.spec import Softmax
-from lightning_muonclip.qk_clip.intercept.listener import current_listener, unrecorded
-from lightning_muonclip.qk_clip.intercept.patches import Place
-from lightning_muonclip.qk_clip.observe.watch import Watch
 
-
-def measure_by_hand(watch: Watch, module: nn.Module, *, is_entered: bool) -> None:
-    """Measures the forwards of a module; also the one that is about to run, too late for a patch, if it is entered."""
-    watch.patches.add(_forward_of(type(module)))
-    torch.compiler.reset()  # code compiled earlier would not call the patched forward
-    if is_entered and watch.logits is not None:
-        watch.mode = Measure(watch)
-        watch.mode.__enter__()
-
-
-def _forward_of(cls: type[nn.Module]) -> Iterator[Place]:
-    """Where to patch the forward of a class, so that its recorded modules run it under :class:`Measure`."""
-    yield next(base for base in cls.__mro__ if "forward" in vars(base)), "forward", _patch_forward
-
-
-def _patch_forward(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        watch: Any = current_listener()
-        if watch is None or not watch.is_of(module) or not watch.softmaxes:
-            return original(module, *args, **kwargs)
-        with Measure(watch):
-            return unrecorded(original, module, *args, **kwargs)
-
-    return forward
+if TYPE_CHECKING:
+    from lightning_muonclip.qk_clip.observe.watch import Watch
 
 
 class Measure(TorchFunctionMode):

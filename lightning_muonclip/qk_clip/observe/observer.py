@@ -25,8 +25,8 @@ from lightning_muonclip.qk_clip.describe.find import Example
 from lightning_muonclip.qk_clip.describe.fused import FusedWeights
 from lightning_muonclip.qk_clip.describe.isolate import device_of
 from lightning_muonclip.qk_clip.intercept.listener import running
-from lightning_muonclip.qk_clip.observe.by_hand import measure_by_hand
 from lightning_muonclip.qk_clip.observe.discovery import Discovery
+from lightning_muonclip.qk_clip.observe.forwards import run_under_modes
 from lightning_muonclip.qk_clip.observe.ledger import Ledger
 from lightning_muonclip.qk_clip.observe.recorder import Recorder
 from lightning_muonclip.qk_clip.observe.watch import Watch, watch_of
@@ -117,12 +117,12 @@ class Observer:
         if self._logits == "off":
             return
         for recorder in self.recorders:
-            watch, is_entered = watch_of(recorder.module), recorder.module is entered
+            watch = watch_of(recorder.module)
             if recorder.name in new:
-                watch.add(recorder, is_entered=is_entered)
+                watch.add(recorder, is_entered=recorder.module is entered)
                 self._watched.append((weakref.ref(watch), weakref.ref(recorder)))
             if recorder.name in found and recorder.spec.softmaxes:
-                measure_by_hand(watch, recorder.module, is_entered=is_entered)
+                run_under_modes(watch, recorder.module)
 
     def settle(self, group: dist.ProcessGroup | None = None, *, again: bool = False) -> AttentionModules:
         """The attention that all ranks know, the same on each. A collective call the first time, if they may differ.

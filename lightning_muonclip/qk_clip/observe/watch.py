@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from lightning_muonclip.kernels.max_logits import max_logits
 from lightning_muonclip.kernels.measure import Logits, is_bound, measure_max_logits, scale_of
@@ -15,6 +14,7 @@ from lightning_muonclip.qk_clip.describe.spec import Softmax
 from lightning_muonclip.qk_clip.intercept.calls import attention_calls
 from lightning_muonclip.qk_clip.intercept.listener import running
 from lightning_muonclip.qk_clip.intercept.patches import Patches
+from lightning_muonclip.qk_clip.observe.forwards import Enter, Leave
 from lightning_muonclip.qk_clip.observe.recorder import Recorder, ReportsMaxLogits
 from lightning_muonclip.values import has_values
 
@@ -31,15 +31,15 @@ class Watch:
 
     Attributes:
         recorders: One for each observer.
-        called: Whether any attention call has been seen.
+        called: Whether any attention call has been seen in the current forward.
         patches: Of the functions that the module may call.
-        mode: What measures the current forward, if its module is too late for a patch.
+        is_under_modes: Whether forwards run under modes that see all calls, since one was missed.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.recorders: list[Recorder] = []
         self.called = False
-        self.mode: TorchFunctionMode | None = None
+        self.is_under_modes = False
         self._module = module
         self.patches = Patches()
         # If the module and its observers are garbage together, nobody is left to remove the recorders.
@@ -148,10 +148,10 @@ class Watch:
         if isinstance(module, ReportsMaxLogits):
             module.max_logits_recorder = self
             return
-        enter = _Enter(self)
         self._handles = [
-            module.register_forward_pre_hook(enter),
-            module.register_forward_hook(_Leave(self), always_call=True),
+            module.register_forward_pre_hook(Enter(self)),
+            # Before the hook of FSDP2 that frees the weights.
+            module.register_forward_hook(Leave(self), prepend=True, with_kwargs=True, always_call=True),
         ]
         self.patches.add(attention_calls(type(module)))
         if is_entered:
@@ -178,40 +178,3 @@ def _nested_max_logits(query: Any, key: Any, scale: float, is_causal: bool) -> T
 def watch_of(module: nn.Module) -> Watch:
     """The watch of a module, which its observers share."""
     return vars(module).get(_ATTRIBUTE) or Watch(module)
-
-
-class _Enter:
-    def __init__(self, watch: Watch) -> None:
-        self.watch: Watch | None = watch  # None in a copy of the module
-
-    def __call__(self, module: nn.Module, args: Any) -> None:
-        watch = self.watch
-        if watch is None:
-            return
-        if watch in running:  # the previous forward was interrupted, which skips the hooks
-            del running[running.index(watch) :]
-        running.append(watch if module.training and watch.logits is not None else None)
-
-
-class _Leave:
-    def __init__(self, watch: Watch) -> None:
-        self.watch: Watch | None = watch  # None in a copy of the module
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self.watch is None:
-            return
-        watch = running.pop() if running else None  # empty if another hook raised before _Enter ran
-        if not isinstance(watch, Watch):
-            return
-        if watch.mode is not None:
-            watch.mode.__exit__(None, None, None)
-            watch.mode = None
-        # No output: an error, or a recomputation under checkpointing that stopped early.
-        if output is not None and not watch.called:
-            name = watch.recorders[0].name
-            raise RuntimeError(
-                f"the logits of attention {name!r} ({type(module).__name__}) cannot be measured: it called neither"
-                " torch.nn.functional.scaled_dot_product_attention nor another function that can be intercepted."
-                " Let it call that function (Hugging Face: attn_implementation='sdpa'), or"
-                f" skip it with specs={{{name!r}: None}}"
-            )
