@@ -32,6 +32,7 @@ from lightning_muonclip.qk_clip.describe.fused import FusedWeight, FusedWeights
 from lightning_muonclip.qk_clip.describe.spec import AttentionSpec
 from lightning_muonclip.qk_clip.describe.survey import NO_PRODUCT, NO_SOFTMAX
 from lightning_muonclip.qk_clip.intercept.calls import attends_by_interface
+from lightning_muonclip.qk_clip.intercept.listener import apart_from_running
 from lightning_muonclip.qk_clip.observe.eager import eager
 from lightning_muonclip.qk_clip.observe.recorder import ReportsMaxLogits
 from lightning_muonclip.qk_clip.owned import Owned, has_part_of
@@ -110,7 +111,8 @@ class Discovery:
             eager.release(self)
         self._is_surveying = True
         try:
-            search = find_attention(root, example, self._described, self._alone)
+            with apart_from_running():  # another observer may have begun to listen to this very forward
+                search = find_attention(root, example, self._described, self._alone)
         finally:
             self._is_surveying = False
         self.has_surveyed = True
