@@ -13,7 +13,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from lightning_muonclip.qk_clip.describe.declared import (
@@ -197,7 +198,7 @@ class Discovery:
         forward = vars(module).get("forward")  # Lightning puts the bound method back, which was not there before
         is_own = forward is self._forwards[module] or getattr(forward, "__self__", None) is module
         is_trained = module.training and not torch.is_inference_mode_enabled()
-        if is_trained and is_own and not self._is_surveying and has_values((args, kwargs, list(module.parameters()))):
+        if is_trained and is_own and not self._is_surveying and _tells((args, kwargs), module):
             self.survey(module, (args, kwargs), is_entered=True)
 
     def doubt(self, name: str, module: nn.Module, spec: AttentionSpec, reason: str) -> None:
@@ -244,6 +245,14 @@ class Discovery:
         """The modules of these names, and all inside them."""
         roots = list(outer)
         return {m for m, name in self.names.items() if any(is_inside(name, root) for root in roots)}
+
+
+def _tells(example: Any, module: nn.Module) -> bool:
+    """Whether a forward tells how a module attends: there are numbers, and samples, and the weights are its own."""
+    params = list(module.parameters())
+    is_empty = any(isinstance(leaf, Tensor) and leaf.ndim and not len(leaf) for leaf in tree_leaves(example))
+    # torch.func.functional_call may lend it tensors that are no parameters.
+    return not is_empty and all(isinstance(param, nn.Parameter) for param in params) and has_values((example, params))
 
 
 def _remove(handles: list[RemovableHandle]) -> None:
