@@ -66,36 +66,62 @@ class Discovery:
         self._unknown = unknown
         self._owned = owned
         self._observer_adds = weakref.WeakMethod(add)  # no cycle: what nobody holds ends at once
-        #: The display names of all modules.
-        self.names = {module: name for name, module in named_modules(model).items()}
+        self._root, self._specs = unwrapped(model), by_display_name(specs)
         described = declared_attention(model, specs)
         trained = [name for name, param in named_parameters(model).items() if param.requires_grad]
-        asked = [by_display_name(specs), {name: spec for name, (_, spec) in described.items()}, unknown, trained]
+        asked = [self._specs, {name: spec for name, (_, spec) in described.items()}, unknown, trained]
         #: A hash of what inference depends on beside the model.
         self.asked = hashlib.sha256(repr(asked).encode()).hexdigest()
         #: Modules that the user leaves alone.
-        self.left_alone = [name for name, spec in by_display_name(specs).items() if spec is None]
+        self.left_alone = [name for name, spec in self._specs.items() if spec is None]
+        #: The display names of all modules, in ``named_modules`` order.
+        self.names: dict[nn.Module, str] = {}
         #: Described modules that may attend by hand, so that it must be found where they have their logits.
-        self._described = {
-            module: spec
-            for module, spec in described.values()
-            if not (isinstance(module, ReportsMaxLogits) or spec.softmaxes or attends_by_interface(type(module)))
-        }
+        self._described: dict[nn.Module, AttentionSpec] = {}
         #: Modules of which a survey need tell nothing.
-        self._alone = self._inside([n for n, (m, _) in described.items() if m not in self._described] + self.left_alone)
+        self._alone: set[nn.Module] = set()
         #: Weights that hold several matrices, by display name; another dictionary whenever one is found.
         self.fused: FusedWeights = {}
         self.has_surveyed = False
         self._is_surveying = False
-        self._forwards = {module: vars(module).get("forward") for module in self.names}
+        self._forwards: dict[nn.Module, Any] = {}
         self._handles: dict[nn.Module, RemovableHandle] = {}
         self._all_handles: list[RemovableHandle] = []
         weakref.finalize(self, _remove, self._all_handles)
-        self._watch(self.names)
+        self._take_up(described)
         #: Whether ranks may find different attention.
         self.may_differ = bool(self._handles.keys() - self._inside(described))
         if self._handles:
             eager.acquire(self)
+
+    def look_again(self) -> None:
+        """Takes up the modules that the model has got since, and drops those that it has no more."""
+        if self._modules == set(self._root.modules()):
+            return
+        before = self.names
+        own = named_modules(self._root)
+        declared = declared_attention(self._root, {name: spec for name, spec in self._specs.items() if name in own})
+        described = {name: (module, spec) for name, (module, spec) in declared.items() if module not in before}
+        self._take_up(described)
+        self._add(described, None)
+
+    def _take_up(self, described: AttentionModules) -> None:
+        """Lets all modules that are new, some of which the user describes, wait for their first forward."""
+        known = self.names
+        self._modules = set(self._root.modules())
+        self.names = {module: name for name, module in named_modules(self._root).items()}
+        self._described |= {
+            module: spec
+            for module, spec in described.values()
+            if not (isinstance(module, ReportsMaxLogits) or spec.softmaxes or attends_by_interface(type(module)))
+        }
+        alone = [name for name, (module, _) in described.items() if module not in self._described]
+        alone += [self.names[module] for module in self._alone if module in self.names]
+        self._alone = self._inside([*alone, *self.left_alone])
+        self._forwards = {module: self._forwards.get(module, vars(module).get("forward")) for module in self.names}
+        for module in self._handles.keys() - self.names.keys():
+            self._handles.pop(module).remove()
+        self._watch(module for module in self.names if module not in known)
 
     def survey(self, root: nn.Module, example: Example, *, is_entered: bool = False) -> None:
         """Finds and infers all attention that a module computes on these inputs.
@@ -117,6 +143,7 @@ class Discovery:
         finally:
             self._is_surveying = False
         self.has_surveyed = True
+        self.look_again()  # its forward may have made some
         if search.fused:
             prefix = self.names.get(root, "")
             own = {display_name(f"{prefix}.{name}".lstrip(".")): parts for name, parts in search.fused.items()}
