@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,9 +20,7 @@ from lightning_muonclip.qk_clip.describe.follow import (
     without_sinks,
 )
 from lightning_muonclip.qk_clip.describe.spec import Softmax
-
-if TYPE_CHECKING:
-    from lightning_muonclip.qk_clip.observe.watch import Watch
+from lightning_muonclip.qk_clip.observe.watch import Watch
 
 
 class Measure(TorchFunctionMode):

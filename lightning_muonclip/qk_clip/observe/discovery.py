@@ -26,6 +26,7 @@ from lightning_muonclip.qk_clip.describe.declared import (
     is_inside,
     named_modules,
     named_parameters,
+    unwrapped,
 )
 from lightning_muonclip.qk_clip.describe.describe import Found
 from lightning_muonclip.qk_clip.describe.find import Example, find_attention, spec_of, watched_spec
@@ -88,9 +89,9 @@ class Discovery:
         self._handles: dict[nn.Module, RemovableHandle] = {}
         self._all_handles: list[RemovableHandle] = []
         weakref.finalize(self, _remove, self._all_handles)
-        self._take_up(described)
         #: Whether ranks may find different attention.
-        self.may_differ = bool(self._handles.keys() - self._inside(described))
+        self.may_differ = False
+        self._take_up(described)
         if self._handles:
             eager.acquire(self)
 
@@ -103,6 +104,8 @@ class Discovery:
         declared = declared_attention(self._root, {name: spec for name, spec in self._specs.items() if name in own})
         described = {name: (module, spec) for name, (module, spec) in declared.items() if module not in before}
         self._take_up(described)
+        torch.compiler.reset()  # code compiled meanwhile would not call their hooks
+        eager.acquire(self)
         self._add(described, None)
 
     def _take_up(self, described: AttentionModules) -> None:
@@ -116,12 +119,17 @@ class Discovery:
             if not (isinstance(module, ReportsMaxLogits) or spec.softmaxes or attends_by_interface(type(module)))
         }
         alone = [name for name, (module, _) in described.items() if module not in self._described]
-        alone += [self.names[module] for module in self._alone if module in self.names]
-        self._alone = self._inside([*alone, *self.left_alone])
+        self._alone = self._inside([*alone, *self.left_alone]) | (self._alone & self.names.keys())
+        inside = {self.names[module] for module in self._alone}
+        for module, name in self.names.items():  # what is around comes first
+            if module not in known and name.rpartition(".")[0] in inside:
+                self._alone.add(module)
+                inside.add(name)
         self._forwards = {module: self._forwards.get(module, vars(module).get("forward")) for module in self.names}
         for module in self._handles.keys() - self.names.keys():
             self._handles.pop(module).remove()
         self._watch(module for module in self.names if module not in known)
+        self.may_differ = self.may_differ or bool(self._handles.keys() - self._inside(described))
 
     def survey(self, root: nn.Module, example: Example, *, is_entered: bool = False) -> None:
         """Finds and infers all attention that a module computes on these inputs.

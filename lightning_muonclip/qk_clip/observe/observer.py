@@ -26,7 +26,7 @@ from lightning_muonclip.qk_clip.describe.fused import FusedWeights
 from lightning_muonclip.qk_clip.describe.isolate import device_of
 from lightning_muonclip.qk_clip.intercept.listener import running
 from lightning_muonclip.qk_clip.observe.discovery import Discovery
-from lightning_muonclip.qk_clip.observe.forwards import run_under_modes
+from lightning_muonclip.qk_clip.observe.forwards import listen, run_under_modes
 from lightning_muonclip.qk_clip.observe.ledger import Ledger
 from lightning_muonclip.qk_clip.observe.recorder import Recorder
 from lightning_muonclip.qk_clip.observe.watch import Watch, watch_of
@@ -110,7 +110,8 @@ class Observer:
             [before[module].row if module in before else None for _, (module, _) in attention],
         )
         self.recorders = [
-            before.pop(module, None) or Recorder(name, module, spec, self._logits) for name, (module, spec) in attention
+            before.pop(module) if module in before else Recorder(name, module, spec, self._logits)
+            for name, (module, spec) in attention
         ]
         for row, (recorder, (name, (_, spec))) in enumerate(zip(self.recorders, attention)):
             recorder.row, recorder.ledger, recorder.spec, recorder.name = row, self.ledger, spec, name
@@ -124,7 +125,8 @@ class Observer:
         for recorder in self.recorders:
             watch = watch_of(recorder.module)
             if recorder not in watched:
-                watch.add(recorder, is_entered=recorder.module is entered)
+                watch.add(recorder)
+                listen(watch, recorder.module, is_entered=recorder.module is entered)
                 self._watched.append((weakref.ref(watch), weakref.ref(recorder)))
             if recorder.module in found and recorder.spec.softmaxes:
                 run_under_modes(watch, recorder.module)
@@ -197,9 +199,7 @@ def _stop(
 ) -> None:
     """Ends what an observer has begun, of some modules or of all; not a method, since it outlives the observer."""
     for refs in list(watched):
-        watch, recorder = (ref() for ref in refs)
-        is_over = watch is None or recorder is None
-        if is_over or of is None or recorder.module in of:
+        watch, recorder = refs[0](), refs[1]()
+        if watch is not None and recorder is not None and (of is None or recorder.module in of):
             watched.remove(refs)
-            if not is_over:
-                watch.remove(recorder)
+            watch.remove(recorder)

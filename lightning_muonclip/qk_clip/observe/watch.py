@@ -11,10 +11,7 @@ from torch import Tensor, nn
 from lightning_muonclip.kernels.max_logits import max_logits
 from lightning_muonclip.kernels.measure import Logits, is_bound, measure_max_logits, scale_of
 from lightning_muonclip.qk_clip.describe.spec import Softmax
-from lightning_muonclip.qk_clip.intercept.calls import attention_calls
-from lightning_muonclip.qk_clip.intercept.listener import running
 from lightning_muonclip.qk_clip.intercept.patches import Patches
-from lightning_muonclip.qk_clip.observe.forwards import Enter, Leave
 from lightning_muonclip.qk_clip.observe.recorder import Recorder, ReportsMaxLogits
 from lightning_muonclip.values import has_values
 
@@ -27,10 +24,11 @@ _ATTRIBUTE = "_max_logits_watch"
 
 
 class Watch:
-    """Hooks and patches of one module, from its first recorder to its last.
+    """What is known of one module, from its first recorder to its last.
 
     Attributes:
         recorders: One for each observer.
+        handles: Of the hooks of the module.
         called: Whether any attention call has been seen in the current forward.
         patches: Of the functions that the module may call.
         is_under_modes: Whether forwards run under modes that see all calls, since one was missed.
@@ -44,7 +42,7 @@ class Watch:
         self.patches = Patches()
         # If the module and its observers are garbage together, nobody is left to remove the recorders.
         weakref.finalize(self, self.patches.remove)
-        self._handles: list[Any] = []
+        self.handles: list[Any] = []
 
     @property
     def logits(self) -> str | None:
@@ -118,16 +116,10 @@ class Watch:
         self.called = True
         return [recorder for recorder in self.recorders if recorder.active] if has_values(maxima) else []
 
-    def add(self, recorder: Recorder, *, is_entered: bool = False) -> None:
-        """Records for one more observer.
-
-        Args:
-            recorder: Its recorder.
-            is_entered: Whether the forward of the module is about to run, too late for another hook.
-        """
+    def add(self, recorder: Recorder) -> None:
+        """Records for one more observer."""
         if not self.recorders:
             setattr(self._module, _ATTRIBUTE, self)
-            self._hook(is_entered)
         self.recorders.append(recorder)
 
     def remove(self, recorder: Recorder) -> None:
@@ -138,24 +130,10 @@ class Watch:
         module: Any = self._module
         if isinstance(module, ReportsMaxLogits):
             module.max_logits_recorder = None
-        for handle in self._handles:
+        for handle in self.handles:
             handle.remove()
         self.patches.remove()
         delattr(module, _ATTRIBUTE)
-
-    def _hook(self, is_entered: bool) -> None:
-        module: Any = self._module
-        if isinstance(module, ReportsMaxLogits):
-            module.max_logits_recorder = self
-            return
-        self._handles = [
-            module.register_forward_pre_hook(Enter(self)),
-            # Before the hook of FSDP2 that frees the weights.
-            module.register_forward_hook(Leave(self), prepend=True, with_kwargs=True, always_call=True),
-        ]
-        self.patches.add(attention_calls(type(module)))
-        if is_entered:
-            running.append(self)
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return type(None), ()  # a copy of an observed module, by deepcopy or pickle, is not observed

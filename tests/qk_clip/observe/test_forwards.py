@@ -85,3 +85,86 @@ def test_a_module_may_attend_in_several_ways(attends: tuple[Attend, ...], is_roo
             model(x).sum().backward()
             sees(qk_clip, attention, x)
             qk_clip.step()
+
+
+@pytest.mark.parametrize("attend", [by_hand, by_function])
+def test_two_observers_of_a_model_that_is_attention_see_its_first_forward(attend: Attend) -> None:
+    attention, x = Told(attend), torch.randn(2, 5, 16)
+    with QKClip(attention, threshold=None) as first, QKClip(attention) as second:
+        for scale in (1.0, 2.0):
+            attention(scale * x)
+            for qk_clip in (first, second):
+                sees(qk_clip, attention, scale * x)
+                qk_clip.step()
+
+
+@pytest.mark.parametrize("attend", [by_hand, by_function])
+@pytest.mark.parametrize("is_root", [True, False])
+def test_an_empty_batch_tells_nothing(attend: Attend, is_root: bool) -> None:
+    attention, x = Told(attend), torch.randn(2, 5, 16)
+    model: Any = attention if is_root else Residual(attention)
+    with QKClip(model, threshold=0.1) as qk_clip:
+        model(x[:0])
+        assert qk_clip.layers == []
+        model(x)
+        sees(qk_clip, attention, x)
+        assert int(qk_clip.step().clipped_heads) > 0
+
+
+@pytest.mark.parametrize("is_root", [True, False])
+def test_weights_that_are_lent_for_a_forward_tell_nothing(is_root: bool) -> None:
+    attention, x = Told(by_function), torch.randn(2, 5, 16)
+    model: Any = attention if is_root else Residual(attention)
+    lent = {name: 2 * param for name, param in model.named_parameters()}
+    with QKClip(model, threshold=0.1) as qk_clip:
+        torch.func.functional_call(model, lent, (x,))
+        assert qk_clip.layers == []
+        model(x)
+        sees(qk_clip, attention, x)
+
+
+class TestModulesThatAModelGetsLater:
+    @pytest.mark.parametrize("when", ["before", "after"])
+    @pytest.mark.parametrize("how", ["append", "insert", "replace"])
+    def test_they_are_found_and_clipped(self, how: str, when: str) -> None:
+        model, new = nn.Sequential(Told(by_function), Told(by_function)), Told(by_hand)
+        optimizer, x = torch.optim.SGD(model.parameters(), lr=0.0), torch.randn(2, 5, 16)
+        qk_clip = QKClip(model, threshold=0.1)
+        qk_clip.attach(optimizer)
+
+        def step() -> None:
+            model(x).sum().backward()
+            optimizer.step()
+
+        if when == "after":
+            step()
+        if how == "append":
+            model.append(new)
+        elif how == "insert":
+            model.insert(1, new)
+        else:
+            model[1] = new
+        optimizer.add_param_group({"params": list(new.parameters())})
+        step()
+        step()
+        row = list(model).index(new)
+        assert qk_clip.layers == [str(number) for number in range(len(model))]
+        assert set(qk_clip.sides.values()) == {"q and k"}
+        assert (qk_clip.clips[row] > 0).any()
+        before = model[:row](x)
+        model(x)
+        sees(qk_clip, new, before, row)
+        qk_clip.close()
+        assert not any(vars(module).get("_max_logits_watch") for module in model.modules())
+
+    def test_one_that_a_forward_makes_is_seen_in_it(self) -> None:
+        class Late(nn.Module):
+            def forward(self, x: Tensor) -> Tensor:
+                if not hasattr(self, "inner"):
+                    self.inner = Told(by_function)
+                return self.inner(x)
+
+        model, x = nn.Sequential(nn.Linear(16, 16), Late()), torch.randn(2, 5, 16)
+        with QKClip(model) as qk_clip:
+            model(x)
+            sees(qk_clip, model[1].inner, model[0](x))
