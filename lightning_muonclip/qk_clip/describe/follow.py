@@ -1,13 +1,14 @@
-"""Follows products on their way to a softmax: what multiplies them there, in this very forward.
+"""Follows products on their way to a softmax: where their elements are there, and what multiplies them, in every forward.
 
-A factor on the weights scales a product and what multiplies it, such as a temperature, but no soft-cap, mask or bias.
+A factor on the weights scales a product and what multiplies it, such as a temperature, but no soft-cap, mask or bias. What
+rearranges a tensor rearranges the values of the product too, and the index that tells the head of each.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -56,38 +57,301 @@ _DIVIDE = {
 }
 _NEGATE = {torch.neg, torch.negative, Tensor.neg, Tensor.neg_, Tensor.negative, Tensor.negative_, Tensor.__neg__}
 
-#: What a forward has made of products: every tensor, and what multiplies each product in it, by the product's number: a
-#: number, or a tensor that broadcasts. NaN is no factor that one could tell.
-Ways = list[tuple[Tensor, dict[int, Any]]]
+
+def _named(*names: str) -> set[Any]:
+    """Functions of torch and methods of tensors by name."""
+    return {getattr(owner, name) for owner in (torch, Tensor) for name in names if hasattr(owner, name)}
+
+
+#: Functions after which elements of their first argument are elsewhere.
+_ARRANGE = _named(
+    *("view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "squeeze", "unsqueeze", "ravel"),
+    *("permute", "transpose", "t", "swapaxes", "swapdims", "movedim", "moveaxis", "adjoint", "flip", "roll"),
+    *("expand", "expand_as", "broadcast_to", "repeat", "tile", "repeat_interleave", "__getitem__", "select", "narrow"),
+    *("chunk", "split", "split_with_sizes", "tensor_split", "unbind", "index_select", "gather", "take_along_dim"),
+) | {getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH")}
+_JOIN = _named("cat", "concat", "concatenate", "stack")
+_PAD = {F.pad}
+#: Functions that take a tensor for its shape or dtype alone.
+_LIKE = _named(
+    *("new_empty", "new_full", "new_ones", "new_tensor", "new_zeros", "empty_like", "full_like", "ones_like"),
+    *("rand_like", "randn_like", "zeros_like"),
+)
+#: Functions of which the first argument alone is followed.
+_OF_FIRST = _ARRANGE | _PAD | _named("to", "type_as")
+#: Functions that put one tensor into places of another.
+_PUT = _named("__setitem__")
+_IN_PLACE = _named(
+    *("__iadd__", "__isub__", "__imul__", "__itruediv__", "__setitem__", "add_", "sub_", "mul_", "multiply_", "div_"),
+    *(
+        "divide_",
+        "true_divide_",
+        "neg_",
+        "negative_",
+        "masked_fill_",
+        "clamp_",
+        "tanh_",
+        "fill_",
+        "copy_",
+        "exp_",
+        "exp2_",
+    ),
+    *(
+        "addcmul_",
+        "index_put_",
+        "masked_scatter_",
+        "nan_to_num_",
+        "clamp_min_",
+        "clamp_max_",
+        "where_",
+        "tril_",
+        "triu_",
+    ),
+)
+
+
+class Part(NamedTuple):
+    """What one product is in a tensor that was made of it.
+
+    Attributes:
+        numbers: The number of the product; several, if they have been joined.
+        size: Number of its elements.
+        lead: Shape of the product before rows and columns.
+        values: Its elements where they are in the tensor, ``-inf`` beside them; ``None`` if that cannot be told.
+        factor: What multiplies them there besides, a number or a tensor that broadcasts; NaN if that cannot be told.
+        leads: The index of every element along ``lead``, flattened; broadcasts. ``None`` if rows and columns are the last
+            two dimensions of the tensor, as in the product.
+    """
+
+    numbers: tuple[int, ...]
+    size: int
+    lead: tuple[int, ...]
+    values: Tensor | None
+    factor: Any = 1.0
+    leads: Tensor | None = None
+
+
+#: What a forward has made of products: every tensor, and the products in it.
+Ways = list[tuple[Tensor, tuple[Part, ...]]]
+
+
+def product_of(number: int, func: Any, args: Any, out: Tensor) -> Part:
+    """A product as it is made.
+
+    Args:
+        number: Its number.
+        func: What has made it.
+        args: Of what.
+        out: The result, without what else may have been added.
+    """
+    is_einsum = func is torch.einsum
+    places = _einsum_places(args[0], out.ndim) if is_einsum else tuple(range(out.ndim - 2))
+    if places is None or out.ndim < 2:
+        return Part((number,), out.numel(), (), None)
+    lead = tuple(out.shape[i] for i in places)
+    if places == tuple(range(out.ndim - 2)):
+        return Part((number,), out.numel(), lead, out.detach())
+    leads = torch.arange(math.prod(lead), device=out.device)
+    leads = leads.view([out.shape[i] if i in places else 1 for i in range(out.ndim)])
+    return Part((number,), out.numel(), lead, out.detach(), 1.0, leads)
+
+
+def before_in_place(ways: Ways, func: Any, args: Any, kwargs: Any) -> None:
+    """Keeps the values of what a function is about to overwrite."""
+    if not (func in _IN_PLACE or kwargs.get("inplace")) or not args:
+        return
+    for place, (tensor, parts) in enumerate(ways):
+        if any(part.values is not None for part in parts) and _is_same_memory(tensor, args[0]):
+            ways[place] = (
+                tensor,
+                tuple(own if own.values is None else _with_values(own, own.values.clone()) for own in parts),
+            )
 
 
 def follow(ways: Ways, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """Adds what a function has made of what is followed."""
-    if out is None and args:  # as of __setitem__
-        out = args[0]
-    if not ways or not isinstance(out, Tensor) or not out.is_floating_point():
+    if not ways:
         return
-    operands = [(x, factors_in(ways, x)) for x in tensors_in((*args, *kwargs.values()))]
-    followed = [(x, factors) for x, factors in operands if factors]
-    if not followed:
+    if func in _PUT:
+        _put(ways, *args)
         return
-    made: dict[int, Any] = {}
-    if func in _MULTIPLY or func in _DIVIDE or func in _NEGATE:
-        by = _by(func, args, kwargs, followed[0][0]) if len(followed) == 1 else math.nan
-        made = {product: factor * by for product, factor in followed[0][1].items()}
-    else:
-        for x, factors in reversed(followed):
-            stays = out.shape == x.shape
-            made |= {product: own if stays or _is_one(own) else math.nan for product, own in factors.items()}
-    ways.append((out, made))
+    operands = [
+        (x, parts_of(ways, x)) for x in tensors_in(args[:1] if func in _OF_FIRST else (*args, *kwargs.values()))
+    ]
+    followed = [(x, parts) for x, parts in operands if parts]
+    if not followed or func in _LIKE:
+        return
+    if func in _JOIN:
+        ways.append((out, (_joined(func, args, kwargs, operands),)))
+    elif func in _ARRANGE or func in _PAD:
+        _arrange(ways, func, args, kwargs, out, *followed[0])
+    elif isinstance(out, Tensor) and out.is_floating_point():
+        ways.append((out, _computed(func, args, kwargs, out, followed)))
+    elif isinstance(out, tuple):  # such as the largest ones, which may be anywhere
+        ways += [(own, tuple(_unknown(part) for _, parts in followed for part in parts)) for own in tensors_in(out)]
 
 
-def factors_in(ways: Ways, x: Any) -> dict[int, Any]:
-    """What multiplies each of the products that a tensor is made of."""
-    for tensor, factors in reversed(ways):
+def parts_of(ways: Ways, x: Any) -> tuple[Part, ...]:
+    """The products that a tensor is made of, in the order in which they were made."""
+    for tensor, parts in reversed(ways):
         if tensor is x:
-            return factors
-    return {}
+            return parts
+    return ()
+
+
+def entering(ways: Ways, logits: Tensor, is_exponential: bool) -> tuple[Part, ...]:
+    """The products that a softmax weighs by; the exponential of something smaller, such as a maximum, weighs nothing."""
+    return tuple(part for part in parts_of(ways, logits) if not is_exponential or logits.numel() >= part.size)
+
+
+def maxima_of(part: Part, logits: Tensor) -> Tensor:
+    """The largest logit of every leading index of a product.
+
+    Args:
+        part: The product in the input of a softmax.
+        logits: The logits, of the shape of the input; ``-inf`` where they are hidden.
+
+    Returns:
+        Of shape ``part.lead``.
+    """
+    if part.leads is None:
+        return logits.amax((-2, -1))
+    leads = part.leads[(None,) * (logits.ndim - part.leads.ndim)]
+    for dim in range(logits.ndim):
+        if leads.shape[dim] == 1 or leads.stride(dim) == 0:  # they are alike along it
+            logits, leads = logits.amax(dim, keepdim=True), leads.narrow(dim, 0, 1)
+    found = logits.new_full((math.prod(part.lead),), -math.inf)
+    return found.scatter_reduce(0, leads.reshape(-1), logits.reshape(-1), "amax").view(part.lead)
+
+
+def _computed(
+    func: Any, args: Any, kwargs: Any, out: Tensor, followed: list[tuple[Tensor, tuple[Part, ...]]]
+) -> tuple[Part, ...]:
+    """The products in what a function has computed element by element, as far as one can tell."""
+    if func in _MULTIPLY or func in _DIVIDE or func in _NEGATE:
+        x, parts = followed[0]
+        by = _by(func, args, kwargs, x) if len(followed) == 1 else math.nan
+        scaled = (p if p.values is None else _with_values(p, p.values, p.factor * by) for p in parts)
+        return tuple(_broadcast(part, x, out) for part in scaled)
+    made: dict[tuple[int, ...], Part] = {}
+    for x, parts in followed:
+        for part in parts:
+            own = _broadcast(part, x, out)
+            if part.numbers not in made or made[part.numbers].values is None:
+                made[part.numbers] = own
+    return tuple(made[numbers] for numbers in sorted(made))
+
+
+def _broadcast(part: Part, x: Tensor, out: Tensor) -> Part:
+    """A part of what has the shape of another tensor now."""
+    if part.values is None or out.shape == x.shape:
+        return part
+    if not _fits(x.shape, out.shape):
+        return _unknown(part)
+    return Part(part.numbers, part.size, part.lead, part.values.expand(out.shape), part.factor, _leads(part, x.shape))
+
+
+def _with_values(part: Part, values: Tensor, factor: Any = None) -> Part:
+    return Part(part.numbers, part.size, part.lead, values, part.factor if factor is None else factor, part.leads)
+
+
+def _unknown(part: Part) -> Part:
+    """A part whose elements may be anywhere."""
+    return Part(part.numbers, part.size, part.lead, None)
+
+
+def _fits(shape: torch.Size, into: torch.Size) -> bool:
+    """Whether a shape broadcasts into another."""
+    return len(shape) <= len(into) and all(a in (1, b) for a, b in zip(reversed(shape), reversed(into)))
+
+
+def _arrange(ways: Ways, func: Any, args: Any, kwargs: Any, out: Any, x: Tensor, parts: tuple[Part, ...]) -> None:
+    """Follows what puts elements elsewhere, by doing the same to the values and their indices."""
+    outs = [out] if isinstance(out, Tensor) else list(out)
+    made: list[list[Part]] = [[] for _ in outs]
+    for part in parts:
+        if part.values is None or (func in _PAD and (kwargs.get("mode") or "constant") != "constant"):
+            for own in made:
+                own.append(_unknown(part))
+            continue
+        is_number = _is_number(part.factor)
+        values = _again(func, args, kwargs, x, part.values if is_number else part.factor * part.values, -math.inf)
+        leads = _again(func, args, kwargs, x, _leads(part, x.shape), 0)
+        factor = part.factor if is_number else 1.0
+        for own, some, their in zip(made, values, leads):
+            own.append(Part(part.numbers, part.size, part.lead, some, factor, their))
+    ways += [(own, tuple(new)) for own, new in zip(outs, made)]
+
+
+def _again(func: Any, args: Any, kwargs: Any, x: Tensor, by: Tensor, beside: float) -> list[Tensor]:
+    """Calls a function with one tensor in place of another, which need not be contiguous."""
+    if func in _PAD:
+        return [F.pad(by, args[1] if len(args) > 1 else kwargs["pad"], value=beside)]
+    func = {Tensor.view: Tensor.reshape, Tensor.view_as: Tensor.reshape_as}.get(func, func)
+    out = func(*[by if arg is x else arg for arg in args], **{n: by if arg is x else arg for n, arg in kwargs.items()})
+    return [out] if isinstance(out, Tensor) else list(out)
+
+
+def _leads(part: Part, shape: torch.Size) -> Tensor:
+    """The index of every element along the leading dimensions of its product."""
+    if part.leads is not None:
+        return part.leads.expand(shape)
+    assert part.values is not None
+    count = math.prod(part.lead)
+    return torch.arange(count, device=part.values.device).view(*part.lead, 1, 1).expand(shape)
+
+
+def _joined(func: Any, args: Any, kwargs: Any, operands: list[tuple[Tensor, tuple[Part, ...]]]) -> Part:
+    """One part of several that are joined, or that others are joined to."""
+    first = next(parts[0] for _, parts in operands if parts)
+    numbers = tuple(sorted({number for _, parts in operands for part in parts for number in part.numbers}))
+    is_clear = all(len(parts) < 2 for _, parts in operands) and all(
+        part.values is not None and part.lead == first.lead for _, parts in operands for part in parts
+    )
+    size = sum(part.size for _, parts in operands for part in parts)
+    if not is_clear:
+        return Part(numbers, size, first.lead, None)
+    values, leads = [], []
+    for x, parts in operands:
+        if parts:
+            values.append(parts[0].factor * parts[0].values)
+            leads.append(_leads(parts[0], x.shape))
+        else:
+            values.append(torch.full_like(x, -math.inf, dtype=first.values.dtype))  # type: ignore[union-attr]
+            leads.append(torch.zeros_like(x, dtype=torch.long))
+    kwargs = {name: arg for name, arg in kwargs.items() if name != "tensors"}
+    joined = (func(pieces, *args[1:], **kwargs) for pieces in (values, leads))
+    return Part(numbers, size, first.lead, next(joined), 1.0, next(joined))
+
+
+def _put(ways: Ways, x: Tensor, index: Any, value: Any) -> None:
+    """Follows what is put into places of another tensor."""
+    into, parts = parts_of(ways, x), parts_of(ways, value)
+    both = (*into, *parts)
+    if not both:
+        return
+    first = both[0]
+    numbers = tuple(sorted({number for part in both for number in part.numbers}))
+    size = sum(part.size for part in both)
+    values, leads = None, None
+    if max(len(into), len(parts)) < 2 and all(part.values is not None and part.lead == first.lead for part in both):
+        assert first.values is not None
+        values = torch.full(x.shape, -math.inf, device=x.device, dtype=first.values.dtype)
+        leads = torch.zeros(x.shape, device=x.device, dtype=torch.long)
+        for part, own, place in ((p, t, i) for ps, t, i in ((into, x, ...), (parts, value, index)) for p in ps):
+            values[place] = part.factor * part.values
+            leads[place] = _leads(part, own.shape)
+        if not parts:
+            values[index] = -math.inf
+    ways.append((x, (Part(numbers, size, first.lead, values, 1.0, leads),)))
+
+
+def _is_same_memory(one: Tensor, other: Any) -> bool:
+    if one is other:
+        return True
+    if torch.compiler.is_compiling() or not isinstance(other, Tensor):
+        return False
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
 def _by(func: Any, args: Any, kwargs: Any, x: Tensor) -> Any:
@@ -103,9 +367,24 @@ def _by(func: Any, args: Any, kwargs: Any, x: Tensor) -> Any:
     return 1 / other if first is x else math.nan
 
 
-def _is_one(factor: Any) -> bool:
+def _is_number(factor: Any) -> bool:
     """Whether it is one number, which multiplies whatever the shape."""
     return not isinstance(factor, Tensor) or factor.numel() == 1
+
+
+def _einsum_places(equation: str, ndim: int) -> tuple[int, ...] | None:
+    """The dimensions of an einsum's result that are neither its row nor its column: the last ones of one operand alone."""
+    inputs, arrow, out = equation.replace(" ", "").partition("->")
+    letters = inputs.split(",")
+    if not arrow or len(letters) != 2:
+        return None
+    dots = "ZYXWVUTS"[: ndim - len(out.replace("...", ""))] if "..." in out else ""
+    left, right, out = (own.replace("...", dots) for own in (*letters, out))
+    rows = [x for x in out if x in left and x not in right]
+    columns = [x for x in out if x in right and x not in left]
+    if not rows or not columns:
+        return None
+    return tuple(i for i, letter in enumerate(out) if letter not in (rows[-1], columns[-1]))
 
 
 def tensors_in(args: Any) -> Iterator[Tensor]:
@@ -123,8 +402,3 @@ def without_addend(func: Any, args: Any, kwargs: Any, out: Tensor) -> Tensor:
         return out
     addend, beta = args[0] if args else kwargs["input"], kwargs.get("beta", 1)
     return out - beta * addend if beta else out  # without it, the addend may be uninitialized
-
-
-def without_sinks(logits: Tensor, product: Tensor, sinks: int) -> Tensor:
-    """The input of a softmax without columns that stand beside the product, as sinks do."""
-    return logits if logits.numel() == product.numel() else logits[..., sinks : sinks + product.shape[-1]]

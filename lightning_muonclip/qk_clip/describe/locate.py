@@ -1,14 +1,12 @@
 """Finds where a module that attends by hand has its logits: which product, and which softmax.
 
-Matrix products and softmaxes are counted in the order in which a forward computes them. The products that are logits are
-those that the layout scales; what else is added to them, such as queries times relative positions, is a bias. Each is
-changed in turn; the softmax whose input follows has its logits from it. Between the two each forward may multiply by a
-factor of its own (see :mod:`.follow`); here it is proven that it can be followed.
+Every product is followed to the softmaxes that it enters (see :mod:`.follow`). The products that are logits are those that
+the layout scales; what else is added to them, such as queries times relative positions, is a bias. Each is changed in turn;
+the softmaxes whose input changes by what was followed have their logits from it.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,11 +19,13 @@ from lightning_muonclip.qk_clip.describe.follow import (
     EXPONENTIALS,
     MATMULS,
     SOFTMAXES,
+    Part,
     Ways,
-    factors_in,
+    before_in_place,
+    entering,
     follow,
+    product_of,
     without_addend,
-    without_sinks,
 )
 from lightning_muonclip.qk_clip.describe.infer import Layout, Unclear
 from lightning_muonclip.qk_clip.describe.isolate import Isolated
@@ -35,38 +35,45 @@ from lightning_muonclip.qk_clip.describe.spec import Softmax
 
 
 def locate(isolated: Isolated, layout: Layout) -> tuple[Softmax, ...]:
-    """Every softmax over logits of an attention, in order.
+    """Every softmax over products, in order, if some of them have the logits of an attention.
 
     Raises:
         Unclear: If the logits cannot be measured at one of them.
     """
     base = _run(isolated, {})
-    found: dict[int, list[Softmax]] = {}
+    found: dict[int, list[int]] = {}
+    whole: set[int] = set()
     for product in reversed(_logits(isolated, layout, base)):
         out = base.products[product]
         # Large beside the rounding of modules that compute logits in float32, small beside any soft-cap.
         noise = 0.03 * torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(out)
-        before, after = (_run(isolated, {product: answer}) for answer in (torch.zeros_like(out), noise))
+        # Later softmaxes do not see it through the outputs of earlier ones.
+        before, after = (
+            _run(isolated, {product: answer}, base.probabilities) for answer in (torch.zeros_like(out), noise)
+        )
         for number, (a, b) in enumerate(zip(before.inputs, after.inputs)):
             change = (b - a).detach().nan_to_num()
             is_smaller = number in base.exponentials and change.numel() < noise.numel()  # such as of the largest logits
-            if change.any() and not is_smaller:  # later softmaxes see it through the outputs of this one
-                own = found.setdefault(number, [])
-                # A projection changes the logits through a later product.
-                if not any(before.differs(after, later.product) for later in own):
-                    sinks = int(change.flatten(0, -2).any(0).int().argmax()) if change.shape != noise.shape else 0
-                    change = without_sinks(change, noise, sinks)
-                    is_whole = not _follows(change, noise, after.factors[number].get(product, math.nan))
-                    own.append(Softmax(number, product, is_whole, base.is_overwritten(product), sinks))
-                break
+            own = found.get(number, [])
+            # A projection changes the logits through a later product.
+            if change.any() and not is_smaller and not any(before.differs(after, later) for later in own):
+                found[number] = [*own, product]
+                if not _follows(change, *(run.part(number, product) for run in (before, after))):
+                    whole.add(number)
     for number, own in found.items():
-        if len(own) > 1 or own[0].is_whole:
-            more = {softmax.product: base.products[softmax.product] + base.pure[softmax.product] for softmax in own}
-            doubled = _run(isolated, more)
+        if len({base.place(number, product) for product in own}) > 1 or number in whole:
+            more = {product: base.products[product] + base.pure[product] for product in own}
+            doubled = _run(isolated, more, base.probabilities)
             if layout.sides and not _is_double(base.inputs[number], doubled.inputs[number]):
                 raise Unclear("what enters its softmax is more than the products of its queries and keys")
-            found[number] = [Softmax(number, own[0].product, True, False)]
-    return tuple(own[0] for _, own in sorted(found.items()))
+            whole.add(number)
+    if not found:
+        return ()
+    return tuple(
+        Softmax(len(parts), base.place(number, found[number][0]) if number in found else None, number in whole)
+        for number, parts in enumerate(base.parts)
+        if parts
+    )
 
 
 def _run(isolated: Isolated, answers: Mapping[int, Tensor], probabilities: Sequence[Tensor] = ()) -> _Numbered:
@@ -93,17 +100,14 @@ def _is_double(once: Tensor, twice: Tensor) -> bool:
     return deviation(*(x.masked_fill(once < HIDDEN, 0) for x in (2 * once, twice))) < 1e-3
 
 
-def _follows(change: Tensor, noise: Tensor, factor: Any) -> bool:
-    """Whether the input of a softmax changes by what a product changes, times a factor.
+def _follows(change: Tensor, before: Part, after: Part) -> bool:
+    """Whether the input of a softmax changes by what a product changes in it.
 
     What is subtracted from whole rows, such as their maximum, changes no probability, and does not count.
     """
-    if change.numel() != noise.numel():
+    expected = (after.factor * after.values - before.factor * before.values).nan_to_num()  # -inf beside the product
+    if expected.shape != change.shape:
         return False
-    try:
-        expected = (factor * noise.reshape(change.shape)).expand(change.shape)
-    except RuntimeError:
-        return False  # a factor of another shape
     visible = (change != 0).double()
     count = visible.sum(-1, keepdim=True)
 
@@ -119,7 +123,7 @@ class _Numbered(TorchFunctionMode):
     """Keeps products, also without what ``baddbmm`` adds, and softmaxes; answers some of them by others.
 
     Attributes:
-        factors: For every softmax, what multiplies products in its input.
+        parts: For every softmax, the products in its input.
         exponentials: The numbers of those that are exponentials.
     """
 
@@ -129,10 +133,9 @@ class _Numbered(TorchFunctionMode):
         self.pure: list[Tensor] = []
         self.inputs: list[Tensor] = []
         self.probabilities: list[Tensor] = []
-        self.factors: list[dict[int, Any]] = []
+        self.parts: list[tuple[Part, ...]] = []
         self.exponentials: set[int] = set()
         self._ways: Ways = []
-        self._versions: list[tuple[Tensor, int]] = []
         self._answers = answers
         self._probabilities = probabilities
 
@@ -140,26 +143,41 @@ class _Numbered(TorchFunctionMode):
         """Whether a product is another one in another run."""
         return not torch.equal(self.products[product], other.products[product])
 
-    def is_overwritten(self, product: int) -> bool:
-        """Whether the module has changed a product in place."""
-        out, version = self._versions[product]
-        return out._version != version
+    def place(self, softmax: int, product: int) -> int:
+        """Which of the products in the input of a softmax it is.
+
+        Raises:
+            Unclear: If it cannot be followed to there.
+        """
+        for place, part in enumerate(self.parts[softmax]):
+            if product in part.numbers and part.values is not None:
+                return place
+        raise Unclear(
+            "its logits cannot be measured: what is made of its products before the softmax cannot be followed"
+        )
+
+    def part(self, softmax: int, product: int) -> Part:
+        """A product in the input of a softmax."""
+        return self.parts[softmax][self.place(softmax, product)]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in SOFTMAXES or func in EXPONENTIALS:
             return self._softmax(func, args, kwargs)
+        before_in_place(self._ways, func, args, kwargs)
         out = func(*args, **kwargs)
+        if func in MATMULS:
+            return self._product(func, args, kwargs, out)
         follow(self._ways, func, args, kwargs, out)
-        return self._product(func, args, kwargs, out) if func in MATMULS else out
+        return out
 
     def _softmax(self, func: Any, args: Any, kwargs: Any) -> Tensor:
         logits = args[0] if args else kwargs["input"]
         self.inputs.append(logits.detach().clone())
-        self.factors.append(factors_in(self._ways, logits))
         number = len(self.probabilities)
         if func in EXPONENTIALS:
             self.exponentials.add(number)
+        self.parts.append(entering(self._ways, logits, func in EXPONENTIALS))
         out: Tensor = func(*args, **kwargs)
         out = self._probabilities[number].clone() if number < len(self._probabilities) else out
         self.probabilities.append(out.detach().clone())
@@ -171,6 +189,5 @@ class _Numbered(TorchFunctionMode):
         self.pure.append(without_addend(func, args, kwargs, out.detach().clone()))
         out = out if answer is None else answer.clone()  # the module may change it in place
         self.products.append(out.detach().clone())
-        self._versions.append((out.detach(), out._version))
-        self._ways.append((out, {number: 1.0}))
+        self._ways.append((out, (product_of(number, func, args, out.detach().clone()),)))
         return out

@@ -38,22 +38,18 @@ class Projection:
 
 @dataclass(frozen=True)
 class Softmax:
-    """One softmax over logits.
+    """One softmax over matrix products, of a module that attends by hand.
 
     Attributes:
-        number: Its number among the softmaxes of a forward.
-        product: The number of the product among the matrix products.
+        products: How many products its input is made of.
+        product: Which of them, in the order in which they are made, is that of queries and keys; ``None`` if none is.
         is_whole: Whether the whole input of the softmax is the logits, where they are several products. Else they are the
             product times the factors that follow it.
-        is_overwritten: Whether the module changes the product in place, as ``logits += mask`` does.
-        sinks: How many columns stand before the product in the input of the softmax; some may stand behind it too.
     """
 
-    number: int
-    product: int
-    is_whole: bool
-    is_overwritten: bool
-    sinks: int = 0
+    products: int
+    product: int | None
+    is_whole: bool = False
 
 
 class HeadAxis(NamedTuple):

@@ -217,6 +217,13 @@ class Trace(TorchFunctionMode):
             call.pairs.append((product.query, product.key))
         if len(call.pairs) == 1 and self._sums:
             _take_factor(call, main, logits)
+        others = [
+            p
+            for p in products
+            if p is not main and p.lead == main.lead and p.query.requires_grad and p.key.requires_grad
+        ]
+        if others and not self._sums:  # they are no bias: weights make both factors
+            call.problem = call.problem or "what enters its softmax is more than the products of its queries and keys"
         if logits.shape[dim] < min(main.out.shape[-2:]):
             call.problem = call.problem or f"of {tuple(main.out.shape)} logits it weighs {logits.shape[dim]} at a time"
         self.calls.append(call)

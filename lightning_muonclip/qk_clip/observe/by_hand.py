@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -13,23 +14,26 @@ from lightning_muonclip.qk_clip.describe.follow import (
     EXPONENTIALS,
     MATMULS,
     SOFTMAXES,
+    Part,
     Ways,
-    factors_in,
+    before_in_place,
+    entering,
     follow,
+    maxima_of,
+    product_of,
     without_addend,
-    without_sinks,
 )
 from lightning_muonclip.qk_clip.describe.spec import Softmax
 from lightning_muonclip.qk_clip.observe.watch import Watch
 
 
 class Measure(TorchFunctionMode):
-    """Counts products and softmaxes, and records the logits of those that the spec names."""
+    """Follows products to softmaxes, and records the logits of those that the spec names."""
 
     def __init__(self, watch: Watch) -> None:
         super().__init__()
         self.watch = watch
-        self.products: dict[int, Tensor] = {}
+        self.softmaxes = watch.softmaxes
         self.ways: Ways = []
         self.number_of_products = 0
         self.number_of_softmaxes = 0
@@ -37,43 +41,71 @@ class Measure(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in SOFTMAXES or func in EXPONENTIALS:
-            _measure(self, args[0] if args else kwargs["input"], EXPONENTIALS.get(func, 1.0))
-            self.number_of_softmaxes += 1
+            _measure(self, args[0] if args else kwargs["input"], func)
             return func(*args, **kwargs)
+        if func is Tensor.unflatten:
+            func = torch.unflatten  # torch.compile cannot trace the method under a mode
+        before_in_place(self.ways, func, args, kwargs)
         out = func(*args, **kwargs)
-        follow(self.ways, func, args, kwargs, out)
         if func in MATMULS:
-            for softmax in self.watch.softmaxes:
-                if softmax.product == self.number_of_products and not softmax.is_whole:
-                    product = without_addend(func, args, kwargs, out.detach())
-                    self.products[softmax.product] = product.clone() if softmax.is_overwritten else product
-                    self.ways.append((out, {softmax.product: 1.0}))
+            product = without_addend(func, args, kwargs, out.detach())
+            self.ways.append((out, (product_of(self.number_of_products, func, args, product),)))
             self.number_of_products += 1
+        else:
+            follow(self.ways, func, args, kwargs, out)
         return out
 
 
-def _measure(mode: Measure, logits: Tensor, log_base: float) -> None:
-    # Not a method of the mode: torch.compile cannot trace a bound one.
-    for softmax in mode.watch.softmaxes:
-        if softmax.number == mode.number_of_softmaxes:
-            mode.watch.record_all(log_base * _maxima(mode, softmax, logits)[None], "softmax")
-    if mode.watch.softmaxes and mode.watch.softmaxes[-1].number == mode.number_of_softmaxes:
-        mode.ways, mode.products = [], {}  # nothing is kept for long
+# Not methods of the mode: torch.compile cannot trace a bound one.
+
+
+def _measure(mode: Measure, logits: Tensor, func: Any) -> None:
+    parts = entering(mode.ways, logits, func in EXPONENTIALS)
+    if not parts:
+        return
+    number = mode.number_of_softmaxes
+    mode.number_of_softmaxes += 1
+    if mode.softmaxes and number >= len(mode.softmaxes) and not _are_alike(mode.softmaxes):
+        return  # it is an error, once the forward is over
+    if mode.softmaxes:
+        softmax = mode.softmaxes[min(number, len(mode.softmaxes) - 1)]
+    else:  # it was read in a forward that called a function
+        softmax = Softmax(len(parts), 0, is_whole=len(parts) > 1)
+    if softmax.products != len(parts):
+        raise _unlike(mode)
+    if softmax.product is not None:
+        maxima = EXPONENTIALS.get(func, 1.0) * _maxima(mode, softmax, parts[softmax.product], logits)
+        mode.watch.record_all(maxima[None], "softmax")
 
 
 @torch.no_grad()
-def _maxima(mode: Measure, softmax: Softmax, logits: Tensor) -> Tensor:
-    visible = logits.detach() > HIDDEN
-    if softmax.is_whole:
-        logits = logits.detach()
-    else:
-        factors = factors_in(mode.ways, logits)
-        if softmax.product not in factors:
-            raise RuntimeError(
-                f"the logits of attention {mode.watch.recorders[0].name!r} cannot be measured: they are made in another way"
-                f" than in the forward in which it was read. Skip it with specs={{{mode.watch.recorders[0].name!r}: None}}"
-            )
-        product = mode.products[softmax.product]
-        visible = without_sinks(visible, product, softmax.sinks)
-        logits = factors[softmax.product] * product.reshape(visible.shape)
-    return logits.masked_fill(~visible, float("-inf")).amax((-2, -1))
+def _maxima(mode: Measure, softmax: Softmax, part: Part, logits: Tensor) -> Tensor:
+    if part.values is None:
+        raise _unlike(mode)
+    logits = logits.detach()
+    visible = (logits > HIDDEN) & (part.values > -math.inf)
+    logits = logits if softmax.is_whole else part.factor * part.values
+    return maxima_of(part, logits.masked_fill(~visible, -math.inf))
+
+
+def check_end(mode: Measure) -> None:
+    """Refuses a forward with another number of softmaxes than the one that was read, unless it has none.
+
+    Raises:
+        RuntimeError: If it has.
+    """
+    if mode.number_of_softmaxes not in (0, len(mode.softmaxes)) and not _are_alike(mode.softmaxes):
+        raise _unlike(mode)
+
+
+def _are_alike(softmaxes: tuple[Softmax, ...]) -> bool:
+    """Whether any number of softmaxes is told by one."""
+    return len(set(softmaxes)) == 1
+
+
+def _unlike(mode: Measure) -> RuntimeError:
+    name = mode.watch.recorders[0].name
+    return RuntimeError(
+        f"the logits of attention {name!r} cannot be measured: they are made in another way than in the forward in which it"
+        f" was read. Skip it with specs={{{name!r}: None}}"
+    )

@@ -23,7 +23,7 @@ from lightning_muonclip.qk_clip.intercept.calls import attention_calls
 from lightning_muonclip.qk_clip.intercept.listener import current_listener, running, unrecorded
 from lightning_muonclip.qk_clip.intercept.patches import Place
 from lightning_muonclip.qk_clip.intercept.torch_functions import AnySdpa
-from lightning_muonclip.qk_clip.observe.by_hand import Measure
+from lightning_muonclip.qk_clip.observe.by_hand import Measure, check_end
 from lightning_muonclip.qk_clip.observe.recorder import ReportsMaxLogits
 from lightning_muonclip.qk_clip.observe.watch import Watch
 
@@ -134,8 +134,11 @@ def _patch_forward(original: Callable[..., Any]) -> Callable[..., Any]:
             with AnySdpa(), Measure(watch):
                 return original(module, *args, **kwargs)
         if watch.softmaxes:  # which measure all there is
-            with Measure(watch):
-                return unrecorded(original, module, *args, **kwargs)
+            measure = Measure(watch)
+            with measure:
+                output = unrecorded(original, module, *args, **kwargs)
+            check_end(measure)
+            return output
         return original(module, *args, **kwargs)
 
     return forward

@@ -50,13 +50,17 @@ class Recorder:
         """
         maxima = maxima if maxima.ndim > 1 else maxima[:, None]  # one head has no index of its own
         axes = self.spec.head_axes or (HeadAxis(1, maxima.shape[-1]),)  # of this rank
-        heads = []
-        for axis, count, is_inner in axes:
-            dim = maxima.ndim - axis
-            size = maxima.shape[dim] // count
-            maxima = maxima.unflatten(dim, (size, count) if is_inner else (count, size))
-            heads.append(dim + is_inner - maxima.ndim)
-        others = [dim for dim in range(1, maxima.ndim) if dim - maxima.ndim not in heads]
+        shape, heads = [maxima.shape[0]], []
+        for dim in range(1, maxima.ndim):
+            size = maxima.shape[dim]
+            own = [(count, is_inner) for axis, count, is_inner in axes if axis == maxima.ndim - dim]
+            for count, is_inner in own:
+                heads.append(len(shape) + is_inner)
+                shape += (size // count, count) if is_inner else (count, size // count)
+            if not own:
+                shape.append(size)
+        maxima = maxima.reshape(shape)
+        others = [dim for dim in range(1, len(shape)) if dim not in heads]
         self.record(maxima.amax(others).flatten(1), source)
 
     def record(self, maxima: Tensor, source: str) -> None:

@@ -74,7 +74,7 @@ def test_another_name_of_sdpa_is_seen_from_the_first_forward_on(alias: str, is_r
         sees(qk_clip, attention, 3 * x)
 
 
-@pytest.mark.parametrize("attends", [(by_hand, by_function), (by_function, ALIASES["partial"])])
+@pytest.mark.parametrize("attends", [(by_hand, by_function), (by_function, by_hand), (by_function, ALIASES["partial"])])
 @pytest.mark.parametrize("is_root", [True, False])
 def test_a_module_may_attend_in_several_ways(attends: tuple[Attend, ...], is_root: bool) -> None:
     attention, x = Told(*attends), torch.randn(2, 5, 16)

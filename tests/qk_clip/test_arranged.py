@@ -1,0 +1,164 @@
+"""Attention by hand whose logits are elsewhere than in the product, in several pieces, or among other products."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_muonclip import QKClip
+
+HEADS, DIM, WIDTH = 4, 4, 16
+
+#: Attention of queries, keys and values of shape (batch, heads, length, DIM).
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Attends(nn.Module):
+    def __init__(self, attend: Attend) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.query, self.key, self.value = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.attend = attend
+
+    def parts(self, x: Tensor) -> list[Tensor]:
+        return [p(x).unflatten(-1, (HEADS, DIM)).transpose(1, 2) for p in (self.query, self.key, self.value)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attend(*self.parts(x)).transpose(1, 2).flatten(2)
+
+    @torch.no_grad()
+    def expected(self, x: Tensor) -> Tensor:
+        query, key, _ = self.parts(x)
+        return (query @ key.mT / 2).amax((0, 2, 3))
+
+
+def batch_inside(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    q, k = (x.transpose(0, 1).flatten(0, 1) for x in (query, key))
+    logits = (torch.bmm(q, k.mT) / 2).view(HEADS, len(query), q.shape[1], q.shape[1])
+    return (logits.softmax(-1) @ value.transpose(0, 1)).transpose(0, 1)
+
+
+def heads_last(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    logits = torch.einsum("bhid,bhjd->bijh", query, key) / 2
+    return torch.einsum("bijh,bhjd->bhid", logits.softmax(2), value)
+
+
+def permuted(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    logits = (query @ key.mT / 2).permute(0, 2, 3, 1)
+    return logits.softmax(2).permute(0, 3, 1, 2) @ value
+
+
+def rows_together(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    logits = query @ key.mT / 2
+    return logits.flatten(0, 2).softmax(-1).view_as(logits) @ value
+
+
+def one_key_at_a_time(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    every = key[:, :, None].expand(-1, -1, query.shape[2], -1, -1)
+    logits = (query.unsqueeze(-2) @ every.mT).squeeze(-2) / 2
+    return logits.softmax(-1) @ value
+
+
+def sample_by_sample(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return torch.stack([(q @ k.mT / 2).softmax(-1) @ v for q, k, v in zip(query, key, value)])
+
+
+def chunks_of_queries(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return torch.cat([(q @ key.mT / 2).softmax(-1) @ value for q in query.split(3, 2)], 2)
+
+
+def chunks_of_logits(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    logits = query @ key.mT / 2
+    return torch.cat([part.softmax(-1) @ value for part in logits.split(2, 2)], 2)
+
+
+def joined_chunks(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return torch.cat([q @ key.mT for q in query.split(3, 2)], 2).div(2).softmax(-1) @ value
+
+
+def put_into_a_buffer(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    length = query.shape[2]
+    logits = query.new_full((*query.shape[:3], length + 1), 0.5)  # and a sink
+    for start in range(0, length, 2):
+        logits[:, :, start : start + 2, :-1] = query[:, :, start : start + 2] @ key.mT / 2
+    return logits.softmax(-1)[..., :-1] @ value
+
+
+def padded(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    logits = F.pad(query @ key.mT / 2, (1, 0), value=0.5)
+    return logits.softmax(-1)[..., 1:] @ value
+
+
+def in_place(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    logits = query @ key.mT
+    logits.mul_(0.5)
+    logits += torch.arange(key.shape[2]).to(logits)
+    return logits.softmax(-1) @ value
+
+
+def grouped(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    q, k = (x.unflatten(1, (2, 2)) for x in (query, key))
+    return ((q @ k.mT / 2).softmax(-1)).flatten(1, 2) @ value
+
+
+def beside_others(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Longer inputs have another product, a softmax of their own, and another one by hand."""
+    if query.shape[2] > 5:
+        other = query @ query.mT
+        value = value + 0 * (other.sum() + value.softmax(-1).sum() + value.exp().sum())
+    return (query @ key.mT / 2).softmax(-1) @ value
+
+
+WAYS: list[Attend] = [
+    *(batch_inside, heads_last, permuted, rows_together, one_key_at_a_time, sample_by_sample, chunks_of_queries),
+    *(chunks_of_logits, joined_chunks, put_into_a_buffer, padded, in_place, grouped, beside_others),
+]
+
+
+def inputs(batch: int, length: int) -> Tensor:
+    x = torch.randn(batch, length, WIDTH, generator=torch.Generator().manual_seed(batch))
+    return x * torch.linspace(0.5, 2, batch)[:, None, None]
+
+
+@pytest.mark.parametrize("attend", WAYS)
+def test_every_head_has_its_own_maximum_in_every_forward(attend: Attend) -> None:
+    model = Attends(attend)
+    threshold = float(model.expected(inputs(4, 4)).median())
+    with QKClip(model, threshold) as qk_clip:
+        for batch, length in ((4, 4), (3, 8), (8, 5), (4, 4)):  # sizes that could be mistaken for one another
+            x = inputs(batch, length)
+            model(x)
+            assert qk_clip.sides == {"": "q and k"}
+            expected = model.expected(x)
+            torch.testing.assert_close(qk_clip.max_logits[0], expected, rtol=1e-5, atol=1e-6)
+            qk_clip.step()
+            torch.testing.assert_close(model.expected(x), expected.clamp(max=threshold), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("attend", [batch_inside, heads_last, chunks_of_queries, in_place])
+def test_it_stays_one_graph(attend: Attend) -> None:
+    model, x = Attends(attend), inputs(2, 6)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with QKClip(model, 1e9) as qk_clip:
+        for _ in range(3):
+            compiled(x)
+            torch.testing.assert_close(qk_clip.step().max_logits[0], model.expected(x), rtol=1e-5, atol=1e-6)
+
+
+def test_another_way_than_the_one_that_was_read_is_an_error() -> None:
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        logits = query @ key.mT / 2
+        if query.shape[2] > 5:
+            logits = logits + query @ value.mT
+        return logits.softmax(-1) @ value
+
+    model = Attends(attend)
+    with QKClip(model, 1e9):
+        model(inputs(2, 5))
+        with pytest.raises(RuntimeError, match="in another way than in the forward in which it was read"):
+            model(inputs(2, 6))
