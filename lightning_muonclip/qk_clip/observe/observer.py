@@ -126,8 +126,8 @@ class Observer:
             watch = watch_of(recorder.module)
             if recorder not in watched:
                 watch.add(recorder)
-                listen(watch, recorder.module, is_entered=recorder.module is entered)
                 self._watched.append((weakref.ref(watch), weakref.ref(recorder)))
+                listen(watch, recorder.module, is_entered=recorder.module is entered)
             if recorder.module in found and recorder.spec.softmaxes:
                 run_under_modes(watch, recorder.module)
 

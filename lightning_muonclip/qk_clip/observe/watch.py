@@ -109,7 +109,8 @@ class Watch:
     def record_all(self, maxima: Tensor, source: str) -> None:
         """Records the maxima of one call, one for every leading index of the queries, after a dimension of 1 or 2."""
         for recorder in self._recording(maxima):
-            recorder.record_all(maxima, source)
+            if maxima.numel():  # of an empty batch there is none
+                recorder.record_all(maxima, source)
 
     def _recording(self, maxima: Tensor) -> list[Recorder]:
         """The recorders that take the maxima of a call."""

@@ -107,6 +107,7 @@ def test_an_empty_batch_tells_nothing(attend: Attend, is_root: bool) -> None:
         model(x[:0])
         assert qk_clip.layers == []
         model(x)
+        model(x[:0])
         sees(qk_clip, attention, x)
         assert int(qk_clip.step().clipped_heads) > 0
 
