@@ -300,7 +300,8 @@ class QKClip:
         if unseen or not (self.layers or is_left_alone):
             warnings.warn(
                 f"no logits were recorded in {', '.join(unseen) or 'the model'}, so QK-Clip does not act there. The modules"
-                " were not called, or are in eval mode, as from_pretrained of Hugging Face returns them; call model.train()",
+                " were not called, had an empty batch, or are in eval mode, as from_pretrained of Hugging Face returns"
+                " them; call model.train()",
                 stacklevel=4,
             )
 

@@ -851,7 +851,7 @@ def test_a_failed_observer_restores_everything(name: str, monkeypatch: pytest.Mo
     def fails(*_: Any) -> Any:
         raise RuntimeError("no room")
 
-    for place in ("watch.attention_calls", "discovery.find_attention", "observer.Recorder"):
+    for place in ("forwards.attention_calls", "discovery.find_attention", "observer.Recorder"):
         monkeypatch.setattr(f"lightning_muonclip.qk_clip.observe.{place}", fails)
         with pytest.raises(RuntimeError, match="no room"):
             QKClip(model, example=EXAMPLE)

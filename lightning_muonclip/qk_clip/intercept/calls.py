@@ -14,6 +14,7 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import nn
+from torch.overrides import get_overridable_functions
 
 from lightning_muonclip.qk_clip.intercept.hugging_face import interface_places
 from lightning_muonclip.qk_clip.intercept.patches import Patch, Place, original_of
@@ -22,6 +23,7 @@ from lightning_muonclip.qk_clip.intercept.torch_functions import patch_flex, pat
 
 def attention_calls(cls: type[nn.Module]) -> Iterator[Place]:
     """Every place where modules of this class may look up an attention function."""
+    get_overridable_functions()  # by which torch.compile knows what modes see; once, before a patch is in the place of one
     yield F, "scaled_dot_product_attention", patch_sdpa
     yield F, "multi_head_attention_forward", patch_multi_head
     for scope in _scopes(cls):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 from lightning_muonclip.kernels.measure import Logits
@@ -31,3 +32,14 @@ def unrecorded(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return function(*args, **kwargs)
     finally:
         running.pop()
+
+
+@contextmanager
+def apart_from_running() -> Iterator[None]:
+    """Runs other forwards in the middle of those that are running, which go on afterwards."""
+    outer = list(running)
+    running.clear()
+    try:
+        yield
+    finally:
+        running[:] = outer

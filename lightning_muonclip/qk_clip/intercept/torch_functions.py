@@ -11,10 +11,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from lightning_muonclip.kernels.flash import FlashCalls, flash_call
 from lightning_muonclip.kernels.hidden import HIDDEN
-from lightning_muonclip.kernels.log_sum_exp import attention_with_log_sum_exp, bounds_of_logits
+from lightning_muonclip.kernels.log_sum_exp import SDPA, attention_with_log_sum_exp, bounds_of_logits
 from lightning_muonclip.kernels.measure import Logits
 from lightning_muonclip.qk_clip.intercept.listener import Listener, current_listener, unrecorded
 
@@ -47,13 +48,23 @@ def patch_sdpa(original: Callable[..., Any]) -> Callable[..., Any]:
         listener = current_listener()
         if listener is None:
             return original(*args, **kwargs)
-        output, log_sum_exp = attention_with_log_sum_exp(original, *args, **kwargs)
+        output, log_sum_exp = unrecorded(attention_with_log_sum_exp, original, *args, **kwargs)
         measure(listener, log_sum_exp, *args, **kwargs)
         return output
 
     patched: Any = scaled_dot_product_attention
     patched.watches = patched, original  # itself, since whoever wraps it may copy its attributes
     return scaled_dot_product_attention
+
+
+_any_sdpa = patch_sdpa(SDPA)
+
+
+class AnySdpa(TorchFunctionMode):
+    """Listens to ``scaled_dot_product_attention`` under every name that a caller may have for it."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return (_any_sdpa if func is SDPA else func)(*args, **(kwargs or {}))
 
 
 def patch_multi_head(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from lightning_muonclip.kernels.hidden import HIDDEN
@@ -26,38 +24,7 @@ from lightning_muonclip.qk_clip.describe.follow import (
     without_addend,
 )
 from lightning_muonclip.qk_clip.describe.spec import Softmax
-from lightning_muonclip.qk_clip.intercept.listener import current_listener, unrecorded
-from lightning_muonclip.qk_clip.intercept.patches import Place
 from lightning_muonclip.qk_clip.observe.watch import Watch
-
-
-def measure_by_hand(watch: Watch, module: nn.Module, *, is_entered: bool) -> None:
-    """Measures the forwards of a module; also the one that is about to run, too late for a patch, if it is entered."""
-    watch.patches.add(_forward_of(type(module)))
-    torch.compiler.reset()  # code compiled earlier would not call the patched forward
-    if is_entered and watch.logits is not None:
-        watch.mode = Measure(watch)
-        watch.mode.__enter__()
-
-
-def _forward_of(cls: type[nn.Module]) -> Iterator[Place]:
-    """Where to patch the forward of a class, so that its recorded modules run it under :class:`Measure`."""
-    yield next(base for base in cls.__mro__ if "forward" in vars(base)), "forward", _patch_forward
-
-
-def _patch_forward(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        watch: Any = current_listener()
-        if watch is None or not watch.is_of(module) or not watch.softmaxes:
-            return original(module, *args, **kwargs)
-        measure = Measure(watch)
-        with measure:
-            output = unrecorded(original, module, *args, **kwargs)
-        _check_end(measure)
-        return output
-
-    return forward
 
 
 class Measure(TorchFunctionMode):
@@ -98,9 +65,12 @@ def _measure(mode: Measure, logits: Tensor, func: Any) -> None:
         return
     number = mode.number_of_softmaxes
     mode.number_of_softmaxes += 1
-    if number >= len(mode.softmaxes) and not _are_alike(mode.softmaxes):
+    if mode.softmaxes and number >= len(mode.softmaxes) and not _are_alike(mode.softmaxes):
         return  # it is an error, once the forward is over
-    softmax = mode.softmaxes[min(number, len(mode.softmaxes) - 1)]
+    if mode.softmaxes:
+        softmax = mode.softmaxes[min(number, len(mode.softmaxes) - 1)]
+    else:  # it was read in a forward that called a function
+        softmax = Softmax(len(parts), 0, is_whole=len(parts) > 1)
     if softmax.products != len(parts):
         raise _unlike(mode)
     if softmax.product is not None:
@@ -118,8 +88,13 @@ def _maxima(mode: Measure, softmax: Softmax, part: Part, logits: Tensor) -> Tens
     return maxima_of(part, logits.masked_fill(~visible, -math.inf))
 
 
-def _check_end(mode: Measure) -> None:
-    if mode.number_of_softmaxes != len(mode.softmaxes) and not _are_alike(mode.softmaxes):
+def check_end(mode: Measure) -> None:
+    """Refuses a forward with another number of softmaxes than the one that was read, unless it has none.
+
+    Raises:
+        RuntimeError: If it has.
+    """
+    if mode.number_of_softmaxes not in (0, len(mode.softmaxes)) and not _are_alike(mode.softmaxes):
         raise _unlike(mode)
 
 

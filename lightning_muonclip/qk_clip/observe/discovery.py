@@ -13,7 +13,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from lightning_muonclip.qk_clip.describe.declared import (
@@ -25,6 +26,7 @@ from lightning_muonclip.qk_clip.describe.declared import (
     is_inside,
     named_modules,
     named_parameters,
+    unwrapped,
 )
 from lightning_muonclip.qk_clip.describe.describe import Found
 from lightning_muonclip.qk_clip.describe.find import Example, find_attention, spec_of, watched_spec
@@ -32,6 +34,7 @@ from lightning_muonclip.qk_clip.describe.fused import FusedWeight, FusedWeights
 from lightning_muonclip.qk_clip.describe.spec import AttentionSpec
 from lightning_muonclip.qk_clip.describe.survey import NO_PRODUCT, NO_SOFTMAX
 from lightning_muonclip.qk_clip.intercept.calls import attends_by_interface
+from lightning_muonclip.qk_clip.intercept.listener import apart_from_running
 from lightning_muonclip.qk_clip.observe.eager import eager
 from lightning_muonclip.qk_clip.observe.recorder import ReportsMaxLogits
 from lightning_muonclip.qk_clip.owned import Owned, has_part_of
@@ -64,36 +67,69 @@ class Discovery:
         self._unknown = unknown
         self._owned = owned
         self._observer_adds = weakref.WeakMethod(add)  # no cycle: what nobody holds ends at once
-        #: The display names of all modules.
-        self.names = {module: name for name, module in named_modules(model).items()}
+        self._root, self._specs = unwrapped(model), by_display_name(specs)
         described = declared_attention(model, specs)
         trained = [name for name, param in named_parameters(model).items() if param.requires_grad]
-        asked = [by_display_name(specs), {name: spec for name, (_, spec) in described.items()}, unknown, trained]
+        asked = [self._specs, {name: spec for name, (_, spec) in described.items()}, unknown, trained]
         #: A hash of what inference depends on beside the model.
         self.asked = hashlib.sha256(repr(asked).encode()).hexdigest()
         #: Modules that the user leaves alone.
-        self.left_alone = [name for name, spec in by_display_name(specs).items() if spec is None]
+        self.left_alone = [name for name, spec in self._specs.items() if spec is None]
+        #: The display names of all modules, in ``named_modules`` order.
+        self.names: dict[nn.Module, str] = {}
         #: Described modules that may attend by hand, so that it must be found where they have their logits.
-        self._described = {
-            module: spec
-            for module, spec in described.values()
-            if not (isinstance(module, ReportsMaxLogits) or spec.softmaxes or attends_by_interface(type(module)))
-        }
+        self._described: dict[nn.Module, AttentionSpec] = {}
         #: Modules of which a survey need tell nothing.
-        self._alone = self._inside([n for n, (m, _) in described.items() if m not in self._described] + self.left_alone)
+        self._alone: set[nn.Module] = set()
         #: Weights that hold several matrices, by display name; another dictionary whenever one is found.
         self.fused: FusedWeights = {}
         self.has_surveyed = False
         self._is_surveying = False
-        self._forwards = {module: vars(module).get("forward") for module in self.names}
+        self._forwards: dict[nn.Module, Any] = {}
         self._handles: dict[nn.Module, RemovableHandle] = {}
         self._all_handles: list[RemovableHandle] = []
         weakref.finalize(self, _remove, self._all_handles)
-        self._watch(self.names)
         #: Whether ranks may find different attention.
-        self.may_differ = bool(self._handles.keys() - self._inside(described))
+        self.may_differ = False
+        self._take_up(described)
         if self._handles:
             eager.acquire(self)
+
+    def look_again(self) -> None:
+        """Takes up the modules that the model has got since, and drops those that it has no more."""
+        if self._modules == set(self._root.modules()):
+            return
+        before = self.names
+        own = named_modules(self._root)
+        declared = declared_attention(self._root, {name: spec for name, spec in self._specs.items() if name in own})
+        described = {name: (module, spec) for name, (module, spec) in declared.items() if module not in before}
+        self._take_up(described)
+        torch.compiler.reset()  # code compiled meanwhile would not call their hooks
+        eager.acquire(self)
+        self._add(described, None)
+
+    def _take_up(self, described: AttentionModules) -> None:
+        """Lets all modules that are new, some of which the user describes, wait for their first forward."""
+        known = self.names
+        self._modules = set(self._root.modules())
+        self.names = {module: name for name, module in named_modules(self._root).items()}
+        self._described |= {
+            module: spec
+            for module, spec in described.values()
+            if not (isinstance(module, ReportsMaxLogits) or spec.softmaxes or attends_by_interface(type(module)))
+        }
+        alone = [name for name, (module, _) in described.items() if module not in self._described]
+        self._alone = self._inside([*alone, *self.left_alone]) | (self._alone & self.names.keys())
+        inside = {self.names[module] for module in self._alone}
+        for module, name in self.names.items():  # what is around comes first
+            if module not in known and name.rpartition(".")[0] in inside:
+                self._alone.add(module)
+                inside.add(name)
+        self._forwards = {module: self._forwards.get(module, vars(module).get("forward")) for module in self.names}
+        for module in self._handles.keys() - self.names.keys():
+            self._handles.pop(module).remove()
+        self._watch(module for module in self.names if module not in known)
+        self.may_differ = self.may_differ or bool(self._handles.keys() - self._inside(described))
 
     def survey(self, root: nn.Module, example: Example, *, is_entered: bool = False) -> None:
         """Finds and infers all attention that a module computes on these inputs.
@@ -110,10 +146,12 @@ class Discovery:
             eager.release(self)
         self._is_surveying = True
         try:
-            search = find_attention(root, example, self._described, self._alone)
+            with apart_from_running():  # another observer may have begun to listen to this very forward
+                search = find_attention(root, example, self._described, self._alone)
         finally:
             self._is_surveying = False
         self.has_surveyed = True
+        self.look_again()  # its forward may have made some
         if search.fused:
             prefix = self.names.get(root, "")
             own = {display_name(f"{prefix}.{name}".lstrip(".")): parts for name, parts in search.fused.items()}
@@ -195,7 +233,7 @@ class Discovery:
         forward = vars(module).get("forward")  # Lightning puts the bound method back, which was not there before
         is_own = forward is self._forwards[module] or getattr(forward, "__self__", None) is module
         is_trained = module.training and not torch.is_inference_mode_enabled()
-        if is_trained and is_own and not self._is_surveying and has_values((args, kwargs, list(module.parameters()))):
+        if is_trained and is_own and not self._is_surveying and _tells((args, kwargs), module):
             self.survey(module, (args, kwargs), is_entered=True)
 
     def doubt(self, name: str, module: nn.Module, spec: AttentionSpec, reason: str) -> None:
@@ -242,6 +280,14 @@ class Discovery:
         """The modules of these names, and all inside them."""
         roots = list(outer)
         return {m for m, name in self.names.items() if any(is_inside(name, root) for root in roots)}
+
+
+def _tells(example: Any, module: nn.Module) -> bool:
+    """Whether a forward tells how a module attends: there are numbers, and samples, and the weights are its own."""
+    params = list(module.parameters())
+    is_empty = any(isinstance(leaf, Tensor) and leaf.ndim and not len(leaf) for leaf in tree_leaves(example))
+    # torch.func.functional_call may lend it tensors that are no parameters.
+    return not is_empty and all(isinstance(param, nn.Parameter) for param in params) and has_values((example, params))
 
 
 def _remove(handles: list[RemovableHandle]) -> None:

@@ -8,6 +8,7 @@ own are measured between the two (see :mod:`~lightning_muonclip.qk_clip.observe.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Collection
 from typing import Any
 
 import torch.distributed as dist
@@ -18,15 +19,14 @@ from lightning_muonclip.qk_clip.describe.declared import (
     AttentionModules,
     Specs,
     declared_attention,
-    named_modules,
     unwrapped,
 )
 from lightning_muonclip.qk_clip.describe.find import Example
 from lightning_muonclip.qk_clip.describe.fused import FusedWeights
 from lightning_muonclip.qk_clip.describe.isolate import device_of
 from lightning_muonclip.qk_clip.intercept.listener import running
-from lightning_muonclip.qk_clip.observe.by_hand import measure_by_hand
 from lightning_muonclip.qk_clip.observe.discovery import Discovery
+from lightning_muonclip.qk_clip.observe.forwards import listen, run_under_modes
 from lightning_muonclip.qk_clip.observe.ledger import Ledger
 from lightning_muonclip.qk_clip.observe.recorder import Recorder
 from lightning_muonclip.qk_clip.observe.watch import Watch, watch_of
@@ -78,7 +78,6 @@ class Observer:
         self.fused: FusedWeights = {}
         self._logits = logits
         self._agreed: AttentionModules | None = None
-        self._order = {name: number for number, name in enumerate(named_modules(model))}
         # Weak, since a module may hold an optimizer that holds this.
         self._watched: list[tuple[weakref.ref[Watch], weakref.ref[Recorder]]] = []
         weakref.finalize(self, _stop, self._watched)  # what nobody holds does not observe
@@ -100,29 +99,37 @@ class Observer:
             found: The modules and their specs.
             entered: A module whose forward is about to run, too late for another hook.
         """
-        new = {name: own for name, own in found.items() if name not in self.attention}
-        before = dict(zip(self.attention, self.recorders))
-        attention = sorted({**self.attention, **found}.items(), key=lambda item: self._order[item[0]])
-        self.attention = dict(attention)
+        before = {recorder.module: recorder for recorder in self.recorders}
+        specs = {module: spec for module, spec in (*self.attention.values(), *found.values())}
+        self.attention = {
+            name: (module, specs[module]) for module, name in self.discovery.names.items() if module in specs
+        }
+        attention = self.attention.items()
         self.ledger = self.ledger.rearranged(
             [spec.num_heads for _, (_, spec) in attention],
-            [before[name].row if name in before else None for name, _ in attention],
+            [before[module].row if module in before else None for _, (module, _) in attention],
         )
         self.recorders = [
-            before.get(name) or Recorder(name, module, spec, self._logits) for name, (module, spec) in attention
+            before.pop(module) if module in before else Recorder(name, module, spec, self._logits)
+            for name, (module, spec) in attention
         ]
-        for row, (recorder, (_, (_, spec))) in enumerate(zip(self.recorders, attention)):
-            recorder.row, recorder.ledger, recorder.spec = row, self.ledger, spec
+        for row, (recorder, (name, (_, spec))) in enumerate(zip(self.recorders, attention)):
+            recorder.row, recorder.ledger, recorder.spec, recorder.name = row, self.ledger, spec, name
             recorder.active, recorder.threshold = self.active, self.threshold
-        if self._logits == "off":
-            return
+        if self._logits != "off":
+            self._watch({module for module, _ in found.values()}, entered)
+            _stop(self._watched, of=before)  # which the model has no more
+
+    def _watch(self, found: set[nn.Module], entered: nn.Module | None) -> None:
+        watched = {recorder() for _, recorder in self._watched}
         for recorder in self.recorders:
-            watch, is_entered = watch_of(recorder.module), recorder.module is entered
-            if recorder.name in new:
-                watch.add(recorder, is_entered=is_entered)
+            watch = watch_of(recorder.module)
+            if recorder not in watched:
+                watch.add(recorder)
                 self._watched.append((weakref.ref(watch), weakref.ref(recorder)))
-            if recorder.name in found and recorder.spec.softmaxes:
-                measure_by_hand(watch, recorder.module, is_entered=is_entered)
+                listen(watch, recorder.module, is_entered=recorder.module is entered)
+            if recorder.module in found and recorder.spec.softmaxes:
+                run_under_modes(watch, recorder.module)
 
     def settle(self, group: dist.ProcessGroup | None = None, *, again: bool = False) -> AttentionModules:
         """The attention that all ranks know, the same on each. A collective call the first time, if they may differ.
@@ -132,6 +139,7 @@ class Observer:
             again: Whether to exchange anew what each rank has found; of different answers, that of the lowest rank counts.
         """
         self.discovery.close_step()
+        self.discovery.look_again()
         if not has_others(group):
             self.fused = self.discovery.fused
             return self.attention
@@ -186,9 +194,12 @@ class Observer:
         return type(None), ()  # a copy observes nothing
 
 
-def _stop(watched: list[tuple[weakref.ref[Watch], weakref.ref[Recorder]]]) -> None:
-    """Ends what an observer has begun; not a method, since it outlives the observer."""
-    for watch, recorder in ((of(), own()) for of, own in watched):
-        if watch is not None and recorder is not None:
+def _stop(
+    watched: list[tuple[weakref.ref[Watch], weakref.ref[Recorder]]], of: Collection[nn.Module] | None = None
+) -> None:
+    """Ends what an observer has begun, of some modules or of all; not a method, since it outlives the observer."""
+    for refs in list(watched):
+        watch, recorder = refs[0](), refs[1]()
+        if watch is not None and recorder is not None and (of is None or recorder.module in of):
+            watched.remove(refs)
             watch.remove(recorder)
-    watched.clear()

@@ -7,13 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from lightning_muonclip.kernels.max_logits import max_logits
 from lightning_muonclip.kernels.measure import Logits, is_bound, measure_max_logits, scale_of
 from lightning_muonclip.qk_clip.describe.spec import Softmax
-from lightning_muonclip.qk_clip.intercept.calls import attention_calls
-from lightning_muonclip.qk_clip.intercept.listener import running
 from lightning_muonclip.qk_clip.intercept.patches import Patches
 from lightning_muonclip.qk_clip.observe.recorder import Recorder, ReportsMaxLogits
 from lightning_muonclip.values import has_values
@@ -27,24 +24,25 @@ _ATTRIBUTE = "_max_logits_watch"
 
 
 class Watch:
-    """Hooks and patches of one module, from its first recorder to its last.
+    """What is known of one module, from its first recorder to its last.
 
     Attributes:
         recorders: One for each observer.
-        called: Whether any attention call has been seen.
+        handles: Of the hooks of the module.
+        called: Whether any attention call has been seen in the current forward.
         patches: Of the functions that the module may call.
-        mode: What measures the current forward, if its module is too late for a patch.
+        is_under_modes: Whether forwards run under modes that see all calls, since one was missed.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.recorders: list[Recorder] = []
         self.called = False
-        self.mode: TorchFunctionMode | None = None
+        self.is_under_modes = False
         self._module = module
         self.patches = Patches()
         # If the module and its observers are garbage together, nobody is left to remove the recorders.
         weakref.finalize(self, self.patches.remove)
-        self._handles: list[Any] = []
+        self.handles: list[Any] = []
 
     @property
     def logits(self) -> str | None:
@@ -111,23 +109,18 @@ class Watch:
     def record_all(self, maxima: Tensor, source: str) -> None:
         """Records the maxima of one call, one for every leading index of the queries, after a dimension of 1 or 2."""
         for recorder in self._recording(maxima):
-            recorder.record_all(maxima, source)
+            if maxima.numel():  # of an empty batch there is none
+                recorder.record_all(maxima, source)
 
     def _recording(self, maxima: Tensor) -> list[Recorder]:
         """The recorders that take the maxima of a call."""
         self.called = True
         return [recorder for recorder in self.recorders if recorder.active] if has_values(maxima) else []
 
-    def add(self, recorder: Recorder, *, is_entered: bool = False) -> None:
-        """Records for one more observer.
-
-        Args:
-            recorder: Its recorder.
-            is_entered: Whether the forward of the module is about to run, too late for another hook.
-        """
+    def add(self, recorder: Recorder) -> None:
+        """Records for one more observer."""
         if not self.recorders:
             setattr(self._module, _ATTRIBUTE, self)
-            self._hook(is_entered)
         self.recorders.append(recorder)
 
     def remove(self, recorder: Recorder) -> None:
@@ -138,24 +131,10 @@ class Watch:
         module: Any = self._module
         if isinstance(module, ReportsMaxLogits):
             module.max_logits_recorder = None
-        for handle in self._handles:
+        for handle in self.handles:
             handle.remove()
         self.patches.remove()
         delattr(module, _ATTRIBUTE)
-
-    def _hook(self, is_entered: bool) -> None:
-        module: Any = self._module
-        if isinstance(module, ReportsMaxLogits):
-            module.max_logits_recorder = self
-            return
-        enter = _Enter(self)
-        self._handles = [
-            module.register_forward_pre_hook(enter),
-            module.register_forward_hook(_Leave(self), always_call=True),
-        ]
-        self.patches.add(attention_calls(type(module)))
-        if is_entered:
-            running.append(self)
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return type(None), ()  # a copy of an observed module, by deepcopy or pickle, is not observed
@@ -178,40 +157,3 @@ def _nested_max_logits(query: Any, key: Any, scale: float, is_causal: bool) -> T
 def watch_of(module: nn.Module) -> Watch:
     """The watch of a module, which its observers share."""
     return vars(module).get(_ATTRIBUTE) or Watch(module)
-
-
-class _Enter:
-    def __init__(self, watch: Watch) -> None:
-        self.watch: Watch | None = watch  # None in a copy of the module
-
-    def __call__(self, module: nn.Module, args: Any) -> None:
-        watch = self.watch
-        if watch is None:
-            return
-        if watch in running:  # the previous forward was interrupted, which skips the hooks
-            del running[running.index(watch) :]
-        running.append(watch if module.training and watch.logits is not None else None)
-
-
-class _Leave:
-    def __init__(self, watch: Watch) -> None:
-        self.watch: Watch | None = watch  # None in a copy of the module
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self.watch is None:
-            return
-        watch = running.pop() if running else None  # empty if another hook raised before _Enter ran
-        if not isinstance(watch, Watch):
-            return
-        if watch.mode is not None:
-            watch.mode.__exit__(None, None, None)
-            watch.mode = None
-        # No output: an error, or a recomputation under checkpointing that stopped early.
-        if output is not None and not watch.called:
-            name = watch.recorders[0].name
-            raise RuntimeError(
-                f"the logits of attention {name!r} ({type(module).__name__}) cannot be measured: it called neither"
-                " torch.nn.functional.scaled_dot_product_attention nor another function that can be intercepted."
-                " Let it call that function (Hugging Face: attn_implementation='sdpa'), or"
-                f" skip it with specs={{{name!r}: None}}"
-            )
