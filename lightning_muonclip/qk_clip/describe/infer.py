@@ -405,8 +405,9 @@ class Heads:
         for name, table in layout.tables:
             param = self.probe.params[name]
             heads = table.heads[table.scaled].unique().numel()
+            kinds = table.kinds[table.scaled].unique().numel()
             scaled = int(table.scaled.sum()) * param.numel() // max(1, table.kinds.numel())
-            if scaled > channels * max(1, heads):
+            if scaled > channels * max(1, heads) * max(1, kinds):
                 return False
         return any(self._is_bounded(layout.calls, "qk".index(side)) for side in layout.sides)
 

@@ -182,8 +182,6 @@ class Trace(TorchFunctionMode):
     def _answer(self, func: Any, args: Any, kwargs: Any) -> Any:
         if func is SDPA:
             return self._fused(*args, **kwargs)
-        if func is F.batch_norm and self._factor != 1:  # by the batch, as in training
-            return func(args[0], None, None, args[3], args[4], True)
         if func in SOFTMAXES or func in EXPONENTIALS:
             return self._softmax(func, args, kwargs)
         if func in MATMULS:

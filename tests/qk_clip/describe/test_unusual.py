@@ -356,6 +356,39 @@ def test_a_norm_of_what_a_normalized_weight_makes_is_watched() -> None:
         assert set(qk_clip.sides.values()) == {"watched (QK-norm)"}
 
 
+class Batched(nn.Module):
+    """A projection, and a norm of its channels by the batch."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.project, self.norm = nn.Linear(WIDTH, WIDTH, bias=False), norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.project(x).mT).mT
+
+
+@pytest.mark.parametrize(
+    "make", [nn.BatchNorm1d, lambda n: nn.InstanceNorm1d(n, affine=True, track_running_stats=True)]
+)
+def test_only_the_gain_of_a_norm_by_the_batch_scales(make: Any) -> None:
+    attention = Made(plain)
+    attention.q, attention.k = Batched(make(WIDTH)), Batched(make(WIDTH))
+    with QKClip(attention, example=((batch(),), {})) as qk_clip:
+        assert set(qk_clip.sides.values()) == {"watched (QK-norm)"}
+    before = attention.q.project.weight.clone()
+    clipped(nn.Sequential(attention), attention, qk_norm="gain")
+    assert torch.equal(attention.q.project.weight, before)
+
+
+def test_a_frozen_norm_by_the_batch_is_a_factor() -> None:
+    attention = Made(plain)
+    attention.q, attention.k = Batched(nn.BatchNorm1d(WIDTH)), nn.Linear(WIDTH, WIDTH)
+    attention(batch())
+    attention.q.norm.eval()
+    model = nn.Sequential(attention)
+    assert set(clipped(model, attention).sides.values()) == {"q and k"}
+
+
 @pytest.mark.parametrize("kind", ["plain", "causal", "exponential", "biased"])
 def test_a_temperature_of_normalized_queries_and_keys(kind: str) -> None:
     hidden = torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1) if kind == "causal" else torch.tensor(False)
