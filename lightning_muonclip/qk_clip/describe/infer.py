@@ -236,7 +236,9 @@ class Heads:
         if not query_sets and not key_sets:
             yield from self._tied(calls, query, key)
             yield from self._shared_gains(calls, query, key)
-            if self._is_normalized(query) and self._is_normalized(key):
+            if all(
+                self._is_normalized(side) and self._is_bounded(calls, side.outputs[0].side) for side in (query, key)
+            ):
                 watched = _new(calls, query, key)
                 watched.qk_norm = True
                 yield [watched]
@@ -558,7 +560,9 @@ class Heads:
             f"{name}: {float(share.mean()):.3g}" for name, share in itertools.islice(side.shares.items(), 4)
         )
         if self._is_normalized(side):
-            return f"its {what} stay as they are when their weights are scaled: they are normalized (degrees {degrees})"
+            is_bounded = self._is_bounded(sorted({output.call for output in side.outputs}), side.outputs[0].side)
+            normalized = "they are" if is_bounded else "the weights themselves are"
+            return f"its {what} stay as they are when their weights are scaled: {normalized} normalized (degrees {degrees})"
         return f"its {what} do not scale with their weights (degrees {degrees})"
 
 

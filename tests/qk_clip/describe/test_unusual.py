@@ -356,6 +356,17 @@ def test_a_norm_of_what_a_normalized_weight_makes_is_watched() -> None:
         assert set(qk_clip.sides.values()) == {"watched (QK-norm)"}
 
 
+class Directions(nn.Module):
+    """A projection by weights of unit norm."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight = linear.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, F.normalize(self.weight, dim=1))
+
+
 class Batched(nn.Module):
     """A projection, and a norm of its channels by the batch."""
 
@@ -378,6 +389,17 @@ def test_only_the_gain_of_a_norm_by_the_batch_scales(make: Any) -> None:
     before = attention.q.project.weight.clone()
     clipped(nn.Sequential(attention), attention, qk_norm="gain")
     assert torch.equal(attention.q.project.weight, before)
+
+
+@pytest.mark.parametrize("make", [nn.utils.parametrizations.spectral_norm, Directions])
+def test_a_normalized_weight_is_no_norm_of_queries(make: Any) -> None:
+    attention = Made(plain)
+    attention.q, attention.k = make(attention.q), make(attention.k)
+    with pytest.raises(ValueError, match="the weights themselves are normalized"):
+        QKClip(attention, example=((batch(),), {}))
+    attention.k = nn.Linear(WIDTH, WIDTH)
+    with QKClip(attention, example=((batch(),), {})) as qk_clip:
+        assert set(qk_clip.sides.values()) == {"k"}
 
 
 def test_a_frozen_norm_by_the_batch_is_a_factor() -> None:
