@@ -29,11 +29,13 @@ class Run:
         calls: Its attention calls.
         products: Its products of two activations.
         rest: All else that depends on parameters: what enters the logits beside queries and keys, and the outputs.
+        unfollowed: Names of functions that may have made its logits, and cannot be followed.
     """
 
     calls: list[Call]
     products: list[Product]
     rest: list[Tensor]
+    unfollowed: list[str]
 
 
 class Isolated:
@@ -89,7 +91,7 @@ class Isolated:
             output = self.module(*args, **kwargs)
         rest = [tensor for call in trace.calls for tensor in call.rest]
         rest += [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-        return Run(trace.calls, trace.products, rest)
+        return Run(trace.calls, trace.products, rest, trace.unfollowed)
 
     @contextmanager
     def scaled(self, factors: Mapping[str, Tensor], offsets: Mapping[str, float] = {}) -> Iterator[None]:

@@ -180,6 +180,28 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: Made(softmaxed(lambda own, q, k: -torch.sub(*pairs(q, k)).square().sum(-1))),
         "no matrix product",
     ),
+    "tensordot": (
+        lambda: Made(
+            softmaxed(
+                lambda own, q, k: (
+                    torch.tensordot(q, k, ([3], [3])).diagonal(0, 0, 3).diagonal(0, 0, 2).permute(2, 3, 0, 1)
+                )
+            )
+        ),
+        "in torch.tensordot,",
+    ),
+    "vector": (
+        lambda: Made(lambda own, q, k, v: (k @ q[0, :, 0, :, None])[..., 0].softmax(-1)[..., None, :] @ v),
+        "no dimension of queries",
+    ),
+    "three operands": (
+        lambda: Made(softmaxed(lambda own, q, k: torch.einsum("bhnd,bhmd,h->bhnm", q, k, torch.rand(HEADS).to(q)))),
+        "in torch.einsum,",
+    ),
+    "operator": (
+        lambda: Made(lambda own, q, k, v: torch.ops.aten._softmax(q @ k.mT, -1, False) @ v),
+        "in torch.ops.aten",
+    ),
     "function": (lambda: Made(lambda own, q, k, v: Kernel.apply(q, k, v)), "none can be followed"),
     "scripted": (lambda: Made(lambda own, q, k, v: scripted(q, k, v)), "none can be followed"),
     "noise": (lambda: Made(lambda own, q, k, v: F.gumbel_softmax(q @ k.mT, dim=-1) @ v), "none can be followed"),
@@ -354,6 +376,13 @@ def test_a_norm_of_what_a_normalized_weight_makes_is_watched() -> None:
     attention.q, attention.k = (nn.utils.parametrizations.weight_norm(p) for p in (attention.q, attention.k))
     with QKClip(attention, example=((batch(),), {})) as qk_clip:
         assert set(qk_clip.sides.values()) == {"watched (QK-norm)"}
+
+
+@pytest.mark.parametrize("shape", [(HEADS, 3, WIDTH // HEADS), (1, HEADS, 1, WIDTH // HEADS)])
+def test_learned_queries_of_all_samples(shape: tuple[int, ...]) -> None:
+    attention = Made(lambda own, q, k, v: kept(own, torch.linalg.matmul(own.learned, k.mT)).softmax(-1) @ v)
+    attention.learned = nn.Parameter(torch.randn(shape))
+    assert set(clipped(nn.Sequential(attention), attention).sides.values()) == {"q and k"}
 
 
 class Directions(nn.Module):
