@@ -67,7 +67,7 @@ def describe(calls: Sequence[Sequence[Frame]]) -> list[Found]:
         if sum(other.module is own.module for other in found) > 1:
             own.layout, own.reason = (
                 None,
-                own.reason or "it makes several attention calls, whose heads are different channels",
+                own.reason or "it makes several attentions, whose heads are different channels",
             )
     return found
 

@@ -145,6 +145,8 @@ class Heads:
     def __init__(self, isolated: Isolated, run: Run) -> None:
         if not run.calls:
             raise Unclear("run alone, it makes no attention call", elsewhere=True)
+        if any(x.is_complex() for call in run.calls for pair in call.pairs for x in pair):
+            raise Unclear("its queries and keys are complex numbers, which are not followed")
         self.isolated, self.run = isolated, run
         self.probe = probe = Probe(isolated, run)
         self.side = probe.coordinates(lambda output: output.side, len(SIDES))

@@ -342,9 +342,16 @@ class _Mark(torch.autograd.Function):
     """Leaves a tensor as it is; its node in the graph says what the tensor is."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, anchor: Tensor, what: Product | Call) -> Tensor:
-        ctx.what = what
+    def forward(x: Tensor, anchor: Tensor, what: Product | Call) -> Tensor:
         return x.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        ctx.what = inputs[2]
+
+    @staticmethod
+    def vmap(*_: Any) -> Any:
+        raise NotImplementedError("attention inside of torch.vmap is not followed")
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:

@@ -194,6 +194,14 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: Made(lambda own, q, k, v: (k @ q[0, :, 0, :, None])[..., 0].softmax(-1)[..., None, :] @ v),
         "no dimension of queries",
     ),
+    "complex": (
+        lambda: Made(softmaxed(lambda own, q, k: (torch.complex(q, k) @ torch.complex(k, q).mT).real)),
+        "complex numbers",
+    ),
+    "vmap": (
+        lambda: Made(lambda own, q, k, v: torch.vmap(lambda q, k, v: (q @ k.mT).softmax(-1) @ v)(q, k, v)),
+        "inside of torch.vmap",
+    ),
     "three operands": (
         lambda: Made(softmaxed(lambda own, q, k: torch.einsum("bhnd,bhmd,h->bhnm", q, k, torch.rand(HEADS).to(q)))),
         "in torch.einsum,",
