@@ -65,7 +65,10 @@ def describe(calls: Sequence[Sequence[Frame]]) -> list[Found]:
         own.calls.append(number)
     for own in found:
         if sum(other.module is own.module for other in found) > 1:
-            own.layout, own.reason = None, own.reason or "it makes several attentions with weights of their own"
+            own.layout, own.reason = (
+                None,
+                own.reason or "it makes several attentions, whose heads are different channels",
+            )
     return found
 
 
@@ -132,9 +135,10 @@ def _analyse(frame: Frame, count: int, sums: bool = True) -> list[Found]:
     try:
         isolated, run = run_alone(frame, sums)
         if len(run.calls) != count:
+            code = ", ".join(dict.fromkeys(run.unfollowed)) or "code that torch cannot trace"
             reason = (
                 f"of its {count} attention calls, {len(run.calls) or 'none'} can be followed when it runs alone; others are"
-                " in code that torch cannot trace, or their logits are no matrix product"
+                f" in {code}, or their logits are no matrix product"
             )
             raise Unclear(reason, elsewhere=not run.calls)
         heads = Heads(isolated, run)

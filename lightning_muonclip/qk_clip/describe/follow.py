@@ -19,6 +19,7 @@ MATMULS = BADDBMMS | {
     torch.matmul,
     Tensor.matmul,
     Tensor.__matmul__,
+    torch.linalg.matmul,
     torch.bmm,
     Tensor.bmm,
     torch.mm,

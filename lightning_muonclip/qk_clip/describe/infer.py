@@ -145,6 +145,8 @@ class Heads:
     def __init__(self, isolated: Isolated, run: Run) -> None:
         if not run.calls:
             raise Unclear("run alone, it makes no attention call", elsewhere=True)
+        if any(x.is_complex() for call in run.calls for pair in call.pairs for x in pair):
+            raise Unclear("its queries and keys are complex numbers, which are not followed")
         self.isolated, self.run = isolated, run
         self.probe = probe = Probe(isolated, run)
         self.side = probe.coordinates(lambda output: output.side, len(SIDES))
@@ -236,7 +238,9 @@ class Heads:
         if not query_sets and not key_sets:
             yield from self._tied(calls, query, key)
             yield from self._shared_gains(calls, query, key)
-            if self._is_normalized(query) and self._is_normalized(key):
+            if all(
+                self._is_normalized(side) and self._is_bounded(calls, side.outputs[0].side) for side in (query, key)
+            ):
                 watched = _new(calls, query, key)
                 watched.qk_norm = True
                 yield [watched]
@@ -405,8 +409,9 @@ class Heads:
         for name, table in layout.tables:
             param = self.probe.params[name]
             heads = table.heads[table.scaled].unique().numel()
+            kinds = table.kinds[table.scaled].unique().numel()
             scaled = int(table.scaled.sum()) * param.numel() // max(1, table.kinds.numel())
-            if scaled > channels * max(1, heads):
+            if scaled > channels * max(1, heads) * max(1, kinds):
                 return False
         return any(self._is_bounded(layout.calls, "qk".index(side)) for side in layout.sides)
 
@@ -557,7 +562,9 @@ class Heads:
             f"{name}: {float(share.mean()):.3g}" for name, share in itertools.islice(side.shares.items(), 4)
         )
         if self._is_normalized(side):
-            return f"its {what} stay as they are when their weights are scaled: they are normalized (degrees {degrees})"
+            is_bounded = self._is_bounded(sorted({output.call for output in side.outputs}), side.outputs[0].side)
+            normalized = "they are" if is_bounded else "the weights themselves are"
+            return f"its {what} stay as they are when their weights are scaled: {normalized} normalized (degrees {degrees})"
         return f"its {what} do not scale with their weights (degrees {degrees})"
 
 

@@ -29,11 +29,13 @@ class Run:
         calls: Its attention calls.
         products: Its products of two activations.
         rest: All else that depends on parameters: what enters the logits beside queries and keys, and the outputs.
+        unfollowed: Names of functions that may have made its logits, and cannot be followed.
     """
 
     calls: list[Call]
     products: list[Product]
     rest: list[Tensor]
+    unfollowed: list[str]
 
 
 class Isolated:
@@ -75,6 +77,7 @@ class Isolated:
                 memo[id(param)] = nn.Parameter(1 + noise / 2 if param.ndim < 2 else noise * fan_in**-0.5)
         with DetachedCopies(), _without_fsdp(module):
             self.module = copy.deepcopy(module, memo).to(dtype)
+        _normalize_by_batch(self.module)
         for child in self.module.modules():
             child.training = child is self.module  # without dropout, and not by a path for evaluation
         self.params = {name: p for name, p in self.module.named_parameters() if _is_real(p)}
@@ -88,7 +91,7 @@ class Isolated:
             output = self.module(*args, **kwargs)
         rest = [tensor for call in trace.calls for tensor in call.rest]
         rest += [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-        return Run(trace.calls, trace.products, rest)
+        return Run(trace.calls, trace.products, rest, trace.unfollowed)
 
     @contextmanager
     def scaled(self, factors: Mapping[str, Tensor], offsets: Mapping[str, float] = {}) -> Iterator[None]:
@@ -116,6 +119,19 @@ class Isolated:
         if isinstance(leaf, Tensor):
             return leaf.detach().to(self.dtype, copy=True) if leaf.is_floating_point() else leaf.clone()
         return leaf if isinstance(leaf, nn.Module) else _cast(copy.deepcopy(leaf), self.dtype)
+
+
+def _normalize_by_batch(model: nn.Module) -> list[nn.Module]:
+    """Lets norms whose training is by the batch do so in evaluation, which asks no other rank and counts nothing."""
+    norms = [
+        module
+        for module in model.modules()
+        if getattr(module, "track_running_stats", False) and (module.training or not model.training)
+    ]
+    for norm in norms:
+        norm.track_running_stats = False  # type: ignore[assignment]
+        norm.running_mean = norm.running_var = None  # type: ignore[assignment]
+    return norms
 
 
 def _is_real(param: Tensor) -> bool:
@@ -232,13 +248,16 @@ def _same(x: Any) -> Any:
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluates the model, and puts back its modes and buffers.
 
-    In training, a layer may be dropped by chance; torch's fast path of evaluation hides attention.
+    In training, a layer may be dropped by chance; torch's fast path of evaluation hides attention. Norms by the batch stay
+    so: with the statistics of a new model, they would leave next to nothing of the inputs of later layers.
     """
     modes = {module: module.training for module in model.modules()}
     buffers = [(m, name, b, b.clone()) for m in model.modules() for name, b in m.named_buffers(recurse=False)]
     fastpath = torch.backends.mha.get_fastpath_enabled()
+    norms: list[nn.Module] = []
     try:
         torch.backends.mha.set_fastpath_enabled(False)
+        norms = _normalize_by_batch(model)
         for module in modes:
             module.training = False  # not eval(), by which some modules merge their weights
         yield
@@ -247,5 +266,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         for module, name, buffer, before in buffers:
             buffer.data.copy_(before)  # by .data, since a graph may have saved it
             module._buffers[name] = buffer
+        for norm in norms:
+            norm.track_running_stats = True  # type: ignore[assignment]
         for module, training in modes.items():
             module.training = training

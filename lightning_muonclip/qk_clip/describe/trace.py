@@ -30,6 +30,19 @@ from lightning_muonclip.qk_clip.describe.follow import BADDBMMS, EXPONENTIALS, M
 #: Functions that may hold a weight.
 _PROJECTS = MATMULS | {F.linear, torch.addmm, Tensor.addmm, F.conv1d, F.conv2d, F.conv3d}
 
+#: Further functions that contract two activations.
+_CONTRACT = {
+    F.linear,
+    F.bilinear,
+    torch.inner,
+    Tensor.inner,
+    torch.tensordot,
+    torch.mv,
+    Tensor.mv,
+    torch.dot,
+    Tensor.dot,
+}
+
 #: Nodes of the autograd graph between a product and its softmax that leave every logit to its head.
 _ELEMENTWISE = {
     "View",
@@ -123,7 +136,7 @@ class Call:
 
 
 class Trace(TorchFunctionMode):
-    """Records attention calls in :attr:`calls`, and answers them.
+    """Records attention calls in :attr:`calls`, and answers them; :attr:`unfollowed` names other products of activations.
 
     Args:
         given: The inputs of the module. What depends on them is an activation; a product with anything else, a projection.
@@ -136,6 +149,7 @@ class Trace(TorchFunctionMode):
         super().__init__()
         self.calls: list[Call] = []
         self.products: list[Product] = []
+        self.unfollowed: list[str] = []
         self._earlier = products
         self._sums = sums
         self._factor = factor
@@ -157,6 +171,11 @@ class Trace(TorchFunctionMode):
         are_activations = [tensor in self._activations for tensor in _tensors((args, kwargs))]
         if self._factor != 1 and func in _PROJECTS and any(are_activations) and not all(are_activations):
             out = out * self._factor
+        is_several = func is torch.einsum and len(are_activations) > 2
+        if (func in _CONTRACT or is_several) and sum(are_activations) > 1:
+            self.unfollowed.append(f"torch.{func.__name__}")
+        if any(are_activations) and isinstance(func, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+            self.unfollowed.append(f"torch.ops.{func}")
         if any(are_activations):
             name = getattr(func, "__name__", "")
             in_place = args[:1] if name.endswith("_") or name == "__setitem__" else ()
@@ -182,8 +201,6 @@ class Trace(TorchFunctionMode):
     def _answer(self, func: Any, args: Any, kwargs: Any) -> Any:
         if func is SDPA:
             return self._fused(*args, **kwargs)
-        if func is F.batch_norm and self._factor != 1:  # by the batch, as in training
-            return func(args[0], None, None, args[3], args[4], True)
         if func in SOFTMAXES or func in EXPONENTIALS:
             return self._softmax(func, args, kwargs)
         if func in MATMULS:
@@ -226,6 +243,11 @@ class Trace(TorchFunctionMode):
             call.problem = call.problem or "what enters its softmax is more than the products of its queries and keys"
         if logits.shape[dim] < min(main.out.shape[-2:]):
             call.problem = call.problem or f"of {tuple(main.out.shape)} logits it weighs {logits.shape[dim]} at a time"
+        shape = main.out.shape[-2:]
+        if 1 in shape and logits.ndim < main.out.ndim and logits.shape[-2:] not in (shape, shape[::-1]):
+            call.problem = (
+                call.problem or f"its logits {tuple(logits.shape)} have no dimension of queries; keep it, of length 1"
+            )
         self.calls.append(call)
         with torch.no_grad():
             out = func(logits.clone(), *args[1:], **{name: arg for name, arg in kwargs.items() if name != "input"})
@@ -241,8 +263,10 @@ class Trace(TorchFunctionMode):
         pair = _einsum_pair(args[0], a, b) if func is torch.einsum else (a, b.mT)
         out = func(*args, **kwargs)
         if pair is None:
+            self.unfollowed.append("torch.einsum")
             return out
-        product = Product(*pair, out)
+        query, key = (x[(None,) * (out.ndim - x.ndim)] for x in pair)
+        product = Product(query, key, out)
         self.products.append(product)
         number = len(self.products) - 1
         if (
@@ -255,10 +279,10 @@ class Trace(TorchFunctionMode):
         return product.marked
 
     def _is_product(self, func: Any, a: Tensor, b: Tensor) -> bool:
-        """Not a projection; learned queries are in a batch, as the weight of a projection is not."""
+        """Not a projection; learned queries are several matrices, as the weight of a projection is not."""
         if (a in self._activations) == (b in self._activations):
             return True
-        return func is not torch.einsum and a.ndim == b.ndim > 2 and a.shape[0] == b.shape[0]
+        return func is not torch.einsum and min(a.ndim, b.ndim) > 2
 
     def _weighted(self, func: Any, args: Any, kwargs: Any, call: Call, is_first: bool, value: Tensor) -> Tensor:
         """Values, weighted by the probabilities of a call: nothing behind depends on them."""
@@ -325,9 +349,16 @@ class _Mark(torch.autograd.Function):
     """Leaves a tensor as it is; its node in the graph says what the tensor is."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, anchor: Tensor, what: Product | Call) -> Tensor:
-        ctx.what = what
+    def forward(x: Tensor, anchor: Tensor, what: Product | Call) -> Tensor:
         return x.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        ctx.what = inputs[2]
+
+    @staticmethod
+    def vmap(*_: Any) -> Any:
+        raise NotImplementedError("attention inside of torch.vmap is not followed")
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:

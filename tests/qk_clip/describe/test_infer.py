@@ -235,7 +235,7 @@ class Several(nn.Module):
 
 def test_several_attentions_in_one_module_are_refused() -> None:
     found = described(Several(), inputs())
-    assert [own.reason for own in found] == ["it makes several attentions with weights of their own"] * 2
+    assert [own.reason for own in found] == ["it makes several attentions, whose heads are different channels"] * 2
 
 
 def test_the_forward_of_the_model_is_left_as_it_was() -> None:

@@ -180,6 +180,36 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: Made(softmaxed(lambda own, q, k: -torch.sub(*pairs(q, k)).square().sum(-1))),
         "no matrix product",
     ),
+    "tensordot": (
+        lambda: Made(
+            softmaxed(
+                lambda own, q, k: (
+                    torch.tensordot(q, k, ([3], [3])).diagonal(0, 0, 3).diagonal(0, 0, 2).permute(2, 3, 0, 1)
+                )
+            )
+        ),
+        "in torch.tensordot,",
+    ),
+    "vector": (
+        lambda: Made(lambda own, q, k, v: (k @ q[0, :, 0, :, None])[..., 0].softmax(-1)[..., None, :] @ v),
+        "no dimension of queries",
+    ),
+    "complex": (
+        lambda: Made(softmaxed(lambda own, q, k: (torch.complex(q, k) @ torch.complex(k, q).mT).real)),
+        "complex numbers",
+    ),
+    "vmap": (
+        lambda: Made(lambda own, q, k, v: torch.vmap(lambda q, k, v: (q @ k.mT).softmax(-1) @ v)(q, k, v)),
+        "inside of torch.vmap",
+    ),
+    "three operands": (
+        lambda: Made(softmaxed(lambda own, q, k: torch.einsum("bhnd,bhmd,h->bhnm", q, k, torch.rand(HEADS).to(q)))),
+        "in torch.einsum,",
+    ),
+    "operator": (
+        lambda: Made(lambda own, q, k, v: torch.ops.aten._softmax(q @ k.mT, -1, False) @ v),
+        "in torch.ops.aten",
+    ),
     "function": (lambda: Made(lambda own, q, k, v: Kernel.apply(q, k, v)), "none can be followed"),
     "scripted": (lambda: Made(lambda own, q, k, v: scripted(q, k, v)), "none can be followed"),
     "noise": (lambda: Made(lambda own, q, k, v: F.gumbel_softmax(q @ k.mT, dim=-1) @ v), "none can be followed"),
@@ -354,6 +384,68 @@ def test_a_norm_of_what_a_normalized_weight_makes_is_watched() -> None:
     attention.q, attention.k = (nn.utils.parametrizations.weight_norm(p) for p in (attention.q, attention.k))
     with QKClip(attention, example=((batch(),), {})) as qk_clip:
         assert set(qk_clip.sides.values()) == {"watched (QK-norm)"}
+
+
+@pytest.mark.parametrize("shape", [(HEADS, 3, WIDTH // HEADS), (1, HEADS, 1, WIDTH // HEADS)])
+def test_learned_queries_of_all_samples(shape: tuple[int, ...]) -> None:
+    attention = Made(lambda own, q, k, v: kept(own, torch.linalg.matmul(own.learned, k.mT)).softmax(-1) @ v)
+    attention.learned = nn.Parameter(torch.randn(shape))
+    assert set(clipped(nn.Sequential(attention), attention).sides.values()) == {"q and k"}
+
+
+class Directions(nn.Module):
+    """A projection by weights of unit norm."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight = linear.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, F.normalize(self.weight, dim=1))
+
+
+class Batched(nn.Module):
+    """A projection, and a norm of its channels by the batch."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.project, self.norm = nn.Linear(WIDTH, WIDTH, bias=False), norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.project(x).mT).mT
+
+
+@pytest.mark.parametrize(
+    "make", [nn.BatchNorm1d, lambda n: nn.InstanceNorm1d(n, affine=True, track_running_stats=True)]
+)
+def test_only_the_gain_of_a_norm_by_the_batch_scales(make: Any) -> None:
+    attention = Made(plain)
+    attention.q, attention.k = Batched(make(WIDTH)), Batched(make(WIDTH))
+    with QKClip(attention, example=((batch(),), {})) as qk_clip:
+        assert set(qk_clip.sides.values()) == {"watched (QK-norm)"}
+    before = attention.q.project.weight.clone()
+    clipped(nn.Sequential(attention), attention, qk_norm="gain")
+    assert torch.equal(attention.q.project.weight, before)
+
+
+@pytest.mark.parametrize("make", [nn.utils.parametrizations.spectral_norm, Directions])
+def test_a_normalized_weight_is_no_norm_of_queries(make: Any) -> None:
+    attention = Made(plain)
+    attention.q, attention.k = make(attention.q), make(attention.k)
+    with pytest.raises(ValueError, match="the weights themselves are normalized"):
+        QKClip(attention, example=((batch(),), {}))
+    attention.k = nn.Linear(WIDTH, WIDTH)
+    with QKClip(attention, example=((batch(),), {})) as qk_clip:
+        assert set(qk_clip.sides.values()) == {"k"}
+
+
+def test_a_frozen_norm_by_the_batch_is_a_factor() -> None:
+    attention = Made(plain)
+    attention.q, attention.k = Batched(nn.BatchNorm1d(WIDTH)), nn.Linear(WIDTH, WIDTH)
+    attention(batch())
+    attention.q.norm.eval()
+    model = nn.Sequential(attention)
+    assert set(clipped(model, attention).sides.values()) == {"q and k"}
 
 
 @pytest.mark.parametrize("kind", ["plain", "causal", "exponential", "biased"])
