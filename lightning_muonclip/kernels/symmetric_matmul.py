@@ -8,13 +8,13 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from lightning_muonclip.kernels.costs import cpu_costs
+
 #: A GPU runs the Triton kernel from this many rows; below, torch's own operations are cheaper. float32 always uses the
 #: kernel, because torch's product may be set to TF32. Estimates, not confirmed on a GPU yet.
 KERNEL_FROM = {torch.float32: 1, torch.bfloat16: 64, torch.float16: 64}
 
-#: A CPU computes a triangle of blocks, PANELS blocks high, from this many rows. Measured on one thread: smaller blocks cost
-#: more than they save, and the faster a dtype multiplies, the larger they must be.
-PANELS_FROM = {torch.float32: 512, torch.float64: 512, torch.bfloat16: 2048}
+#: A CPU computes a triangle of blocks, this many high, where that pays (see :class:`~.costs.Costs`).
 PANELS = 4
 
 #: A transposed copy reads columns; this many at a time stay in cache.
@@ -61,9 +61,7 @@ def symmetric_matmul(
     """
     _check(a, b, c, alpha, beta, gamma)
     (x, xs), (y, ys), (z, zs) = _split(alpha), _split(beta), _split(gamma)
-    if torch.compiler.is_compiling():
-        return torch.ops.muonclip.symmetric_matmul(a, b, c, x, y, z, xs, ys, zs)
-    return _symmetric_matmul(a, b, c, x, y, z, xs, ys, zs)
+    return symmetric_product(a, b, c, x, y, z, xs, ys, zs)
 
 
 def symmetric_cost(a: Tensor) -> float:
@@ -74,9 +72,7 @@ def symmetric_cost(a: Tensor) -> float:
     """
     if _runs_kernel(a):
         return 0.6
-    # With few rows, copying the panels costs what they save.
-    panels_from = PANELS_FROM.get(a.dtype, PANELS_FROM[torch.float32])
-    return 0.8 if a.device.type == "cpu" and a.shape[1] >= panels_from else 1.0
+    return 0.8 if a.device.type == "cpu" and a.shape[1] >= cpu_costs().panels_from[a.dtype] else 1.0
 
 
 def _check(a: Tensor, b: Tensor | None, c: Tensor | None, *factors: float | Tensor) -> None:
@@ -104,6 +100,25 @@ def _split(factor: float | Tensor) -> tuple[float, Tensor | None]:
     return (1.0, factor) if isinstance(factor, Tensor) else (float(factor), None)
 
 
+def symmetric_product(
+    a: Tensor,
+    b: Tensor | None = None,
+    c: Tensor | None = None,
+    alpha: float = 1.0,
+    beta: float = 0.0,
+    gamma: float = 0.0,
+    alphas: Tensor | None = None,
+    betas: Tensor | None = None,
+    gammas: Tensor | None = None,
+) -> Tensor:
+    """:func:`symmetric_matmul` without its checks, for loops over small matrices, and with each factor in two.
+
+    Every factor is a number times a tensor (``None`` for ones), since the schema of an operator allows no unions.
+    """
+    multiply = torch.ops.muonclip.symmetric_matmul if torch.compiler.is_compiling() else _symmetric_matmul
+    return multiply(a, b, c, alpha, beta, gamma, alphas, betas, gammas)
+
+
 def _symmetric_matmul(
     a: Tensor,
     b: Tensor | None,
@@ -115,7 +130,6 @@ def _symmetric_matmul(
     betas: Tensor | None,
     gammas: Tensor | None,
 ) -> Tensor:
-    """Every factor is a number times a tensor (``None`` for ones), since the schema of an operator allows no unions."""
     b = a if b is None else b
     c = None if beta == 0 else c
     if _runs_kernel(a):
