@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -20,6 +22,9 @@ PANELS = 4
 #: A transposed copy reads columns; this many at a time stay in cache.
 _STRIP = 128
 _BELOW = torch.ones(_STRIP, _STRIP, dtype=torch.bool, device="cpu").tril_()
+
+#: As :func:`product_for` returns it.
+Product: TypeAlias = Callable[..., Tensor]
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -61,7 +66,18 @@ def symmetric_matmul(
     """
     _check(a, b, c, alpha, beta, gamma)
     (x, xs), (y, ys), (z, zs) = _split(alpha), _split(beta), _split(gamma)
-    return symmetric_product(a, b, c, x, y, z, xs, ys, zs)
+    multiply = torch.ops.muonclip.symmetric_matmul if torch.compiler.is_compiling() else _symmetric_matmul
+    return multiply(a, b, c, x, y, z, xs, ys, zs)
+
+
+def product_for(a: Tensor) -> Product:
+    """The cheapest way to :func:`symmetric_matmul` for a loop over matrices like ``a``, chosen and checked once.
+
+    It takes ``(a, b, c, alpha, beta, gamma)``, without tensors as factors, and is for use outside of autocast.
+    """
+    if a.device.type != "cpu" or a.dtype is torch.float16 or torch.compiler.is_compiling():
+        return _product
+    return _by_panels if symmetric_cost(a) < 1 else _whole
 
 
 def symmetric_cost(a: Tensor) -> float:
@@ -100,23 +116,10 @@ def _split(factor: float | Tensor) -> tuple[float, Tensor | None]:
     return (1.0, factor) if isinstance(factor, Tensor) else (float(factor), None)
 
 
-def symmetric_product(
-    a: Tensor,
-    b: Tensor | None = None,
-    c: Tensor | None = None,
-    alpha: float = 1.0,
-    beta: float = 0.0,
-    gamma: float = 0.0,
-    alphas: Tensor | None = None,
-    betas: Tensor | None = None,
-    gammas: Tensor | None = None,
+def _product(
+    a: Tensor, b: Tensor, c: Tensor | None = None, alpha: float = 1.0, beta: float = 0.0, gamma: float = 0.0
 ) -> Tensor:
-    """:func:`symmetric_matmul` without its checks, for loops over small matrices, and with each factor in two.
-
-    Every factor is a number times a tensor (``None`` for ones), since the schema of an operator allows no unions.
-    """
-    multiply = torch.ops.muonclip.symmetric_matmul if torch.compiler.is_compiling() else _symmetric_matmul
-    return multiply(a, b, c, alpha, beta, gamma, alphas, betas, gammas)
+    return symmetric_matmul(a, b, alpha=alpha, beta=beta, c=c, gamma=gamma)
 
 
 def _symmetric_matmul(
@@ -130,6 +133,7 @@ def _symmetric_matmul(
     betas: Tensor | None,
     gammas: Tensor | None,
 ) -> Tensor:
+    """Every factor is a number times a tensor (``None`` for ones), since the schema of an operator allows no unions."""
     b = a if b is None else b
     c = None if beta == 0 else c
     if _runs_kernel(a):
@@ -146,15 +150,12 @@ def _symmetric_matmul(
     if alpha == 0:  # torch's bfloat16 product then returns early and ignores beta
         a, b = a[..., :0], b[..., :0]
     product = _by_panels if symmetric_cost(a) < 1 else _whole
-    if alphas is None and betas is None:
-        out = product(a, b, c, alpha, beta)
-    else:
-        out = product(a, b, None, 1.0, 0.0) * _each(alpha, alphas, a)
-        if c is not None:
-            out += c * _each(beta, betas, a)
-    if gamma != 0:
-        out.diagonal(dim1=1, dim2=2)[..., None].add_(_each(gamma, gammas, a))
-    return out
+    if alphas is None and betas is None and gammas is None:
+        return product(a, b, c, alpha, beta, gamma)
+    out = product(a, b) * _each(alpha, alphas, a)
+    if c is not None:
+        out += c * _each(beta, betas, a)
+    return _add_identity(out, _each(gamma, gammas, a))
 
 
 def _each(number: float, tensor: Tensor | None, like: Tensor) -> float | Tensor:
@@ -188,14 +189,21 @@ def _has_triton(index: int) -> bool:
     return is_nvidia and find_spec("triton") is not None and torch.cuda.get_device_capability(index) >= (8, 0)
 
 
-def _whole(a: Tensor, b: Tensor, c: Tensor | None, alpha: float, beta: float) -> Tensor:
+def _whole(
+    a: Tensor, b: Tensor, c: Tensor | None = None, alpha: float = 1.0, beta: float = 0.0, gamma: float = 0.0
+) -> Tensor:
     if c is None:
         out = torch.bmm(a, b.mT)
-        return out if alpha == 1 else out.mul_(alpha)
-    return torch.baddbmm(c, a, b.mT, beta=beta, alpha=alpha)
+        if alpha != 1:
+            out *= alpha
+    else:
+        out = torch.baddbmm(c, a, b.mT, beta=beta, alpha=alpha)
+    return out if gamma == 0 else _add_identity(out, gamma)
 
 
-def _by_panels(a: Tensor, b: Tensor, c: Tensor | None, alpha: float, beta: float) -> Tensor:
+def _by_panels(
+    a: Tensor, b: Tensor, c: Tensor | None = None, alpha: float = 1.0, beta: float = 0.0, gamma: float = 0.0
+) -> Tensor:
     """The CPU twin of the kernel: panels of rows, each cut at the diagonal, then mirrored."""
     batch, n, _ = a.shape
     out = a.new_empty(batch, n, n) if c is None else c.clone(memory_format=torch.contiguous_format)
@@ -206,7 +214,13 @@ def _by_panels(a: Tensor, b: Tensor, c: Tensor | None, alpha: float, beta: float
             bottom = min(top + height, n)
             panel = own[top:bottom, :bottom]
             panel.addmm_(left[top:bottom], right[:, :bottom], beta=0.0 if c is None else beta, alpha=alpha)
-    return _mirror(out)
+    out = _mirror(out)
+    return out if gamma == 0 else _add_identity(out, gamma)
+
+
+def _add_identity(x: Tensor, factor: float | Tensor) -> Tensor:
+    x.diagonal(dim1=1, dim2=2)[..., None].add_(factor)
+    return x
 
 
 def _mirror(x: Tensor) -> Tensor:

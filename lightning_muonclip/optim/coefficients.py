@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -233,7 +234,12 @@ def resolve_schedule(
     """
     if steps is not None and (not isinstance(steps, int) or not 1 <= steps < 100):
         raise ValueError(f"ns_steps must be an integer of at least 1 and below 100, got {steps!r}")
-    schedule = _schedule(DEFAULT_SCHEDULE if coefficients is None else coefficients).first(steps)
+    return _in_steps(_schedule(DEFAULT_SCHEDULE if coefficients is None else coefficients), steps, dtype)
+
+
+@lru_cache(maxsize=256)
+def _in_steps(schedule: Schedule, steps: int | None, dtype: torch.dtype | None) -> Schedule:
+    schedule = schedule.first(steps)
     return schedule if dtype is None else schedule.for_dtype(dtype)
 
 

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from lightning_muonclip.kernels.costs import cpu_costs
-from lightning_muonclip.kernels.symmetric_matmul import symmetric_cost, symmetric_product
+from lightning_muonclip.kernels.symmetric_matmul import Product, product_for, symmetric_cost
 from lightning_muonclip.optim.coefficients import Coefficients, Odd, Schedule, resolve_schedule
 from lightning_muonclip.optim.restarts import best_restarts
+from lightning_muonclip.optim.stacking import most_stacked
 
 METHODS = ("auto", "direct", "gram")
 
@@ -40,7 +41,7 @@ def orthogonalize(
         steps: Number of steps. Defaults to that of the schedule.
         method: ``"direct"`` multiplies the matrix itself at every step. ``"gram"`` iterates on its Gram matrix for as many
             steps as rounding permits. ``"auto"`` is the cheapest mix of both that rounding permits.
-        dtype: Working dtype. Defaults to :func:`working_dtype` of the device of ``x``.
+        dtype: Working dtype. Defaults to :func:`working_dtype` of the device and the shape of ``x``.
         eps: Added to the norm of the matrix divided by its largest entry. Guards against 0/0 at any scale of ``x``.
 
     Returns:
@@ -78,7 +79,8 @@ def orthogonalize(
 def _in_pieces(x: Tensor, schedule: Schedule, method: str, dtype: torch.dtype, eps: float) -> Tensor:
     """Orthogonalizes a batch, on a CPU no more of it at once than stays in cache."""
     stack = x.reshape(-1, *x.shape[-2:])
-    count = max(1, cpu_costs().stack_numel // stack[0].numel()) if x.device.type == "cpu" else len(stack)
+    size = most_stacked(x.device) if x.device.type == "cpu" else stack.numel()
+    count = max(1, size // stack[0].numel())
     if count >= len(stack):
         return _orthogonalize(stack, schedule, method, dtype, eps).reshape(x.shape).to(x.dtype)
     result = torch.empty_like(stack)
@@ -122,21 +124,22 @@ def _restarts(wide: Tensor, schedule: Schedule, method: str) -> tuple[int, ...]:
 
 def _iterate(wide: Tensor, schedule: Schedule, restarts: tuple[int, ...]) -> Tensor:
     """Newton-Schulz on matrices of shape (batch, n, m) with n <= m, with restarts before the given steps."""
-    wide, gram = _bring_below_one(wide, symmetric_product(wide), schedule.norm)
+    symmetric = product_for(wide)
+    wide, gram = _bring_below_one(wide, symmetric(wide, wide), schedule.norm)
     for start, end in pairwise((0, *restarts, len(schedule.polynomials))):
         if start:
-            gram = symmetric_product(wide)
+            gram = symmetric(wide, wide)
         first, *others = schedule.polynomials[start:end]
         if not others:
             # The identity term is added separately: in half precision, summing it first would round off the rest.
-            wide = _multiply(_polynomial(gram, (0.0, *first[1:])), wide, beta=first[0])
+            wide = _multiply(_polynomial(symmetric, gram, (0.0, *first[1:])), wide, beta=first[0])
             continue
-        factor = z = _polynomial(gram, first)
+        factor = z = _polynomial(symmetric, gram, first)
         for polynomial in others:
             # Z R Z, not R Z Z: rounding errors that mix large and small directions then grow by a per step, not by a².
-            gram = symmetric_product(symmetric_product(z, gram), z)
-            z = _polynomial(gram, polynomial)
-            factor = symmetric_product(z, factor)
+            gram = symmetric(symmetric(z, gram), z)
+            z = _polynomial(symmetric, gram, polynomial)
+            factor = symmetric(z, factor)
         wide = _multiply(factor, wide, beta=0.0)
     return wide
 
@@ -166,15 +169,15 @@ def _bring_below_one(wide: Tensor, gram: Tensor, norm: str) -> tuple[Tensor, Ten
     return (rows * wide).to(wide.dtype), (rows * gram * rows.mT).to(gram.dtype)
 
 
-def _polynomial(gram: Tensor, coefficients: Odd) -> Tensor:
+def _polynomial(symmetric: Product, gram: Tensor, coefficients: Odd) -> Tensor:
     """``a + b·R + c·R² + ...`` of a Gram matrix R."""
     if len(coefficients) == 3:
         a, b, c = coefficients
-        return symmetric_product(gram, c=gram, alpha=c, beta=b, gamma=a)
+        return symmetric(gram, gram, gram, c, b, a)
     if len(coefficients) == 2:
         return _add_identity(coefficients[1] * gram, coefficients[0])
     # Horner's rule in R², so that two coefficients cost one product.
-    square = symmetric_product(gram)
+    square = symmetric(gram, gram)
     if len(coefficients) % 2:
         *rest, even, odd, highest = coefficients
         total = _add_identity(highest * square + odd * gram, even)
@@ -183,7 +186,7 @@ def _polynomial(gram: Tensor, coefficients: Odd) -> Tensor:
         total = _add_identity(odd * gram, even)
     while rest:
         *rest, even, odd = rest
-        total = symmetric_product(total, square, gram, beta=odd, gamma=even)
+        total = symmetric(total, square, gram, 1.0, odd, even)
     return total
 
 

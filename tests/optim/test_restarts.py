@@ -56,16 +56,21 @@ class Counted:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, n: int, symmetric: float) -> None:
         self.total = 0.0
-        multiply = module.symmetric_matmul
+        choose = module.product_for
 
-        def spy(a: torch.Tensor, b: torch.Tensor | None = None, **options: Any) -> torch.Tensor:
-            self.total += symmetric * a.shape[-1] / n
-            before = self.total
-            product = multiply(a, b, **options)
-            self.total = before  # without what it is made of
-            return product
+        def spy(like: torch.Tensor) -> Any:
+            multiply = choose(like)
 
-        monkeypatch.setattr(module, "symmetric_matmul", spy)
+            def counted(a: torch.Tensor, *others: Any) -> torch.Tensor:
+                self.total += symmetric * a.shape[-1] / n
+                before = self.total
+                product = multiply(a, *others)
+                self.total = before  # without what it is made of
+                return product
+
+            return counted
+
+        monkeypatch.setattr(module, "product_for", spy)
         add_product = torch.baddbmm
 
         def spy_on_sum(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, **options: Any) -> torch.Tensor:
