@@ -19,6 +19,9 @@ KERNEL_FROM = {torch.float32: 1, torch.bfloat16: 64, torch.float16: 64}
 #: A CPU computes a triangle of blocks, this many high, where that pays (see :class:`~.costs.Costs`).
 PANELS = 4
 
+#: Columns between the rows of a panel, since rows that are powers of two apart fall into the same lines of a cache.
+_PADDING = 32
+
 #: A transposed copy reads columns; this many at a time stay in cache.
 _STRIP = 128
 _BELOW = torch.ones(_STRIP, _STRIP, dtype=torch.bool, device="cpu").tril_()
@@ -204,31 +207,36 @@ def _whole(
 def _by_panels(
     a: Tensor, b: Tensor, c: Tensor | None = None, alpha: float = 1.0, beta: float = 0.0, gamma: float = 0.0
 ) -> Tensor:
-    """The CPU twin of the kernel: panels of rows, each cut at the diagonal, then mirrored."""
+    """The CPU twin of the kernel: panels of rows, each cut at the diagonal and mirrored."""
     batch, n, _ = a.shape
-    out = a.new_empty(batch, n, n) if c is None else c.clone(memory_format=torch.contiguous_format)
+    out = a.new_empty(batch, n, n)
     height = -(-n // PANELS)
+    room = a.new_empty(height, n + _PADDING)
     # One matrix at a time: torch's batched product is up to four times slower in bfloat16, and never faster here.
-    for left, right, own in zip(a, b.mT, out):
+    for i, (left, right, own) in enumerate(zip(a, b.mT, out)):
         for top in range(0, n, height):
             bottom = min(top + height, n)
-            panel = own[top:bottom, :bottom]
+            panel = room[: bottom - top, :bottom]
+            if c is not None:
+                panel.copy_(c[i, top:bottom, :bottom])
             panel.addmm_(left[top:bottom], right[:, :bottom], beta=0.0 if c is None else beta, alpha=alpha)
-    out = _mirror(out)
+            own[top:bottom, :bottom] = panel
+            own[:top, top:bottom] = panel[:, :top].mT
+            if a.dtype is not torch.bfloat16:  # whose products are exact in float32, so that squares are symmetric anyway
+                _mirror(own[top:bottom, top:bottom])
     return out if gamma == 0 else _add_identity(out, gamma)
+
+
+def _mirror(x: Tensor) -> None:
+    """Copies the lower triangle of a matrix onto the upper one."""
+    n = len(x)
+    for top in range(0, n, _STRIP):
+        bottom = min(top + _STRIP, n)
+        x[:top, top:bottom] = x[top:bottom, :top].mT
+        square = x[top:bottom, top:bottom]
+        square.copy_(torch.where(_BELOW[: bottom - top, : bottom - top], square, square.mT))
 
 
 def _add_identity(x: Tensor, factor: float | Tensor) -> Tensor:
     x.diagonal(dim1=1, dim2=2)[..., None].add_(factor)
-    return x
-
-
-def _mirror(x: Tensor) -> Tensor:
-    """Copies the lower triangle onto the upper one."""
-    n = x.shape[1]
-    for top in range(0, n, _STRIP):
-        bottom = min(top + _STRIP, n)
-        x[:, :top, top:bottom] = x[:, top:bottom, :top].mT
-        square = x[:, top:bottom, top:bottom]
-        square.copy_(torch.where(_BELOW[: bottom - top, : bottom - top], square, square.mT))
     return x

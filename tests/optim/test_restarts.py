@@ -115,6 +115,16 @@ def test_coarser_dtypes_need_more_restarts() -> None:
     assert counts == [1, 1, 4]
 
 
+def test_the_default_takes_wide_matrices_in_pairs_of_steps_in_bfloat16() -> None:
+    """As measured: docs/orthogonalization.md."""
+    for steps, pairs in ((5, (2, 4)), (6, (2, 4)), (1, ())):
+        schedule = resolve_schedule(None, steps, torch.bfloat16)
+        plans = [
+            best_restarts(schedule.polynomials, ratio, UNITS[torch.bfloat16], 1.0, schedule.in_pairs) for ratio in (4.0, 1.0)
+        ]
+        assert plans == [pairs, tuple(range(1, steps))]
+
+
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_permitted_plans_stay_close_to_the_direct_form(name: str, dtype: torch.dtype) -> None:
