@@ -31,7 +31,10 @@ RATIOS = (1, 2, 4, 8)
 #: Most elements of a single matrix.
 MOST = {"cpu": 2**22, "cuda": 2**26}
 #: Typical batches: attention matrices of all layers, stacks of experts, and large matrices.
-BATCHES = {"cpu": ((12, 64, 64), (24, 128, 128), (8, 352, 512), (4, 768, 3072)), "cuda": ((48, 768, 768), (96, 1024, 1024), (64, 1408, 2048))}
+BATCHES = {
+    "cpu": ((12, 64, 64), (24, 128, 128), (8, 352, 512), (4, 768, 3072)),
+    "cuda": ((48, 768, 768), (96, 1024, 1024), (64, 1408, 2048)),
+}
 
 #: Ours by name: the schedule, the form and the working dtype.
 OURS: dict[str, tuple[str | None, str, torch.dtype | None]] = {

@@ -17,27 +17,27 @@ class Costs(NamedTuple):
 
     Attributes:
         bfloat16_from: Smaller side of a matrix from which bfloat16 is faster than float32; ``None`` is never. A product in
-            bfloat16 takes 17 microseconds to start, a whole one of 64 x 64 in float32 half of that. (From 96 on, single
-            matrices are still faster in float32, up to 128, but stacks of four 1.4 times as fast in bfloat16.)
-        panels_from: Rows from which half of a symmetric product, computed by panels, is faster than all of it, by dtype. Small
-            products cost more to start than they save, and the faster a dtype multiplies, the larger they must be.
-        stack_numel: Elements of a stack up to which one batched product is faster than one product after the other. A larger
+            bfloat16 takes 17 microseconds to start, a whole one of 64 x 64 in float32 half of that. (Up to 128, a single
+            matrix is still faster in float32, but four in a stack are 1.4 times as fast in bfloat16 from 96 on.)
+        panels_from: Rows from which half of a symmetric product, computed by panels, is faster than all of it, by dtype.
+            Small products cost more to start than they save; the faster a dtype multiplies, the larger they must be.
+        stack_bytes: Size of a stack up to which one batched product is faster than one product after the other. A larger
             one leaves the cache between two products.
     """
 
     bfloat16_from: int | None
     panels_from: dict[torch.dtype, int]
-    stack_numel: int
+    stack_bytes: int
 
 
 _PANELS = {torch.float32: 512, torch.float64: 512, torch.float16: 512, torch.bfloat16: 2048}
 
 #: By kind of CPU: how it multiplies bfloat16 in hardware, if it does.
 COSTS = {
-    "none": Costs(None, _PANELS, 2**18),
-    "AVX512-BF16": Costs(96, _PANELS | {torch.bfloat16: 512}, 2**18),
-    "AMX": Costs(96, _PANELS, 2**18),
-    "ARM": Costs(96, _PANELS, 2**18),  # not measured
+    "none": Costs(None, _PANELS, 2**20),
+    "AVX512-BF16": Costs(96, _PANELS | {torch.bfloat16: 512}, 2**20),
+    "AMX": Costs(96, _PANELS, 2**20),
+    "ARM": Costs(96, _PANELS, 2**20),  # not measured
 }
 
 _FLAGS = {"amx_bf16": "AMX", "avx512_bf16": "AVX512-BF16", "bf16": "ARM"}
@@ -50,7 +50,7 @@ def cpu_costs() -> Costs:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def bfloat16_hardware() -> str:
-    """What this CPU multiplies bfloat16 with, a key of :data:`COSTS`. Without, it takes 10 to 100 times as long as float32."""
+    """What this CPU multiplies bfloat16 with, a key of :data:`COSTS`. Without, it takes 10 to 100 times float32's time."""
     return _bfloat16_hardware()
 
 

@@ -222,7 +222,9 @@ def _by_panels(
             panel.addmm_(left[top:bottom], right[:, :bottom], beta=0.0 if c is None else beta, alpha=alpha)
             own[top:bottom, :bottom] = panel
             own[:top, top:bottom] = panel[:, :top].mT
-            if a.dtype is not torch.bfloat16:  # whose products are exact in float32, so that squares are symmetric anyway
+            if (
+                a.dtype is not torch.bfloat16
+            ):  # whose products are exact in float32, so that squares are symmetric anyway
                 _mirror(own[top:bottom, top:bottom])
     return out if gamma == 0 else _add_identity(out, gamma)
 

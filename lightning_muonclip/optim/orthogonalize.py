@@ -79,7 +79,7 @@ def orthogonalize(
 def _in_pieces(x: Tensor, schedule: Schedule, method: str, dtype: torch.dtype, eps: float) -> Tensor:
     """Orthogonalizes a batch, on a CPU no more of it at once than stays in cache."""
     stack = x.reshape(-1, *x.shape[-2:])
-    size = most_stacked(x.device) if x.device.type == "cpu" else stack.numel()
+    size = most_stacked(x.device, dtype) if x.device.type == "cpu" else stack.numel()
     count = max(1, size // stack[0].numel())
     if count >= len(stack):
         return _orthogonalize(stack, schedule, method, dtype, eps).reshape(x.shape).to(x.dtype)

@@ -18,10 +18,10 @@ _ON_GPU = 2**26
 Orthogonal = Callable[[Tensor], Tensor]
 
 
-def most_stacked(device: torch.device) -> int:
-    """Most elements that are orthogonalized together. On a CPU, only small matrices gain from it."""
+def most_stacked(device: torch.device, dtype: torch.dtype) -> int:
+    """Most elements that are orthogonalized together in a working dtype. On a CPU, only small matrices gain from it."""
     if device.type == "cpu":
-        return cpu_costs().stack_numel
+        return cpu_costs().stack_bytes // dtype.itemsize
     return _ON_GPU if device.type == "cuda" else 0
 
 

@@ -51,7 +51,7 @@ class MatrixStep:
     """How matrices are orthogonalized: in which dtype, and how many together.
 
     Args:
-        dtype: Working dtype of Newton-Schulz; ``None`` is the fastest for each matrix (:func:`.orthogonalize.working_dtype`).
+        dtype: Working dtype of Newton-Schulz; ``None`` is the fastest for each (:func:`.orthogonalize.working_dtype`).
         stack_numel: Most elements that are orthogonalized together; ``None`` is :func:`.stacking.most_stacked`.
         tracker: Takes down what the matrices do, if it is on.
     """
@@ -68,7 +68,9 @@ class MatrixStep:
         for matrix in matrices:
             if place := shared.place(matrix.param):
                 exchange, i = place
-                widest = max(self.working_dtypes(matrix.param, matrix.group, matrix.parts), key=lambda dtype: dtype.itemsize)
+                widest = max(
+                    self.working_dtypes(matrix.param, matrix.group, matrix.parts), key=lambda dtype: dtype.itemsize
+                )
                 there[exchange, widest][i] = matrix
             else:
                 here.append(matrix)
@@ -139,7 +141,7 @@ class MatrixStep:
         return self.dtype or working_dtype(device, min(m, n))
 
     def _bound(self, device: torch.device) -> int:
-        return self.stack_numel or most_stacked(device)
+        return self.stack_numel or most_stacked(device, self.dtype or working_dtype(device))
 
     def _directions(
         self, matrices: Sequence[Matrix], whole: Sequence[Tensor], moving: Sequence[Tensor]
@@ -158,7 +160,7 @@ class MatrixStep:
         )
         kind, device = group["kind"], whole[0].device
         # On a CPU, orthogonalize itself takes a batch in pieces.
-        bound = self.stack_numel or (sys.maxsize if device.type == "cpu" else most_stacked(device))
+        bound = self.stack_numel or (sys.maxsize if device.type == "cpu" else self._bound(device))
         if parts := matrices[0].parts:
             return directions_of_parts(whole, moving, parts, kind, orthogonal, bound)
         return directions(whole, moving, kind, orthogonal, bound)
@@ -270,7 +272,7 @@ def with_gradient(matrices: Sequence[Matrix], is_shared: bool) -> list[Tensor]:
 
 
 def _largest(tensors: list[Tensor]) -> Tensor:
-    """A number for each tensor that is 0 where all of its entries are. (Squares would underflow.)"""
+    """A number for each tensor that is 0 if all of its entries are 0; not a sum of squares, which may underflow."""
     if tensors[0].is_cuda:
         return torch.stack(torch._foreach_norm(tensors, 1))
     # A CPU takes eight times as long for the norm.

@@ -149,7 +149,7 @@ def check(product: Product, a: Tensor, b: Tensor | None, options: dict[str, Any]
     rounding = 4 * unit * largest if product is symmetric_matmul else 2 * unit * expected.abs()
     bound = rounding + 2**-24 * (a.shape[-1] + 4) * largest + torch.finfo(a.dtype).tiny
     assert bool(((found.double() - expected).abs() <= bound).all())
-    if product is not symmetric_matmul or symmetric_cost(a) < 1 and a.dtype is not torch.bfloat16:
+    if product is not symmetric_matmul or (symmetric_cost(a) < 1 and a.dtype is not torch.bfloat16):
         assert torch.equal(found, found.mT)
 
 

@@ -361,5 +361,5 @@ def test_by_default_the_shape_and_the_kind_of_the_cpu_choose_the_dtype(monkeypat
 def test_a_batch_that_leaves_the_cache_goes_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     x = gaussian(5, 6, 4).float()
     whole = orthogonalize(x, dtype=torch.float64)
-    monkeypatch.setattr(module, "most_stacked", lambda _: 2 * 24 + 1)
+    monkeypatch.setattr(module, "most_stacked", lambda *_: 2 * 24 + 1)
     torch.testing.assert_close(orthogonalize(x, dtype=torch.float64), whole)

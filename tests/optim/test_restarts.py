@@ -120,7 +120,8 @@ def test_the_default_takes_wide_matrices_in_pairs_of_steps_in_bfloat16() -> None
     for steps, pairs in ((5, (2, 4)), (6, (2, 4)), (1, ())):
         schedule = resolve_schedule(None, steps, torch.bfloat16)
         plans = [
-            best_restarts(schedule.polynomials, ratio, UNITS[torch.bfloat16], 1.0, schedule.in_pairs) for ratio in (4.0, 1.0)
+            best_restarts(schedule.polynomials, ratio, UNITS[torch.bfloat16], 1.0, schedule.in_pairs)
+            for ratio in (4.0, 1.0)
         ]
         assert plans == [pairs, tuple(range(1, steps))]
 
