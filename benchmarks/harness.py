@@ -178,9 +178,9 @@ def kind_of_machine() -> str:
 
 @functools.cache
 def _keep_freed_memory() -> None:
-    """Frees a block of nearly 32 MB, as every training does.
+    """Frees a block of nearly 32 MB, the largest that counts; most trainings free large ones.
 
-    glibc returns freed memory to the system, and faults it in again page by page, until it has seen such a block.
+    glibc returns freed memory of twice that size to the system, and faults it in again page by page.
     """
     torch.empty(2**25 - 2**16, dtype=torch.uint8, device="cpu")
 
