@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import lightning_muonclip.optim.orthogonalize as module
-from lightning_muonclip import orthogonalize
+from lightning_muonclip import Muon, orthogonalize
 from lightning_muonclip.kernels.costs import COSTS
 from lightning_muonclip.optim.coefficients import SCHEDULES, Schedule, resolve_schedule
 from lightning_muonclip.optim.orthogonalize import working_dtype
@@ -363,3 +363,12 @@ def test_a_batch_that_leaves_the_cache_goes_in_pieces(monkeypatch: pytest.Monkey
     whole = orthogonalize(x, dtype=torch.float64)
     monkeypatch.setattr(module, "most_stacked", lambda *_: 2 * 24 + 1)
     torch.testing.assert_close(orthogonalize(x, dtype=torch.float64), whole)
+
+
+def test_muon_tells_the_dtypes_that_its_shapes_are_worked_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "cpu_costs", lambda: COSTS["none"]._replace(bfloat16_from=6))
+    params = [torch.nn.Parameter(torch.ones(shape)) for shape in ((5, 9), (8, 6))]
+    assert Muon(params).working_dtypes() == {torch.float32, torch.bfloat16}
+    halves = {params[1]: (0, [torch.arange(4), torch.arange(4, 8)])}
+    assert Muon(params, parts=halves).working_dtypes() == {torch.float32}
+    assert Muon(params, dtype="float64").working_dtypes() == {torch.float64}
