@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from harness import copy_rate, device, machine, matmul_rate, save
+from harness import copy_rate, device, kind_of_machine, matmul_rate, save
 from parameter_sets import MODELS, PARAMETER_SETS, Shape
 from peers import LoopMuon
 from torch import Tensor
@@ -69,9 +69,8 @@ class Traffic(NamedTuple):
 
 def cost(m: int, n: int) -> float:
     """FLOPs of orthogonalizing one matrix, as Muon counts them when it assigns owners."""
-    schedule = resolve_schedule(None, None)
-    unit = torch.finfo(working_dtype(device())).eps / 2
-    return cheapest_flops(schedule, m, n, unit)
+    dtype = working_dtype(device(), min(m, n))
+    return cheapest_flops(resolve_schedule(None, None, dtype), m, n, torch.finfo(dtype).eps / 2)
 
 
 def wire_bytes() -> int:
@@ -229,9 +228,9 @@ def tables(cases: Sequence[dict[str, Any]]) -> dict[str, str]:
 
 
 def _rates(network: float) -> str:
-    own, dtype = machine(), str(working_dtype(device())).removeprefix("torch.")
+    dtype = str(working_dtype(device())).removeprefix("torch.")
     return (
-        f"Rates: {own['device']}, {own['threads']} thread, torch {own['torch']}: {_rate_of_products() / 1e9:.0f} GFLOP/s of"
+        f"Rates: {kind_of_machine()}, torch {torch.__version__}: {_rate_of_products() / 1e9:.0f} GFLOP/s of"
         f" {dtype} products and {copy_rate() / 1e9:.1f} GB/s of copies, both measured; a network of {network:g} GB/s per"
         " rank and direction is **assumed**. Not measured on GPUs or clusters yet."
     )

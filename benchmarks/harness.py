@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -17,10 +20,16 @@ from typing import Any, NamedTuple
 
 import torch
 
+from lightning_muonclip.kernels.costs import bfloat16_hardware
+
 RESULTS = Path(__file__).parent / "results"
 
 #: A function takes no more turns after this many seconds.
 PATIENCE = 60.0
+
+#: Limits torch, oneDNN and MKL to AVX2, on processors of any vendor. On such a CPU, oneDNN's bfloat16 is slow and MKL's
+#: float32 fast. Without the last variable, float32 would keep AVX-512, which would favor us.
+AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 
 #: FLOPs per second of products by dtype, measured on demand.
 _MATMUL_RATES: dict[torch.dtype, float] = {}
@@ -45,6 +54,12 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def without_bf16_hardware() -> None:
+    """Runs this command again, held to AVX2, unless it is already."""
+    if any(os.environ.get(key) != value for key, value in AVX2.items()):
+        raise SystemExit(subprocess.run([sys.executable, *sys.argv], env=os.environ | AVX2).returncode)
+
+
 def side_by_side(
     functions: Mapping[str, Callable[[], Any]], rounds: int = 20, warm_up: int = 3, patience: float = PATIENCE
 ) -> dict[str, list[float]]:
@@ -52,6 +67,7 @@ def side_by_side(
 
     A function too slow for its warm-up is measured from its first call.
     """
+    _keep_freed_memory()
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     spent = dict.fromkeys(functions, 0.0)
     for i in range(warm_up + rounds):
@@ -70,6 +86,7 @@ def compare(
 ) -> dict[str, dict[str, Any]]:
     """Prints and returns every function's median, quartiles, time over that of ``peer``, and over its own floor."""
     rows = {}
+    print(kind_of_machine(), flush=True)
     for name, own in seconds.items():
         low, median, high = statistics.quantiles(own, n=4) if len(own) > 1 else own * 3
         row = rows[name] = {"median_ms": 1e3 * median, "quartiles_ms": [1e3 * low, 1e3 * high], "calls": len(own)}
@@ -142,12 +159,30 @@ def machine() -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "bfloat16_hardware": bfloat16_hardware(),
         "threads": torch.get_num_threads(),
         "clock": "process" if _clock() is time.process_time else "wall",
         "torch": torch.__version__,
         "triton": _version_of("triton"),
         "python": platform.python_version(),
     }
+
+
+def kind_of_machine() -> str:
+    """The device and, of a CPU, what it multiplies bfloat16 with, for a table or a picture."""
+    own = machine()
+    if device().type == "cuda":
+        return str(own["device"])
+    return f"{own['device']} (bfloat16 in hardware: {own['bfloat16_hardware']}), {own['threads']} threads"
+
+
+@functools.cache
+def _keep_freed_memory() -> None:
+    """Frees a block of nearly 32 MB, the largest that counts; most trainings free large ones.
+
+    glibc returns freed memory of twice that size to the system, and faults it in again page by page.
+    """
+    torch.empty(2**25 - 2**16, dtype=torch.uint8, device="cpu")
 
 
 def _ratio(own: Sequence[float], peer: Sequence[float]) -> float:

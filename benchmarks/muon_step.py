@@ -12,15 +12,12 @@ from __future__ import annotations
 
 import argparse
 import gc
-import os
-import subprocess
-import sys
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from harness import Work, compare, device, save, side_by_side, skip_failing
+from harness import AVX2, Work, compare, device, save, side_by_side, skip_failing, without_bf16_hardware
 from parameter_sets import PARAMETER_SETS, ParameterSet, Shape
 from peers import PlainMuon, optimizers
 from torch import Tensor
@@ -45,10 +42,6 @@ SETS = {
 MOST_ON_CPU = 2**24
 #: Heads, their channels and the width of one layer's attention.
 HEADS = {"cpu": {"gpt2_small": (12, 64, 768)}, "cuda": {"gpt2_small": (12, 64, 768), "wide": (32, 128, 4096)}}
-
-#: Limits torch, oneDNN and MKL to AVX2, on processors of any vendor. On such a CPU, oneDNN's bfloat16 is slow and MKL's
-#: float32 fast. Without the last variable, float32 would keep AVX-512, which would favor us.
-AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 
 
 def parameters(shapes: Sequence[Shape]) -> list[Parameter]:
@@ -83,6 +76,7 @@ def steps(params: list[Parameter]) -> dict[str, Callable[[], Any]]:
     """All available optimizers for these parameters, each with its own state."""
     functions = {"Muon": step_of(ours(params)), "Muon, jordan": step_of(ours(params, ns_coefficients="jordan"))}
     if working_dtype(device()) is not torch.float32:
+        functions["Muon, float32"] = step_of(ours(params, dtype=torch.float32))
         functions["Muon, jordan, float32"] = step_of(ours(params, ns_coefficients="jordan", dtype=torch.float32))
     functions["plain float32 loop"] = step_of(PlainMuon(params, LR))
     functions["AdamW foreach"] = step_of(AdamW(params, lr=LR, foreach=True))
@@ -100,7 +94,7 @@ def work(name: str, params: Sequence[Tensor]) -> Work | None:
         return Work(0.0, 7 * nbytes)
     if name.startswith("Muon"):
         dtype = torch.float32 if name.endswith("float32") else working_dtype(device())
-        schedule = resolve_schedule("jordan" if "jordan" in name else None, None)
+        schedule = resolve_schedule("jordan" if "jordan" in name else None, None, dtype)
         unit = torch.finfo(dtype).eps / 2
 
         def products(m: int, n: int) -> float:
@@ -204,8 +198,8 @@ def main() -> None:
     parser.add_argument("--heads", action="store_true", help="also one layer's attention, whole and head by head")
     parser.add_argument("--no-bf16-hardware", action="store_true", help="hold a CPU to AVX2")
     given = parser.parse_args()
-    if given.no_bf16_hardware and any(os.environ.get(key) != value for key, value in AVX2.items()):
-        raise SystemExit(subprocess.run([sys.executable, *sys.argv], env=os.environ | AVX2).returncode)
+    if given.no_bf16_hardware:
+        without_bf16_hardware()
     cases, shapes = [], []
     for name in given.sets:
         own = PARAMETER_SETS[name]

@@ -1,6 +1,7 @@
 """Orthogonalization by shape: our methods against plain Newton-Schulz, torch's, and installed peers.
 
 python benchmarks/orthogonalize.py           # the table, a case per shape
+python benchmarks/orthogonalize.py --no-bf16-hardware    # as on a CPU that multiplies no bfloat16
 python benchmarks/orthogonalize.py --plot    # docs/orthogonalize_time.png from the results
 """
 
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import RESULTS, Work, compare, device, save, side_by_side, skip_failing
+from harness import AVX2, RESULTS, Work, compare, device, save, side_by_side, skip_failing, without_bf16_hardware
 from peers import each, newton_schulz, orthogonalizers
 
 from lightning_muonclip import orthogonalize
@@ -25,18 +26,24 @@ from lightning_muonclip.optim.restarts import best_restarts, flops
 PEER = "ours"
 PICTURE = Path(__file__).parents[1] / "docs" / "orthogonalize_time.png"
 
-SIZES = {"cpu": (64, 128, 256, 512, 768, 1024), "cuda": (64, 128, 256, 512, 768, 1024, 2048, 4096)}
+SIZES = {"cpu": (64, 128, 256, 512, 768, 1024, 2048), "cuda": (64, 128, 256, 512, 768, 1024, 2048, 4096)}
 RATIOS = (1, 2, 4, 8)
-#: Typical batches: attention matrices of all layers, and a stack of experts.
-BATCHES = {"cpu": ((16, 128, 128), (8, 352, 512)), "cuda": ((48, 768, 768), (96, 1024, 1024), (64, 1408, 2048))}
+#: Most elements of a single matrix.
+MOST = {"cpu": 2**22, "cuda": 2**26}
+#: Typical batches: attention matrices of all layers, stacks of experts, and large matrices.
+BATCHES = {
+    "cpu": ((12, 64, 64), (24, 128, 128), (8, 352, 512), (4, 768, 3072)),
+    "cuda": ((48, 768, 768), (96, 1024, 1024), (64, 1408, 2048)),
+}
 
-#: Ours by name: the schedule and the form.
-OURS = {
-    "ours": (None, "auto"),
-    "ours, direct": (None, "direct"),
-    "ours, gram": (None, "gram"),
-    "ours, polar_express": ("polar_express", "auto"),
-    "ours, jordan": ("jordan", "auto"),
+#: Ours by name: the schedule, the form and the working dtype.
+OURS: dict[str, tuple[str | None, str, torch.dtype | None]] = {
+    "ours": (None, "auto", None),
+    "ours, float32": (None, "auto", torch.float32),
+    "ours, direct": (None, "direct", None),
+    "ours, gram": (None, "gram", None),
+    "ours, polar_express": ("polar_express", "auto", None),
+    "ours, jordan": ("jordan", "auto", None),
 }
 
 
@@ -45,10 +52,12 @@ def work(name: str, batch: int, m: int, n: int) -> Work | None:
     small, large = sorted((m, n))
     nbytes = 2.0 * 4 * batch * m * n
     if name in OURS:
-        dtype = working_dtype(device())
-        schedule = resolve_schedule(OURS[name][0], None, dtype)
+        coefficients, _, dtype = OURS[name]
+        dtype = dtype or working_dtype(device(), small)
+        schedule = resolve_schedule(coefficients, None, dtype)
         # Half of a symmetric product is enough.
-        restarts = best_restarts(schedule.polynomials, large / small, torch.finfo(dtype).eps / 2, 0.5)
+        unit = torch.finfo(dtype).eps / 2
+        restarts = best_restarts(schedule.polynomials, large / small, unit, 0.5, schedule.in_pairs)
         return Work(batch * flops(schedule, restarts, m, n, 0.5), nbytes, dtype)
     if name not in ("plain float32", "plain bfloat16", "torch.optim.Muon"):
         return None
@@ -61,8 +70,8 @@ def case(batch: int, m: int, n: int, rounds: int, peers: dict[str, Callable[...,
     print(f"\n{batch} x ({m}, {n})")
     x = torch.randn(batch, m, n, device=device())
     functions: dict[str, Callable[[], Any]] = {
-        name: functools.partial(orthogonalize, x, coefficients=schedule, method=method)
-        for name, (schedule, method) in OURS.items()
+        name: functools.partial(orthogonalize, x, coefficients=schedule, method=method, dtype=dtype)
+        for name, (schedule, method, dtype) in OURS.items()
     }
     functions["plain float32"] = functools.partial(each(lambda own: newton_schulz(own, torch.float32)), x)
     functions["plain bfloat16"] = functools.partial(each(lambda own: newton_schulz(own, torch.bfloat16)), x)
@@ -99,7 +108,9 @@ def draw(kind: str) -> None:
         axes.set(xscale="log", yscale="log", xlabel="rows", title=f"{ratio} times as many columns")
         axes.set_xticks(sizes := sorted({own["shape"][1] for own in cases}), map(str, sizes), rotation=45, fontsize=7)
         axes.minorticks_off()
-    panels[0, 0].set_ylabel(f"milliseconds, {result['machine']['device']}, {result['machine']['threads']} threads")
+    own = result["machine"]
+    kind = f"bfloat16 in hardware: {own['bfloat16_hardware']}"
+    panels[0, 0].set_ylabel(f"milliseconds, {own['device']} ({kind}), {own['threads']} threads")
     panels[0, 0].legend(fontsize=7)
     figure.savefig(PICTURE, dpi=110)
 
@@ -112,13 +123,17 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="*", type=int, default=SIZES[kind])
     parser.add_argument("--ratios", nargs="*", type=int, default=RATIOS)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--no-bf16-hardware", action="store_true", help="hold a CPU to AVX2")
     given = parser.parse_args()
     if given.plot:
         return draw(kind)
+    if given.no_bf16_hardware:
+        without_bf16_hardware()
     peers = orthogonalizers()
-    shapes = [(1, n, n * ratio) for n in given.sizes for ratio in given.ratios if n * n * ratio <= 2**26]
+    shapes = [(1, n, n * ratio) for n in given.sizes for ratio in given.ratios if n * n * ratio <= MOST[kind]]
     cases = [case(*shape, given.rounds, peers) for shape in (*shapes, *BATCHES[kind])]
-    save("orthogonalize", cases=cases)
+    environment = AVX2 if given.no_bf16_hardware else {}
+    save("orthogonalize_no_bf16" if given.no_bf16_hardware else "orthogonalize", environment=environment, cases=cases)
 
 
 if __name__ == "__main__":

@@ -112,8 +112,8 @@ class RunSummary(Callback):
             if isinstance(callback, MuonClipCallback) and callback.qk_clip is not None:
                 rows.append(("head-clips", f"{int(callback.qk_clip.clips.sum())}"))
             if isinstance(callback, MuonClipCallback) and callback.muon is not None:
-                dtype = callback.muon.working_dtype(trainer.strategy.root_device)
-                rows.append(("Muon works in", str(dtype).removeprefix("torch.")))
+                names = sorted(str(dtype).removeprefix("torch.") for dtype in callback.muon.working_dtypes())
+                rows.append(("Muon works in", ", ".join(names)))
         if self._seconds:
             timed = self._batches - (self.profile_batches if self._profiled else 0)
             per_batch = self._seconds / timed * 1e3

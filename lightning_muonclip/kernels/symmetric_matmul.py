@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
+
+from lightning_muonclip.kernels.costs import cpu_costs
 
 #: A GPU runs the Triton kernel from this many rows; below, torch's own operations are cheaper. float32 always uses the
 #: kernel, because torch's product may be set to TF32. Estimates, not confirmed on a GPU yet.
 KERNEL_FROM = {torch.float32: 1, torch.bfloat16: 64, torch.float16: 64}
 
-#: A CPU computes a triangle of blocks, PANELS blocks high, from this many rows. Measured on one thread: smaller blocks cost
-#: more than they save, and the faster a dtype multiplies, the larger they must be.
-PANELS_FROM = {torch.float32: 512, torch.float64: 512, torch.bfloat16: 2048}
+#: A CPU computes a triangle of blocks, this many high, where that pays (see :class:`~.costs.Costs`).
 PANELS = 4
+
+#: Columns between the rows of a panel, since rows that are powers of two apart fall into the same lines of a cache.
+_PADDING = 32
 
 #: A transposed copy reads columns; this many at a time stay in cache.
 _STRIP = 128
 _BELOW = torch.ones(_STRIP, _STRIP, dtype=torch.bool, device="cpu").tril_()
+
+#: As :func:`product_for` returns it.
+Product: TypeAlias = Callable[..., Tensor]
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -61,9 +69,18 @@ def symmetric_matmul(
     """
     _check(a, b, c, alpha, beta, gamma)
     (x, xs), (y, ys), (z, zs) = _split(alpha), _split(beta), _split(gamma)
-    if torch.compiler.is_compiling():
-        return torch.ops.muonclip.symmetric_matmul(a, b, c, x, y, z, xs, ys, zs)
-    return _symmetric_matmul(a, b, c, x, y, z, xs, ys, zs)
+    multiply = torch.ops.muonclip.symmetric_matmul if torch.compiler.is_compiling() else _symmetric_matmul
+    return multiply(a, b, c, x, y, z, xs, ys, zs)
+
+
+def product_for(a: Tensor) -> Product:
+    """The cheapest way to :func:`symmetric_matmul` for a loop over matrices like ``a``, chosen and checked once.
+
+    It takes ``(a, b, c, alpha, beta, gamma)``, without tensors as factors, and is for use outside of autocast.
+    """
+    if a.device.type != "cpu" or a.dtype is torch.float16 or torch.compiler.is_compiling():
+        return _product
+    return _by_panels if symmetric_cost(a) < 1 else _whole
 
 
 def symmetric_cost(a: Tensor) -> float:
@@ -74,9 +91,7 @@ def symmetric_cost(a: Tensor) -> float:
     """
     if _runs_kernel(a):
         return 0.6
-    # With few rows, copying the panels costs what they save.
-    panels_from = PANELS_FROM.get(a.dtype, PANELS_FROM[torch.float32])
-    return 0.8 if a.device.type == "cpu" and a.shape[1] >= panels_from else 1.0
+    return 0.8 if a.device.type == "cpu" and a.shape[1] >= cpu_costs().panels_from[a.dtype] else 1.0
 
 
 def _check(a: Tensor, b: Tensor | None, c: Tensor | None, *factors: float | Tensor) -> None:
@@ -102,6 +117,12 @@ def _kind(x: Tensor, shape: tuple[int, ...]) -> tuple[torch.dtype, tuple[int, ..
 
 def _split(factor: float | Tensor) -> tuple[float, Tensor | None]:
     return (1.0, factor) if isinstance(factor, Tensor) else (float(factor), None)
+
+
+def _product(
+    a: Tensor, b: Tensor, c: Tensor | None = None, alpha: float = 1.0, beta: float = 0.0, gamma: float = 0.0
+) -> Tensor:
+    return symmetric_matmul(a, b, alpha=alpha, beta=beta, c=c, gamma=gamma)
 
 
 def _symmetric_matmul(
@@ -132,15 +153,12 @@ def _symmetric_matmul(
     if alpha == 0:  # torch's bfloat16 product then returns early and ignores beta
         a, b = a[..., :0], b[..., :0]
     product = _by_panels if symmetric_cost(a) < 1 else _whole
-    if alphas is None and betas is None:
-        out = product(a, b, c, alpha, beta)
-    else:
-        out = product(a, b, None, 1.0, 0.0) * _each(alpha, alphas, a)
-        if c is not None:
-            out += c * _each(beta, betas, a)
-    if gamma != 0:
-        out.diagonal(dim1=1, dim2=2)[..., None].add_(_each(gamma, gammas, a))
-    return out
+    if alphas is None and betas is None and gammas is None:
+        return product(a, b, c, alpha, beta, gamma)
+    out = product(a, b) * _each(alpha, alphas, a)
+    if c is not None:
+        out += c * _each(beta, betas, a)
+    return _add_identity(out, _each(gamma, gammas, a))
 
 
 def _each(number: float, tensor: Tensor | None, like: Tensor) -> float | Tensor:
@@ -174,33 +192,53 @@ def _has_triton(index: int) -> bool:
     return is_nvidia and find_spec("triton") is not None and torch.cuda.get_device_capability(index) >= (8, 0)
 
 
-def _whole(a: Tensor, b: Tensor, c: Tensor | None, alpha: float, beta: float) -> Tensor:
+def _whole(
+    a: Tensor, b: Tensor, c: Tensor | None = None, alpha: float = 1.0, beta: float = 0.0, gamma: float = 0.0
+) -> Tensor:
     if c is None:
         out = torch.bmm(a, b.mT)
-        return out if alpha == 1 else out.mul_(alpha)
-    return torch.baddbmm(c, a, b.mT, beta=beta, alpha=alpha)
+        if alpha != 1:
+            out *= alpha
+    else:
+        out = torch.baddbmm(c, a, b.mT, beta=beta, alpha=alpha)
+    return out if gamma == 0 else _add_identity(out, gamma)
 
 
-def _by_panels(a: Tensor, b: Tensor, c: Tensor | None, alpha: float, beta: float) -> Tensor:
-    """The CPU twin of the kernel: panels of rows, each cut at the diagonal, then mirrored."""
+def _by_panels(
+    a: Tensor, b: Tensor, c: Tensor | None = None, alpha: float = 1.0, beta: float = 0.0, gamma: float = 0.0
+) -> Tensor:
+    """The CPU twin of the kernel: panels of rows, each cut at the diagonal and mirrored."""
     batch, n, _ = a.shape
-    out = a.new_empty(batch, n, n) if c is None else c.clone(memory_format=torch.contiguous_format)
+    out = a.new_empty(batch, n, n)
     height = -(-n // PANELS)
+    room = a.new_empty(height, n + _PADDING)
     # One matrix at a time: torch's batched product is up to four times slower in bfloat16, and never faster here.
-    for left, right, own in zip(a, b.mT, out):
+    for i, (left, right, own) in enumerate(zip(a, b.mT, out)):
         for top in range(0, n, height):
             bottom = min(top + height, n)
-            panel = own[top:bottom, :bottom]
+            panel = room[: bottom - top, :bottom]
+            if c is not None:
+                panel.copy_(c[i, top:bottom, :bottom])
             panel.addmm_(left[top:bottom], right[:, :bottom], beta=0.0 if c is None else beta, alpha=alpha)
-    return _mirror(out)
+            own[top:bottom, :bottom] = panel
+            own[:top, top:bottom] = panel[:, :top].mT
+            if (
+                a.dtype is not torch.bfloat16
+            ):  # whose products are exact in float32, so that squares are symmetric anyway
+                _mirror(own[top:bottom, top:bottom])
+    return out if gamma == 0 else _add_identity(out, gamma)
 
 
-def _mirror(x: Tensor) -> Tensor:
-    """Copies the lower triangle onto the upper one."""
-    n = x.shape[1]
+def _mirror(x: Tensor) -> None:
+    """Copies the lower triangle of a matrix onto the upper one."""
+    n = len(x)
     for top in range(0, n, _STRIP):
         bottom = min(top + _STRIP, n)
-        x[:, :top, top:bottom] = x[:, top:bottom, :top].mT
-        square = x[:, top:bottom, top:bottom]
+        x[:top, top:bottom] = x[top:bottom, :top].mT
+        square = x[top:bottom, top:bottom]
         square.copy_(torch.where(_BELOW[: bottom - top, : bottom - top], square, square.mT))
+
+
+def _add_identity(x: Tensor, factor: float | Tensor) -> Tensor:
+    x.diagonal(dim1=1, dim2=2)[..., None].add_(factor)
     return x

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -35,7 +36,10 @@ class Schedule:
         steps: Default number of steps. ``None`` takes all polynomials; further steps repeat the last one.
         in_bfloat16: Polynomials that take the place of the others in bfloat16, after the Frobenius norm. A schedule
             multiplies small singular values, and with them the rounding of the matrix, by the product of its first
-            coefficients: what is steeper than the dtype can carry lifts nothing but noise.
+            coefficients: what is steeper than the dtype can carry lifts nothing but noise. Two steps may share one Gram
+            matrix, which moves singular values by a few units: leave them room (see :func:`with_safety`).
+        in_pairs: Whether the first step and the second, the third and the fourth, and so on may share one Gram matrix
+            whatever the bound on rounding says (:mod:`~lightning_muonclip.optim.restarts`).
 
     Raises:
         ValueError: If there is no polynomial, if one has fewer than two coefficients, or if the norm is unknown.
@@ -45,6 +49,7 @@ class Schedule:
     norm: str = "frobenius"
     steps: int | None = None
     in_bfloat16: tuple[Odd, ...] | None = None
+    in_pairs: bool = False
 
     def __post_init__(self) -> None:
         if not self.polynomials:
@@ -75,20 +80,20 @@ class Schedule:
             polynomials and (polynomials + polynomials[-1:] * steps)[:steps]
             for polynomials in (self.polynomials, self.in_bfloat16)
         )
-        return Schedule(own or (), self.norm, in_bfloat16=half)
+        return replace(self, polynomials=own or (), steps=None, in_bfloat16=half)
 
     def for_dtype(self, dtype: torch.dtype) -> Schedule:
         """What is run in a working dtype."""
         if dtype is torch.bfloat16 and self.in_bfloat16 is not None:
-            return Schedule(self.in_bfloat16, steps=self.steps)
+            return Schedule(self.in_bfloat16, steps=self.steps, in_pairs=True)
         return Schedule(self.polynomials, self.norm, self.steps)
 
     def plain(self) -> Odd | tuple[Odd, ...] | dict[str, Any]:
         """The schedule as plain data for a checkpoint, in the format of ``torch.optim.Muon`` where possible."""
-        if self.in_bfloat16 is not None:
-            return {"polynomials": self.polynomials, "norm": self.norm, "in_bfloat16": self.in_bfloat16}
-        if self.norm != "frobenius":
-            return {"polynomials": self.polynomials, "norm": self.norm}
+        others = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("polynomials", "steps")}
+        given = {name: value for name, value in others.items() if value != getattr(Schedule, name)}
+        if given:
+            return {"polynomials": self.polynomials, **given}
         return self.polynomials[0] if len(set(self.polynomials)) == 1 else self.polynomials
 
 
@@ -229,7 +234,12 @@ def resolve_schedule(
     """
     if steps is not None and (not isinstance(steps, int) or not 1 <= steps < 100):
         raise ValueError(f"ns_steps must be an integer of at least 1 and below 100, got {steps!r}")
-    schedule = _schedule(DEFAULT_SCHEDULE if coefficients is None else coefficients).first(steps)
+    return _in_steps(_schedule(DEFAULT_SCHEDULE if coefficients is None else coefficients), steps, dtype)
+
+
+@lru_cache(maxsize=256)
+def _in_steps(schedule: Schedule, steps: int | None, dtype: torch.dtype | None) -> Schedule:
+    schedule = schedule.first(steps)
     return schedule if dtype is None else schedule.for_dtype(dtype)
 
 
@@ -242,7 +252,7 @@ def _schedule(coefficients: Coefficients) -> Schedule:
         return SCHEDULES[coefficients]
     if isinstance(coefficients, Mapping):
         lists = ("polynomials", "in_bfloat16")
-        if not {"polynomials"} <= coefficients.keys() <= {*lists, "norm", "steps"}:
+        if not {"polynomials"} <= coefficients.keys() <= {*lists, "norm", "steps", "in_pairs"}:
             raise ValueError(
                 "a schedule needs the key 'polynomials' and may have 'norm' and 'steps', got:"
                 f" {', '.join(coefficients) or 'none'}"

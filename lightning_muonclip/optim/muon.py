@@ -69,10 +69,10 @@ class Muon(Optimizer):
         ns_steps: Number of Newton-Schulz iterations; ``None`` is the schedule's own.
         adjust_lr_fn: The scale :math:`s(m, n)`: ``"original"`` (``None``) :math:`\sqrt{\max(1, m/n)}`,
             ``"match_rms_adamw"`` :math:`0.2\sqrt{\max(m, n)}`, ``"spectral_unclamped"`` :math:`\sqrt{m/n}`.
-        dtype: Working dtype of Newton-Schulz, or its name; ``None`` is the fastest that the device has in hardware (see
-            :func:`~lightning_muonclip.optim.orthogonalize.working_dtype`).
+        dtype: Working dtype of Newton-Schulz, or its name; ``None`` is the fastest for the shape of each matrix that the
+            device has in hardware (see :func:`~lightning_muonclip.optim.orthogonalize.working_dtype`).
         stack_numel: Most elements in one batched call, which bounds the transient memory of a step; a larger matrix goes
-            alone. ``None`` is the default of the device, :data:`.stacking.STACK_NUMEL`.
+            alone. ``None`` is the default of the device, :func:`.stacking.most_stacked`.
         parts: The matrices inside of fused weights,
             ``{name: (dimension of the output channels, [channels of each matrix])}``; a name may be a shell-style pattern,
             or the weight itself. They cover all channels once. Each matrix is orthogonalized and scaled as if it were a
@@ -156,9 +156,15 @@ class Muon(Optimizer):
         super().__init__(params, defaults)
         self.set_parts(parts or {})
 
-    def working_dtype(self, device: torch.device) -> torch.dtype:
-        """The dtype in which matrices on a device are orthogonalized."""
-        return self._matrix_step.working_dtype(device)
+    def working_dtypes(self) -> set[torch.dtype]:
+        """The dtypes in which the matrices are orthogonalized."""
+        return {
+            dtype
+            for number, group in enumerate(self.param_groups)
+            if group["algorithm"] == "muon"
+            for p, parts in self._with_parts(number)
+            for dtype in self._matrix_step.working_dtypes(p, group, parts)
+        }
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; ``algorithm`` is ``"muon"`` (default) or ``"adamw"`` (any shape), ``kind`` one of :data:`KINDS`."""

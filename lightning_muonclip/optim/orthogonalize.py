@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from functools import cache
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from lightning_muonclip.kernels.symmetric_matmul import symmetric_cost, symmetric_matmul
+from lightning_muonclip.kernels.costs import cpu_costs
+from lightning_muonclip.kernels.symmetric_matmul import Product, product_for, symmetric_cost
 from lightning_muonclip.optim.coefficients import Coefficients, Odd, Schedule, resolve_schedule
 from lightning_muonclip.optim.restarts import best_restarts
+from lightning_muonclip.optim.stacking import most_stacked
 
 METHODS = ("auto", "direct", "gram")
 
@@ -40,7 +41,7 @@ def orthogonalize(
         steps: Number of steps. Defaults to that of the schedule.
         method: ``"direct"`` multiplies the matrix itself at every step. ``"gram"`` iterates on its Gram matrix for as many
             steps as rounding permits. ``"auto"`` is the cheapest mix of both that rounding permits.
-        dtype: Working dtype. Defaults to :func:`working_dtype` of the device of ``x``.
+        dtype: Working dtype. Defaults to :func:`working_dtype` of the device and the shape of ``x``.
         eps: Added to the norm of the matrix divided by its largest entry. Guards against 0/0 at any scale of ``x``.
 
     Returns:
@@ -64,21 +65,35 @@ def orthogonalize(
         raise ValueError(f"orthogonalize needs a real floating-point dtype, got {x.dtype}")
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; use one of {', '.join(METHODS)}")
-    dtype = dtype or working_dtype(x.device)
+    dtype = dtype or working_dtype(x.device, min(x.shape[-2:]))
     schedule = resolve_schedule(coefficients, steps, dtype)
     if x.numel() == 0:
         return x.clone()
-    y = _normalize(x, schedule.norm, eps).to(dtype).reshape(-1, *x.shape[-2:])
-    is_tall = y.shape[-2] > y.shape[-1]
-    wide = y.mT if is_tall else y
-    restarts = _restarts(wide, schedule, method)
     kind = x.device.type
     if _has_autocast(kind) and torch.is_autocast_enabled(kind):
         with torch.autocast(kind, enabled=False):  # the restarts are planned for the working dtype
-            wide = _iterate(wide, schedule, restarts)
-    else:
-        wide = _iterate(wide, schedule, restarts)
-    return (wide.mT if is_tall else wide).reshape(x.shape).to(x.dtype)
+            return _in_pieces(x, schedule, method, dtype, eps)
+    return _in_pieces(x, schedule, method, dtype, eps)
+
+
+def _in_pieces(x: Tensor, schedule: Schedule, method: str, dtype: torch.dtype, eps: float) -> Tensor:
+    """Orthogonalizes a batch, on a CPU no more of it at once than stays in cache."""
+    stack = x.reshape(-1, *x.shape[-2:])
+    size = most_stacked(x.device, dtype) if x.device.type == "cpu" else stack.numel()
+    count = max(1, size // stack[0].numel())
+    if count >= len(stack):
+        return _orthogonalize(stack, schedule, method, dtype, eps).reshape(x.shape).to(x.dtype)
+    result = torch.empty_like(stack)
+    for piece, own in zip(stack.split(count), result.split(count)):
+        own.copy_(_orthogonalize(piece, schedule, method, dtype, eps))
+    return result.reshape(x.shape)
+
+
+def _orthogonalize(stack: Tensor, schedule: Schedule, method: str, dtype: torch.dtype, eps: float) -> Tensor:
+    y = _normalize(stack, schedule.norm, eps).to(dtype)
+    if y.shape[-2] <= y.shape[-1]:
+        return _iterate(y, schedule, _restarts(y, schedule, method))
+    return _iterate(y.mT, schedule, _restarts(y.mT, schedule, method)).mT
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -89,11 +104,11 @@ def _has_autocast(kind: str) -> bool:
 def _normalize(x: Tensor, norm: str, eps: float) -> Tensor:
     """Divides every matrix by its Frobenius norm; first by its largest entry, so that squares do not over- or underflow."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
+    tiny = torch.finfo(x.dtype).tiny  # instead of 0
     # amax and amin are vectorized on a CPU. The infinity norm is not and takes six times as long.
-    largest = torch.maximum(x.amax((-2, -1), keepdim=True), -x.amin((-2, -1), keepdim=True))
-    x = x / torch.where(largest == 0, 1.0, largest)
-    size = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).add_(eps)
-    size = torch.where(size == 0, 1.0, size)
+    largest = torch.maximum(x.amax((-2, -1), keepdim=True), x.amin((-2, -1), keepdim=True).neg_()).clamp_min_(tiny)
+    x = x / largest
+    size = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).add_(eps).clamp_min_(tiny)
     # Norms computed from the Gram matrix start from a larger scale, where half precision rounds it better.
     return x.mul_((1.0 if norm == "frobenius" else min(x.shape[-2:]) ** 0.5) / size)
 
@@ -103,26 +118,28 @@ def _restarts(wide: Tensor, schedule: Schedule, method: str) -> tuple[int, ...]:
         return tuple(range(1, len(schedule.polynomials)))
     n, m = wide.shape[-2:]
     unit = torch.finfo(wide.dtype).eps / 2
-    return best_restarts(schedule.polynomials, _VERY_WIDE if method == "gram" else m / n, unit, symmetric_cost(wide))
+    ratio = _VERY_WIDE if method == "gram" else m / n
+    return best_restarts(schedule.polynomials, ratio, unit, symmetric_cost(wide), schedule.in_pairs)
 
 
 def _iterate(wide: Tensor, schedule: Schedule, restarts: tuple[int, ...]) -> Tensor:
     """Newton-Schulz on matrices of shape (batch, n, m) with n <= m, with restarts before the given steps."""
-    wide, gram = _bring_below_one(wide, symmetric_matmul(wide), schedule.norm)
+    symmetric = product_for(wide)
+    wide, gram = _bring_below_one(wide, symmetric(wide, wide), schedule.norm)
     for start, end in pairwise((0, *restarts, len(schedule.polynomials))):
         if start:
-            gram = symmetric_matmul(wide)
+            gram = symmetric(wide, wide)
         first, *others = schedule.polynomials[start:end]
         if not others:
             # The identity term is added separately: in half precision, summing it first would round off the rest.
-            wide = _multiply(_polynomial(gram, (0.0, *first[1:])), wide, beta=first[0])
+            wide = _multiply(_polynomial(symmetric, gram, (0.0, *first[1:])), wide, beta=first[0])
             continue
-        factor = z = _polynomial(gram, first)
+        factor = z = _polynomial(symmetric, gram, first)
         for polynomial in others:
             # Z R Z, not R Z Z: rounding errors that mix large and small directions then grow by a per step, not by a².
-            gram = symmetric_matmul(symmetric_matmul(z, gram), z)
-            z = _polynomial(gram, polynomial)
-            factor = symmetric_matmul(z, factor)
+            gram = symmetric(symmetric(z, gram), z)
+            z = _polynomial(symmetric, gram, polynomial)
+            factor = symmetric(z, factor)
         wide = _multiply(factor, wide, beta=0.0)
     return wide
 
@@ -152,15 +169,15 @@ def _bring_below_one(wide: Tensor, gram: Tensor, norm: str) -> tuple[Tensor, Ten
     return (rows * wide).to(wide.dtype), (rows * gram * rows.mT).to(gram.dtype)
 
 
-def _polynomial(gram: Tensor, coefficients: Odd) -> Tensor:
+def _polynomial(symmetric: Product, gram: Tensor, coefficients: Odd) -> Tensor:
     """``a + b·R + c·R² + ...`` of a Gram matrix R."""
     if len(coefficients) == 3:
         a, b, c = coefficients
-        return symmetric_matmul(gram, alpha=c, beta=b, c=gram, gamma=a)
+        return symmetric(gram, gram, gram, c, b, a)
     if len(coefficients) == 2:
         return _add_identity(coefficients[1] * gram, coefficients[0])
     # Horner's rule in R², so that two coefficients cost one product.
-    square = symmetric_matmul(gram)
+    square = symmetric(gram, gram)
     if len(coefficients) % 2:
         *rest, even, odd, highest = coefficients
         total = _add_identity(highest * square + odd * gram, even)
@@ -169,7 +186,7 @@ def _polynomial(gram: Tensor, coefficients: Odd) -> Tensor:
         total = _add_identity(odd * gram, even)
     while rest:
         *rest, even, odd = rest
-        total = symmetric_matmul(total, square, beta=odd, c=gram, gamma=even)
+        total = symmetric(total, square, gram, 1.0, odd, even)
     return total
 
 
@@ -179,25 +196,19 @@ def _add_identity(x: Tensor, factor: float) -> Tensor:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def working_dtype(device: torch.device) -> torch.dtype:
-    """The dtype that the device multiplies fastest.
+def working_dtype(device: torch.device, side: int | None = None) -> torch.dtype:
+    """The dtype in which the device orthogonalizes a matrix fastest.
 
     float16 on CUDA devices with tensor cores: as fast as bfloat16 and eight times finer, and normalized matrices do not
-    overflow. bfloat16 on CPUs with AVX512-BF16 or AMX; other CPUs multiply it 10 to 100 times slower than float32.
+    overflow. On CPUs that multiply bfloat16 in hardware, bfloat16 for all but small matrices, whose products in float32 take
+    less time than it takes to start one in bfloat16; other CPUs multiply it 10 to 100 times slower than float32.
+
+    Args:
+        device: Where the matrix is.
+        side: The smaller side of the matrix; ``None`` is a large one.
     """
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0):
         return torch.float16
-    return torch.bfloat16 if device.type == "cpu" and _cpu_has_bfloat16() else torch.float32
-
-
-@cache
-def _cpu_has_bfloat16() -> bool:
-    if torch.backends.cpu.get_cpu_capability() == "AVX2":
-        return False  # ATEN_CPU_CAPABILITY may limit torch
-    # torch's own probes are private; the kernel's flag list is public and covers x86 and ARM servers.
-    try:
-        with open("/proc/cpuinfo") as file:
-            flags = set(file.read().split())
-    except OSError:
-        return False
-    return not flags.isdisjoint({"amx_bf16", "avx512_bf16", "bf16"})
+    bound = cpu_costs().bfloat16_from if device.type == "cpu" else None
+    is_large = bound is not None and (side is None or side >= bound)
+    return torch.bfloat16 if is_large else torch.float32

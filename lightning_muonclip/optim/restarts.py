@@ -38,16 +38,20 @@ def amplification(polynomials: tuple[Odd, ...]) -> float:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 @lru_cache(maxsize=4096)
-def best_restarts(polynomials: tuple[Odd, ...], ratio: float, unit: float, symmetric: float) -> tuple[int, ...]:
+def best_restarts(
+    polynomials: tuple[Odd, ...], ratio: float, unit: float, symmetric: float, in_pairs: bool = False
+) -> tuple[int, ...]:
     """The steps that start with a restart: the cheapest choice that is as accurate as the direct form in bfloat16.
 
-    bfloat16 is what Muon has always run in. So float16 can skip most restarts, and bfloat16 hardly any.
+    bfloat16 is what Muon has always run in. So float16 can skip most restarts, and bfloat16 hardly any but those inside of
+    pairs, for schedules that were measured to permit them.
 
     Args:
         polynomials: The steps of a schedule.
         ratio: Larger over smaller side of the matrix.
         unit: Half the distance from 1 to the next number in the working dtype.
         symmetric: Cost of a symmetric product relative to a general one.
+        in_pairs: As in :class:`~lightning_muonclip.optim.coefficients.Schedule`.
 
     Returns:
         Increasing indices of steps, without the first. All of them are the direct form.
@@ -59,7 +63,8 @@ def best_restarts(polynomials: tuple[Odd, ...], ratio: float, unit: float, symme
         candidates = []
         for start in range(end):
             run = polynomials[start:end]
-            units = amplification(run)
+            is_pair = in_pairs and len(run) == 2 and start % 2 == 0
+            units = sum(amplification((polynomial,)) for polynomial in run) if is_pair else amplification(run)
             if len(run) == 1 or units <= MOST_UNITS:
                 cost = _cost(run, ratio, symmetric)
                 candidates += [(c + cost, e + units * unit, (*way, start)) for c, e, way in ways[start]]
@@ -83,7 +88,7 @@ def cheapest_flops(schedule: Schedule, m: int, n: int, unit: float, symmetric: f
     """Floating-point operations for one (m, n) matrix with the restarts of :func:`best_restarts`."""
     if not m or not n:
         return 0.0
-    restarts = best_restarts(schedule.polynomials, max(m, n) / min(m, n), unit, symmetric)
+    restarts = best_restarts(schedule.polynomials, max(m, n) / min(m, n), unit, symmetric, schedule.in_pairs)
     return flops(schedule, restarts, m, n, symmetric)
 
 

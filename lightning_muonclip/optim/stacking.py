@@ -9,13 +9,20 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from lightning_muonclip.kernels.costs import cpu_costs
 from lightning_muonclip.optim.parts import Parts
 
-#: Maximum number of elements per stack. On a CPU, only small matrices gain from stacking (a plain loop over 384-wide ones is
-#: 7 to 10 % faster); a GPU is launch-bound.
-STACK_NUMEL = {"cpu": 2**18, "cuda": 2**26}
+#: Most elements per stack on a GPU, which is launch-bound.
+_ON_GPU = 2**26
 
 Orthogonal = Callable[[Tensor], Tensor]
+
+
+def most_stacked(device: torch.device, dtype: torch.dtype) -> int:
+    """Most elements that are orthogonalized together in a working dtype. On a CPU, only small matrices gain from it."""
+    if device.type == "cpu":
+        return cpu_costs().stack_bytes // dtype.itemsize
+    return _ON_GPU if device.type == "cuda" else 0
 
 
 def matrix_shape(shape: Sequence[int], kind: str) -> tuple[int, int, int]:
@@ -38,6 +45,7 @@ def stacks(shapes: Sequence[torch.Size], alike: Sequence[Hashable], bound: int) 
         if shape.numel():
             groups[(*shape[:-2], *sorted(shape[-2:])), key].append(i)
     for indices in groups.values():
+        indices.sort(key=lambda i: shapes[i][-2] > shapes[i][-1])  # few stacks then hold both, which copies columns
         size = max(1, bound // shapes[indices[0]].numel())
         yield from (indices[start : start + size] for start in range(0, len(indices), size))
 
@@ -55,12 +63,13 @@ def directions(
         bound: Most elements in one call.
     """
     batches = [update.reshape(matrix_shape(update.shape, kind)) for update in updates]
-    wide = [batch.mT if _is_tall(batch) else batch for batch in batches]
-    stack = torch.cat(wide) if len(wide) > 1 else wide[0]
+    shape = batches[0].shape[1:]
+    alike = [batch if batch.shape[1:] == shape else batch.mT for batch in batches]
+    stack = torch.cat(alike) if len(alike) > 1 else alike[0]
     result = _in_pieces(stack, orthogonal, bound)  # only experts need more than one
-    result = result * torch.cat(list(moving))[:, None, None]
+    result *= torch.cat(list(moving))[:, None, None]
     own = zip(result.split([len(batch) for batch in batches]), batches, updates)
-    return [(part.mT if _is_tall(batch) else part).reshape(update.shape) for part, batch, update in own]
+    return [(part if part.shape == batch.shape else part.mT).reshape(update.shape) for part, batch, update in own]
 
 
 def directions_of_parts(
@@ -85,7 +94,3 @@ def _in_pieces(stack: Tensor, orthogonal: Orthogonal, bound: int) -> Tensor:
     """Orthogonalizes a batch, at most so many elements in one call."""
     results = [orthogonal(piece) for piece in stack.split(max(1, bound // max(1, stack[0].numel())))]
     return torch.cat(results) if len(results) > 1 else results[0]
-
-
-def _is_tall(matrices: Tensor) -> bool:
-    return matrices.shape[-2] > matrices.shape[-1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -19,7 +20,7 @@ from lightning_muonclip.optim.orthogonalize import orthogonalize, working_dtype
 from lightning_muonclip.optim.parts import Parts
 from lightning_muonclip.optim.restarts import cheapest_flops
 from lightning_muonclip.optim.second_moment import normalizing_factors, received, sums_of_squares, to_send
-from lightning_muonclip.optim.stacking import STACK_NUMEL, directions, directions_of_parts, matrix_shape, stacks
+from lightning_muonclip.optim.stacking import directions, directions_of_parts, matrix_shape, most_stacked, stacks
 from lightning_muonclip.optim.stats import Tracker
 from lightning_muonclip.parallel.exchange import Exchange, Result, wires
 from lightning_muonclip.parallel.shards import local_box, whole_box
@@ -50,8 +51,8 @@ class MatrixStep:
     """How matrices are orthogonalized: in which dtype, and how many together.
 
     Args:
-        dtype: Working dtype of Newton-Schulz; ``None`` is the fastest that the device has in hardware.
-        stack_numel: Most elements that are orthogonalized together; ``None`` is :data:`.stacking.STACK_NUMEL`.
+        dtype: Working dtype of Newton-Schulz; ``None`` is the fastest for each (:func:`.orthogonalize.working_dtype`).
+        stack_numel: Most elements that are orthogonalized together; ``None`` is :func:`.stacking.most_stacked`.
         tracker: Takes down what the matrices do, if it is on.
     """
 
@@ -63,33 +64,38 @@ class MatrixStep:
     def step(self, matrices: Sequence[Matrix], shared: SharedWeights) -> None:
         """Subtracts the orthogonalized updates from the weights."""
         here: list[Matrix] = []
-        there: dict[Exchange, dict[int, Matrix]] = {exchange: {} for exchange in shared.exchanges}
+        there: dict[tuple[Exchange, torch.dtype], dict[int, Matrix]] = defaultdict(dict)
         for matrix in matrices:
             if place := shared.place(matrix.param):
                 exchange, i = place
-                there[exchange][i] = matrix
+                widest = max(
+                    self.working_dtypes(matrix.param, matrix.group, matrix.parts), key=lambda dtype: dtype.itemsize
+                )
+                there[exchange, widest][i] = matrix
             else:
                 here.append(matrix)
         for stack in self._stacks(here, [matrix.weight.shape for matrix in here]):  # needs memory for itself alone
             own = [here[i] for i in stack]
             found = self._directions(own, updates(own), with_gradient(own, is_shared=False))
             self._subtract(own, [(direction, *self._sums(m, direction)) for m, direction in zip(own, found)])
-        for exchange, own_of_it in there.items():
-            if own_of_it:
-                self._step_shared(exchange, own_of_it)
+        for exchange in shared.exchanges:  # in one order on all ranks
+            for dtype in sorted({dtype for other, dtype in there if other is exchange}, key=str):
+                self._step_shared(exchange, dtype, there[exchange, dtype])
 
     def flops(self, param: Tensor, group: Mapping[str, Any], parts: Parts | None) -> float:
         """The cost of orthogonalizing a weight."""
-        shapes = [matrix_shape(param.shape, group["kind"])]
-        if parts is not None:
-            batch, fan_in = shapes[0][0], _fan_in(shapes[0], parts)
-            shapes = [(batch * count, channels, fan_in) for count, channels in parts.sizes()]
-        dtype = self.working_dtype(param.device)
-        schedule = resolve_schedule(group["ns_coefficients"], group["ns_steps"], dtype)
-        unit = torch.finfo(dtype).eps / 2
-        return sum(count * cheapest_flops(schedule, m, n, unit) for count, m, n in shapes)
+        total = 0.0
+        for count, m, n in _matrix_shapes(param, group, parts):
+            dtype = self._dtype_of(param.device, m, n)
+            schedule = resolve_schedule(group["ns_coefficients"], group["ns_steps"], dtype)
+            total += count * cheapest_flops(schedule, m, n, torch.finfo(dtype).eps / 2)
+        return total
 
-    def _step_shared(self, exchange: Exchange, matrices: Mapping[int, Matrix]) -> None:
+    def working_dtypes(self, param: Tensor, group: Mapping[str, Any], parts: Parts | None) -> set[torch.dtype]:
+        """The dtypes in which the matrices of a weight are orthogonalized."""
+        return {self._dtype_of(param.device, m, n) for _, m, n in _matrix_shapes(param, group, parts)}
+
+    def _step_shared(self, exchange: Exchange, working: torch.dtype, matrices: Mapping[int, Matrix]) -> None:
         """The same for matrices that other ranks hold too: each is orthogonalized by its owner rank."""
         weight = next(iter(matrices.values())).weight
 
@@ -115,7 +121,7 @@ class MatrixStep:
                 found.append((shard, *(received(own, batch) for own in terms)))
             self._subtract([matrices[i] for i in shards], found)
 
-        out, back = wires(self.working_dtype(weight.device), weight.dtype)
+        out, back = wires(working, weight.dtype)
         notes = {i: 2 * m.second_moment.numel() for i, m in matrices.items() if m.second_moment is not None}
         exchange.run(list(matrices), local_updates, orthogonalized, subtract, out, back, notes)
 
@@ -131,12 +137,11 @@ class MatrixStep:
         alike = [(m.number, m.parts, m.weight.dtype, m.weight.device) for m in matrices]
         return stacks(shapes, alike, self._bound(matrices[0].weight.device))
 
-    def working_dtype(self, device: torch.device) -> torch.dtype:
-        """The dtype of Newton-Schulz on a device."""
-        return self.dtype or working_dtype(device)
+    def _dtype_of(self, device: torch.device, m: int, n: int) -> torch.dtype:
+        return self.dtype or working_dtype(device, min(m, n))
 
     def _bound(self, device: torch.device) -> int:
-        return STACK_NUMEL.get(device.type, 0) if self.stack_numel is None else self.stack_numel
+        return self.stack_numel or most_stacked(device, self.dtype or working_dtype(device))
 
     def _directions(
         self, matrices: Sequence[Matrix], whole: Sequence[Tensor], moving: Sequence[Tensor]
@@ -151,9 +156,11 @@ class MatrixStep:
             coefficients=group["ns_coefficients"],
             steps=group["ns_steps"],
             eps=group["eps"],
-            dtype=self.working_dtype(whole[0].device),
+            dtype=self.dtype,
         )
-        kind, bound = group["kind"], self._bound(whole[0].device)
+        kind, device = group["kind"], whole[0].device
+        # On a CPU, orthogonalize itself takes a batch in pieces.
+        bound = self.stack_numel or (sys.maxsize if device.type == "cpu" else self._bound(device))
         if parts := matrices[0].parts:
             return directions_of_parts(whole, moving, parts, kind, orthogonal, bound)
         return directions(whole, moving, kind, orthogonal, bound)
@@ -201,6 +208,14 @@ class MatrixStep:
         return factors.narrow(parts.dim, side.start, side.stop - side.start)
 
 
+def _matrix_shapes(param: Tensor, group: Mapping[str, Any], parts: Parts | None) -> list[tuple[int, int, int]]:
+    """How many matrices of which fan-out and fan-in there are in a weight."""
+    shape = matrix_shape(param.shape, group["kind"])
+    if parts is None:
+        return [shape]
+    return [(shape[0] * count, channels, _fan_in(shape, parts)) for count, channels in parts.sizes()]
+
+
 def _fan_in(shape: tuple[int, int, int], parts: Parts) -> int:
     """Of the matrices of a weight, which is a batch of this shape."""
     return shape[1] if parts.is_transposed else shape[2]
@@ -235,9 +250,9 @@ def with_gradient(matrices: Sequence[Matrix], is_shared: bool) -> list[Tensor]:
     """
     single = [i for i, m in enumerate(matrices) if m.parts is None and m.group["kind"] != "experts"]
     found: dict[int, Tensor] = {}
-    if single:  # a sum of absolute values, since squares underflow
-        sums = torch.stack(torch._foreach_norm([matrices[i].grad for i in single], 1))
-        found = dict(zip(single, (sums != 0).to(sums.dtype).split(1)))
+    if single:
+        largest = _largest([matrices[i].grad for i in single])
+        found = dict(zip(single, (largest != 0).to(largest.dtype).split(1)))
     for i, m in enumerate(matrices):
         if i in found:
             continue
@@ -247,13 +262,27 @@ def with_gradient(matrices: Sequence[Matrix], is_shared: bool) -> list[Tensor]:
             channels = m.grad.new_zeros(*shape[:batch], shape[dim], dtype=torch.bool)
             others = tuple(other for other in range(batch, len(shape)) if other != dim)
             own = (*box[:batch], box[dim])
-            channels[own] = m.grad.any(others)
+            channels[own] = _any(m.grad, others)
             found[i] = m.parts.where_any(channels.view(-1, shape[dim])).to(m.grad.dtype)
         else:
             experts = m.grad.new_zeros(shape[:-2], dtype=torch.bool)
-            experts[box[:-2]] = m.grad.any(-1).any(-1)
+            experts[box[:-2]] = _any(m.grad, (-2, -1))
             found[i] = experts.flatten().to(m.grad.dtype)
     return [found[i] for i in range(len(matrices))]
+
+
+def _largest(tensors: list[Tensor]) -> Tensor:
+    """A number for each tensor that is 0 if all of its entries are 0; not a sum of squares, which may underflow."""
+    if tensors[0].is_cuda:
+        return torch.stack(torch._foreach_norm(tensors, 1))
+    # A CPU takes eight times as long for the norm.
+    ends = [torch.stack(torch.aminmax(own)).abs().amax() if own.numel() else own.new_zeros(()) for own in tensors]
+    return torch.stack(ends)
+
+
+def _any(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """``x.any(dims)``, for which a CPU takes several times as long."""
+    return (x.amax(dims) != 0) | (x.amin(dims) != 0) if x.numel() else x.any(dims)
 
 
 def _add_scaled(params: list[Tensor], along: list[Tensor], scale: float | Tensor) -> None:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_muonclip.kernels import symmetric_matmul as module
+from lightning_muonclip.kernels.costs import COSTS
 from lightning_muonclip.kernels.symmetric_matmul import symmetric_cost, symmetric_matmul
 
 Product = Callable[..., Tensor]
@@ -98,12 +99,15 @@ def kernel(triton_module: Any) -> Product:
     return lambda a, b=None, **options: _call(triton_module.launch, a, b, **options)
 
 
+ALWAYS_PANELS = COSTS["none"]._replace(panels_from=dict.fromkeys(COSTS["none"].panels_from, 1))
+
+
 @pytest.fixture(params=["kernel", "torch", "panels"])
 def product(request: Any, monkeypatch: pytest.MonkeyPatch) -> Product:
     if request.param == "kernel":
         return request.getfixturevalue("kernel")
     if request.param == "panels":
-        monkeypatch.setattr(module, "PANELS_FROM", dict.fromkeys(module.PANELS_FROM, 1))
+        monkeypatch.setattr(module, "cpu_costs", lambda: ALWAYS_PANELS)
     return symmetric_matmul
 
 
@@ -145,7 +149,7 @@ def check(product: Product, a: Tensor, b: Tensor | None, options: dict[str, Any]
     rounding = 4 * unit * largest if product is symmetric_matmul else 2 * unit * expected.abs()
     bound = rounding + 2**-24 * (a.shape[-1] + 4) * largest + torch.finfo(a.dtype).tiny
     assert bool(((found.double() - expected).abs() <= bound).all())
-    if product is not symmetric_matmul or symmetric_cost(a) < 1:
+    if product is not symmetric_matmul or (symmetric_cost(a) < 1 and a.dtype is not torch.bfloat16):
         assert torch.equal(found, found.mT)
 
 
@@ -196,7 +200,7 @@ def test_panels_change_nothing_but_the_work(dtype: torch.dtype, panels: int, mon
     a = integers((2, 150, 20), 0, dtype)
     c = symmetric(integers((2, 150, 150), 1, dtype))
     options: dict[str, Any] = {"alpha": 2.0, "beta": -1.0, "c": c, "gamma": 3.0}
-    monkeypatch.setattr(module, "PANELS_FROM", dict.fromkeys(module.PANELS_FROM, 1))
+    monkeypatch.setattr(module, "cpu_costs", lambda: ALWAYS_PANELS)
     monkeypatch.setattr(module, "PANELS", panels)
     for left in (a, a.mT.contiguous().mT):
         assert torch.equal(symmetric_matmul(left, **options).double(), in_float64(a, **options))

@@ -123,9 +123,9 @@ def test_the_default_is_nowhere_further_from_the_polar_factor_than_torchs(
         gram = y @ y.mT
         y = torch.addmm(y, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), y, beta=3.4445)
     torchs = reference(spectrum, ratio).metrics(y.mT if x.shape[0] > x.shape[1] else y)
-    found = measured(spectrum, ratio, DEFAULT_SCHEDULE, dtype)
+    found = [measured(spectrum, ratio, DEFAULT_SCHEDULE, dtype, method)["cosine"] for method in ("direct", "gram")]
     # The float16 of a GPU resolves eight times less noise; there the default stays as steep as in float32.
-    assert found["cosine"] > torchs["cosine"] - (0.03 if dtype is torch.float16 else 2e-3)
+    assert min(found) > torchs["cosine"] - (0.03 if dtype is torch.float16 else 2e-3)
 
 
 #: What the Gram form may add to the drift. Between two restarts a unit of float32 is amplified 2000 times at most, there are

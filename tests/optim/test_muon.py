@@ -297,7 +297,7 @@ class TestStacking:
         assert sorted(stacks) == [(1, 3, 3), (2, 3, 3)]
 
     def test_stacks_are_bounded(self, stacks: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(step_module, "STACK_NUMEL", {"cpu": 2 * 12 + 5})
+        monkeypatch.setattr(step_module, "most_stacked", lambda *_: 2 * 12 + 5)
         params = matrices([(3, 4)] * 5)
         train(Muon(params), params, [0])
         assert stacks == [(2, 3, 4), (2, 3, 4), (1, 3, 4)]
@@ -316,7 +316,7 @@ class TestStacking:
         train(Muon(stacked, LR, dtype=torch.float64), stacked)
         assert max(shape[0] for shape in stacks) == 4
         stacks.clear()
-        monkeypatch.setattr(step_module, "STACK_NUMEL", {})
+        monkeypatch.setattr(step_module, "most_stacked", lambda *_: 0)
         train(Muon(single, LR, dtype=torch.float64), single)
         assert {shape[0] for shape in stacks} == {1}
         assert_all_close(stacked, single, atol=1e-12)

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import io
 import math
 from typing import Any
 
@@ -10,9 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_muonclip import orthogonalize
+import lightning_muonclip.optim.orthogonalize as module
+from lightning_muonclip import Muon, orthogonalize
+from lightning_muonclip.kernels.costs import COSTS
 from lightning_muonclip.optim.coefficients import SCHEDULES, Schedule, resolve_schedule
-from lightning_muonclip.optim.orthogonalize import _cpu_has_bfloat16, working_dtype
+from lightning_muonclip.optim.orthogonalize import working_dtype
 
 # Rounding of the first step (one unit of the working precision) is amplified by at most the slope of the whole
 # schedule at zero, 976 for polar_express and less for the others; the sums of a product add a small factor.
@@ -229,8 +230,6 @@ def test_the_working_dtype_is_the_one_asked_for() -> None:
     }
     assert errors[torch.float32] < rounding(torch.float32)
     assert 1e-3 < errors[torch.bfloat16] < 0.1
-    default = orthogonalize(x)
-    assert torch.equal(default, orthogonalize(x, dtype=working_dtype(x.device)))
 
 
 def test_the_largest_float16_numbers_do_not_overflow() -> None:
@@ -348,51 +347,28 @@ def test_errors(x: Tensor, options: dict[str, Any], message: str) -> None:
         orthogonalize(x, **options)
 
 
-@pytest.mark.parametrize(
-    ("flags", "has_bfloat16"),
-    [
-        ("flags\t: fpu sse2 avx2 avx512f", False),
-        ("flags\t: fpu avx512f avx512_bf16", True),
-        ("flags\t: fpu amx_bf16 amx_tile", True),
-        ("Features\t: fp asimd bf16", True),
-        ("Features\t: fp asimd", False),
-        ("", False),
-    ],
-)
-def test_bfloat16_is_chosen_by_the_flags_of_the_cpu(
-    flags: str, has_bfloat16: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    monkeypatch.setattr("builtins.open", lambda *_: io.StringIO(flags))
-    _cpu_has_bfloat16.cache_clear()
-    found = _cpu_has_bfloat16()
-    _cpu_has_bfloat16.cache_clear()
-    monkeypatch.undo()
-    assert found is has_bfloat16
+def test_by_default_the_shape_and_the_kind_of_the_cpu_choose_the_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, cpu = gaussian(20, 30).float(), torch.device("cpu")
+    for bound, expected in ((None, torch.float32), (21, torch.float32), (20, torch.bfloat16)):
+        monkeypatch.setattr(module, "cpu_costs", lambda own=bound: COSTS["none"]._replace(bfloat16_from=own))
+        assert working_dtype(cpu, 20) is expected
+        assert working_dtype(cpu) is (torch.float32 if bound is None else torch.bfloat16)
+        for y in (x, x.mT):
+            assert torch.equal(orthogonalize(y), orthogonalize(y, dtype=expected))
+    assert working_dtype(torch.device("meta")) is torch.float32
 
 
-def test_bfloat16_is_not_chosen_where_torch_may_use_avx2_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    monkeypatch.setattr("builtins.open", lambda *_: io.StringIO("flags\t: fpu avx512f avx512_bf16"))
-    _cpu_has_bfloat16.cache_clear()
-    found = _cpu_has_bfloat16()
-    _cpu_has_bfloat16.cache_clear()
-    monkeypatch.undo()
-    assert not found
+def test_a_batch_that_leaves_the_cache_goes_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = gaussian(5, 6, 4).float()
+    whole = orthogonalize(x, dtype=torch.float64)
+    monkeypatch.setattr(module, "most_stacked", lambda *_: 2 * 24 + 1)
+    torch.testing.assert_close(orthogonalize(x, dtype=torch.float64), whole)
 
 
-def test_a_cpu_that_does_not_tell_works_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: Any) -> None:
-        raise FileNotFoundError
-
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    monkeypatch.setattr("builtins.open", refuse)
-    _cpu_has_bfloat16.cache_clear()
-    found = _cpu_has_bfloat16()
-    _cpu_has_bfloat16.cache_clear()
-    monkeypatch.undo()
-    assert not found
-
-
-def test_other_devices_work_in_float32() -> None:
-    assert working_dtype(torch.device("meta")) == torch.float32
+def test_muon_tells_the_dtypes_that_its_shapes_are_worked_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "cpu_costs", lambda: COSTS["none"]._replace(bfloat16_from=6))
+    params = [torch.nn.Parameter(torch.ones(shape)) for shape in ((5, 9), (8, 6))]
+    assert Muon(params).working_dtypes() == {torch.float32, torch.bfloat16}
+    halves = {params[1]: (0, [torch.arange(4), torch.arange(4, 8)])}
+    assert Muon(params, parts=halves).working_dtypes() == {torch.float32}
+    assert Muon(params, dtype="float64").working_dtypes() == {torch.float64}

@@ -56,16 +56,21 @@ class Counted:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, n: int, symmetric: float) -> None:
         self.total = 0.0
-        multiply = module.symmetric_matmul
+        choose = module.product_for
 
-        def spy(a: torch.Tensor, b: torch.Tensor | None = None, **options: Any) -> torch.Tensor:
-            self.total += symmetric * a.shape[-1] / n
-            before = self.total
-            product = multiply(a, b, **options)
-            self.total = before  # without what it is made of
-            return product
+        def spy(like: torch.Tensor) -> Any:
+            multiply = choose(like)
 
-        monkeypatch.setattr(module, "symmetric_matmul", spy)
+            def counted(a: torch.Tensor, *others: Any) -> torch.Tensor:
+                self.total += symmetric * a.shape[-1] / n
+                before = self.total
+                product = multiply(a, *others)
+                self.total = before  # without what it is made of
+                return product
+
+            return counted
+
+        monkeypatch.setattr(module, "product_for", spy)
         add_product = torch.baddbmm
 
         def spy_on_sum(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, **options: Any) -> torch.Tensor:
@@ -108,6 +113,17 @@ def test_coarser_dtypes_need_more_restarts() -> None:
         for unit in UNITS.values()
     ]
     assert counts == [1, 1, 4]
+
+
+def test_the_default_takes_wide_matrices_in_pairs_of_steps_in_bfloat16() -> None:
+    """As measured: docs/orthogonalization.md."""
+    for steps, pairs in ((5, (2, 4)), (6, (2, 4)), (1, ())):
+        schedule = resolve_schedule(None, steps, torch.bfloat16)
+        plans = [
+            best_restarts(schedule.polynomials, ratio, UNITS[torch.bfloat16], 1.0, schedule.in_pairs)
+            for ratio in (4.0, 1.0)
+        ]
+        assert plans == [pairs, tuple(range(1, steps))]
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
