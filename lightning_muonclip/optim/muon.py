@@ -162,7 +162,7 @@ class Muon(Optimizer):
             dtype
             for number, group in enumerate(self.param_groups)
             if group["algorithm"] == "muon"
-            for p, parts in self._with_parts(number)
+            for p, parts in self._placed_parts.of(self.param_groups, number)
             for dtype in self._matrix_step.working_dtypes(p, group, parts)
         }
 

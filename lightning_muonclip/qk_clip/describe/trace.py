@@ -100,6 +100,7 @@ class Product:
     query: Tensor
     key: Tensor
     out: Tensor
+    is_of_activations: bool = True  # else one factor is a weight
     marked: Tensor | None = None  # what the module goes on with
     is_logits: bool = False  # once a softmax has been found
 
@@ -234,20 +235,11 @@ class Trace(TorchFunctionMode):
             call.pairs.append((product.query, product.key))
         if len(call.pairs) == 1 and self._sums:
             _take_factor(call, main, logits)
-        others = [
-            p
-            for p in products
-            if p is not main and p.lead == main.lead and p.query.requires_grad and p.key.requires_grad
-        ]
-        if others and not self._sums:  # they are no bias: weights make both factors
+        others = [p for p in products if p is not main and p.lead == main.lead and p.is_of_activations]
+        if others and not self._sums:  # they are no bias, as a product of queries and a table of positions is
             call.problem = call.problem or "what enters its softmax is more than the products of its queries and keys"
         if logits.shape[dim] < min(main.out.shape[-2:]):
             call.problem = call.problem or f"of {tuple(main.out.shape)} logits it weighs {logits.shape[dim]} at a time"
-        shape = main.out.shape[-2:]
-        if 1 in shape and logits.ndim < main.out.ndim and logits.shape[-2:] not in (shape, shape[::-1]):
-            call.problem = (
-                call.problem or f"its logits {tuple(logits.shape)} have no dimension of queries; keep it, of length 1"
-            )
         self.calls.append(call)
         with torch.no_grad():
             out = func(logits.clone(), *args[1:], **{name: arg for name, arg in kwargs.items() if name != "input"})
@@ -266,7 +258,7 @@ class Trace(TorchFunctionMode):
             self.unfollowed.append("torch.einsum")
             return out
         query, key = (x[(None,) * (out.ndim - x.ndim)] for x in pair)
-        product = Product(query, key, out)
+        product = Product(query, key, out, a in self._activations and b in self._activations)
         self.products.append(product)
         number = len(self.products) - 1
         if (

@@ -190,10 +190,6 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         ),
         "in torch.tensordot,",
     ),
-    "vector": (
-        lambda: Made(lambda own, q, k, v: (k @ q[0, :, 0, :, None])[..., 0].softmax(-1)[..., None, :] @ v),
-        "no dimension of queries",
-    ),
     "complex": (
         lambda: Made(softmaxed(lambda own, q, k: (torch.complex(q, k) @ torch.complex(k, q).mT).real)),
         "complex numbers",
