@@ -23,13 +23,14 @@ def announce_parts(routes: Sequence[Route], parts: MatrixParts) -> None:
         rank_zero_info(f"Muon takes these weights for several matrices\n{routing_table(split, parts)}")
 
 
-def announce_sides(qk_clip: QKClip) -> None:
-    """Prints what QK-Clip scales of every layer, and why it scales nothing of others."""
+def sides_of(qk_clip: QKClip) -> list[str]:
+    """What QK-Clip scales of every layer, and why it scales nothing of others, one line each."""
     if not qk_clip.sides:
-        return
-    rank_zero_info("QK-Clip scales " + ", ".join(f"{name}: {side}" for name, side in qk_clip.sides.items()))
+        return []
     by_reason: dict[str, list[str]] = {}
     for name, reason in qk_clip.observer.discovery.unmeasured.items():
         by_reason.setdefault(reason, []).append(name or "(model)")
-    for reason, names in by_reason.items():
-        rank_zero_info(f"QK-Clip scales nothing of {', '.join(names)}: {reason}")
+    return [
+        "QK-Clip scales " + ", ".join(f"{name}: {side}" for name, side in qk_clip.sides.items()),
+        *(f"QK-Clip scales nothing of {', '.join(names)}: {reason}" for reason, names in by_reason.items()),
+    ]

@@ -26,7 +26,7 @@ from lightning_muonclip.qk_clip.options import check_clip_options
 from lightning_muonclip.qk_clip.result import ClipResult
 from lightning_muonclip.rehearsal import after_steps
 from lightning_muonclip.signatures import share_out, takes_keywords_of
-from lightning_muonclip.trainer.announcements import announce_parts, announce_routes, announce_sides
+from lightning_muonclip.trainer.announcements import announce_parts, announce_routes, sides_of
 from lightning_muonclip.trainer.checkpoints import (
     WITHOUT_CALLBACK,
     emptied_groups,
@@ -150,6 +150,8 @@ class MuonClipCallback(Callback):
         self._handles: list[Any] = []
         self._capture: Capture | None = None
         self._verified: set[str] = set()
+        #: What was last printed of what QK-Clip scales.
+        self._told_sides: list[str] = []
         self._log = ClipLog()
         #: Whether Muon steps all weights that QK-Clip scales; otherwise the user's optimizer, which steps later, does too.
         self._muon_is_last = True
@@ -163,7 +165,7 @@ class MuonClipCallback(Callback):
         if stage != "fit":
             return
         self.muon, self.qk_clip, self.last, self._restored_clips = None, None, None, None
-        self._has_started, self._log = False, ClipLog()
+        self._has_started, self._log, self._told_sides = False, ClipLog(), []
         self.last_stats, self.last_stats_step = {}, 0
         check_strategy(trainer.strategy)
         check_fit(trainer, pl_module, MuonClipCallback)
@@ -329,7 +331,9 @@ class MuonClipCallback(Callback):
         if self.qk_clip is not None:
             of_muon = set(params_of(self.muon))
             self._muon_is_last = all(p in of_muon for p in self.qk_clip.params)
-            announce_sides(self.qk_clip)
+            told, self._told_sides = self._told_sides, sides_of(self.qk_clip)
+            if self._told_sides != told:
+                rank_zero_info("\n".join(self._told_sides))
 
     def _apply_qk_clip(self, optimizer: Optimizer) -> None:
         """Clips after the last update of a query or key weight; the user's optimizer steps after Muon."""

@@ -10,6 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import QUERIES_AND_KEYS, LitTiny, loader, next_token_loss, tiny_gpt, token_batches, trainer
 from lightning.pytorch.callbacks import (
     EarlyStopping,
@@ -21,7 +22,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.tuner import Tuner
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_muonclip import (
     Attention,
@@ -462,6 +463,28 @@ def test_a_trainer_can_fit_after_a_tuner_was_refused(search: str, twice: bool, t
     assert fit.global_step == 3
     trainer([MuonClipCallback(threshold=1.0)]).fit(twin)
     assert all(torch.equal(a, b) for a, b in zip(lit.parameters(), twin.parameters()))
+
+
+def test_what_is_scaled_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    """Though the fused weights of the MLP are found after the attention, which has a spec."""
+    model = tiny_gpt(layers=1)
+    model.layers[0].mlp = FusedMLP()
+    with caplog.at_level("INFO"):
+        trainer([MuonClipCallback()], max_steps=2).fit(
+            LitTiny(model, lambda params: torch.optim.AdamW(params, lr=1e-3)), loader(token_batches(2))
+        )
+    assert caplog.text.count("QK-Clip scales") == 1
+    assert "2 parts" in caplog.text
+
+
+class FusedMLP(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_up, self.down = nn.Linear(16, 64, bias=False), nn.Linear(32, 16, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, -1)
+        return self.down(F.silu(gate) * up)
 
 
 class TestRefusals:

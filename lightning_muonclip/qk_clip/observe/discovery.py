@@ -263,7 +263,7 @@ class Discovery:
             name = self.names.get(own.module, own.name)
             if name in new or name in refused:
                 new.pop(name, None)
-                own.layout, own.reason = None, "it computes several attentions, with weights of their own"
+                own.layout, own.reason = None, "it computes several attentions, each with heads of its own"
             if own.layout is not None:
                 new[name] = own.module, spec_of(own)
             elif self._unknown == "error" and has_part_of(own.module, self._owned.params()):
