@@ -9,7 +9,6 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lightning_muonclip.muonclip import MuonClip
-from lightning_muonclip.qk_clip.result import ClipResult
 
 
 class MuonClipLogger(TrainerCallback):
@@ -31,7 +30,8 @@ class MuonClipLogger(TrainerCallback):
     """
 
     def __init__(self) -> None:
-        self._figures: list[Tensor] = []
+        self._figures: Tensor | None = None
+        self._steps = 0
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -45,7 +45,12 @@ class MuonClipLogger(TrainerCallback):
                 " optimizers=(MuonClip(model, lr=...), None) to the Trainer"
             )
         if optimizer.last is not None:
-            self._figures.append(_figures(optimizer.last))
+            own = optimizer.last
+            figures = torch.stack([own.max_logit, -own.min_gamma, own.clipped_heads.float(), own.nonfinite.float()])
+            if self._figures is not None:
+                figures[:2] = torch.maximum(figures[:2], self._figures[:2])
+                figures[2:] += self._figures[2:]
+            self._figures, self._steps = figures, self._steps + 1
 
     def on_log(
         self,
@@ -56,16 +61,12 @@ class MuonClipLogger(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Adds the figures to a log of training."""
-        if logs is None or not self._figures:
+        if logs is None or "loss" not in logs or self._figures is None:
             return
-        table = torch.stack(self._figures)
-        self._figures = []
-        values = [table[:, 0].max(), table[:, 1].min(), *table[:, 2:].mean(0)]
-        names = ("max_logit", "min_gamma", "clipped_heads", "nonfinite")
-        own = {f"muonclip/{name}": float(value) for name, value in zip(names, values)}
+        largest, least, clipped, nonfinite = self._figures.tolist()
+        values = {"max_logit": largest, "min_gamma": -least}
+        values |= {"clipped_heads": clipped / self._steps, "nonfinite": nonfinite / self._steps}
+        self._figures, self._steps = None, 0
+        own = {f"muonclip/{name}": value for name, value in values.items()}
         logs.update(own)
         state.log_history[-1].update(own)
-
-
-def _figures(result: ClipResult) -> Tensor:
-    return torch.stack([result.max_logit, result.min_gamma, result.clipped_heads.float(), result.nonfinite.float()])

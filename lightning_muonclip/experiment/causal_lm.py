@@ -52,7 +52,7 @@ class CausalLM(nn.Module):
             )
         else:
             own.vocab_size = vocab_size or own.vocab_size
-            self.network = AutoModelForCausalLM.from_config(own)
+            self.network = AutoModelForCausalLM.from_config(own, dtype=torch.float32)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits of the next token, shape ``(batch, length, vocab_size)``, for tokens of shape ``(batch, length)``."""

@@ -62,7 +62,7 @@ class LogitPictures(Callback):
             maxima, uncertified = clip.last.max_logits, clip.last.uncertified
         else:
             return
-        if self.layers != pl_module.max_logits_layers:  # more attention has been found
+        if self.layers != pl_module.max_logits_layers:  # attention has been found, or is gone
             layers, self.layers = self.layers, list(pl_module.max_logits_layers)
             self.history = [_arranged(x, layers, self.layers, maxima.shape, -math.inf) for x in self.history]
             self.uncertified = [_arranged(x, layers, self.layers, maxima.shape, False) for x in self.uncertified]
@@ -187,10 +187,11 @@ def draw_curves(curves: dict[str, tuple[list[int], list[float]]], path: Path) ->
 
 
 def _arranged(table: Tensor, before: list[str], after: list[str], shape: torch.Size, fill: float) -> Tensor:
-    """The rows of a table at their places among more layers; what is new is filled."""
+    """The rows of a table at their places among other layers; what is new is filled."""
     new = table.new_full(shape, fill)
     for name, row in zip(before, table):
-        new[after.index(name), : len(row)] = row
+        if name in after:
+            new[after.index(name), : len(row)] = row[: shape[1]]
     return new
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -95,8 +96,18 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluates a batch without inference mode, whose tensors FSDP2 could not write to in the next training step."""
-        with torch.inference_mode(False), torch.no_grad():
+        with _without_inference_mode():
             return super().validation_step(*args, **kwargs)
+
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Tests a batch, likewise."""
+        with _without_inference_mode():
+            return super().test_step(*args, **kwargs)
+
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Predicts a batch, likewise."""
+        with _without_inference_mode():
+            return super().predict_step(*args, **kwargs)
 
     def _shard(self, module: pl.LightningModule) -> None:
         options: dict[str, Any] = {"mesh": self.device_mesh["data_parallel"], "mp_policy": self._mixed_precision()}
@@ -110,6 +121,8 @@ class FSDP2Strategy(ModelParallelStrategy):
         units = repeated_blocks(module) if self.wrap is None else chosen_modules(module, self.wrap)
         for unit in units:
             fully_shard(unit, reshard_after_forward=self.reshard_after_forward, **options)
+        # The batch keeps its precision: labels and times may need it.
+        options["mp_policy"] = replace(options["mp_policy"], cast_forward_inputs=False)
         fully_shard(module, **options)
         for step in _STEPS:  # they need not call forward
             register_fsdp_forward_method(module, step)
@@ -151,10 +164,17 @@ def chosen_modules(module: nn.Module, wrap: Wrap) -> list[nn.Module]:
     return units
 
 
+@contextmanager
+def _without_inference_mode() -> Iterator[None]:
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
 def _blocks(module: nn.Module, is_inside: bool) -> Iterator[nn.Module]:
     counts = Counter(map(type, module)) if isinstance(module, (nn.ModuleList, nn.Sequential)) else Counter()
     for child in module.children():
-        # In a block, modules of modules alone: an expert that gets no tokens on one rank would never be gathered there.
+        if is_inside and isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+            continue  # an expert that gets no tokens on one rank would never be gathered there; a Sequential runs whole
         parts = (
             [own for grandchild in child.children() for own in grandchild.children()] if is_inside else child.children()
         )

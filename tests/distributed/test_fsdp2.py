@@ -195,6 +195,14 @@ class Stage(nn.Module):
         self.merge = nn.Linear(4, 4)
 
 
+class Routed(nn.Module):
+    """Experts that are modules of modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.ReLU())) for _ in range(3))
+
+
 def tied() -> nn.Module:
     """The first and the third of three blocks share a weight."""
     model = nn.Sequential(Block(), Block(), Block())
@@ -208,6 +216,7 @@ def tied() -> nn.Module:
         (nn.ModuleDict({"h": nn.ModuleList([Block(), Block()]), "head": nn.Linear(4, 4)}), ["h.0", "h.1"]),
         (nn.Sequential(Stage(), Stage()), ["0.blocks.0", "0.blocks.1", "0", "1.blocks.0", "1.blocks.1", "1"]),
         (nn.Sequential(Block(experts=3), Block(experts=3)), ["0", "1"]),  # an expert may get no tokens on some rank
+        (nn.Sequential(Routed(), Routed()), ["0", "1"]),
         (nn.Sequential(nn.Conv2d(3, 4, 2), nn.Flatten(), Block(), Block()), ["2", "3"]),
         (
             nn.ModuleList([nn.ModuleList([Block(), Block()]), nn.ModuleList([Block(), Block()])]),

@@ -14,6 +14,7 @@ from lightning_muonclip.experiment.study import runs
 from lightning_muonclip.experiment.study.command import conduct, study_of
 from lightning_muonclip.experiment.study.report import interval, p_value, report, write_section
 from lightning_muonclip.experiment.study.runs import Results, Run, train
+from lightning_muonclip.experiment.study.study import merged
 
 DOCS = Path(__file__).parents[2] / "docs"
 EVIDENCE = Path(__file__).parents[2] / "benchmarks" / "results" / "evidence.csv"
@@ -55,19 +56,19 @@ def own(tmp_path: Path):
 
 def test_each_configuration_sweeps_with_one_seed_and_repeats_its_best_rate(trained, own, tmp_path):
     text = conduct(own)
-    assert len(trained) == 2 * 3 + 2 * 2
+    assert len(trained) == 2 * 3 + 2 * 3
     assert {rate for run in trained for rate in run if "seed=0" not in run and rate.startswith("muonclip.lr")} == {
         "muonclip.lr=0.01"
     }
-    differences = [-0.5, -0.51, -0.52]
+    differences = [-0.51, -0.52, -0.53]
     low, high = interval(differences)
-    assert f"| heads | muonclip.lr=0.01 | 3 | 1.5900 | -0.5100 | {low:+.4f} to {high:+.4f} |" in text
-    assert f"heads ends 0.5100 nats below qkv (p = {p_value(differences):.2g})" in text
-    assert " 149 |" in text  # between the validations at steps 100 and 200, seed by seed
+    assert f"| heads | muonclip.lr=0.01 | 3 | 1.6800 | -0.5200 | {low:+.4f} to {high:+.4f} |" in text
+    assert f"heads ends 0.5200 nats below qkv (p = {p_value(differences):.2g})" in text
+    assert " 148 |" in text  # between the validations at steps 100 and 200, seed by seed
 
     earlier = (tmp_path / "evidence.csv").read_text()
     assert conduct(own) == text
-    assert len(trained) == 10
+    assert len(trained) == 12
     assert (tmp_path / "evidence.csv").read_text() == earlier
     assert text in (tmp_path / "evidence.md").read_text()
 
@@ -77,6 +78,14 @@ def test_a_failed_run_loses_no_other(trained, own, tmp_path):
     with pytest.raises(ConfigError, match=r"split=broken failed: unknown split"):
         conduct(own)
     assert len(Results(tmp_path / "evidence.csv")) == 3
+
+
+def test_a_later_override_of_a_key_replaces_an_earlier_one():
+    assert merged("optimizer.lr=0.01", "+a.b=1", "seed=3", "optimizer.lr=0.003", "a.b=2") == [
+        "optimizer.lr=0.003",
+        "a.b=2",
+        "seed=3",
+    ]
 
 
 def test_the_numbers_are_those_of_a_hand_calculation():
@@ -128,6 +137,7 @@ def test_a_section_replaces_its_predecessor_alone(tmp_path):
         ({"configurations": {"a": {"override": []}}}, r"configurations.a: unknown key 'override'"),
         ({"configurations": {"a": 3}}, r"configurations.a: got 3"),
         ({"seeds": "three"}, r"seeds"),
+        ({"seeds": [0, 1, 1]}, r"seeds must be different"),
         ({"job": 3}, r"unknown key 'job'; did you mean 'jobs'\?"),
     ],
 )

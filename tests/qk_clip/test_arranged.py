@@ -100,6 +100,12 @@ def in_place(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return logits.softmax(-1) @ value
 
 
+def overwritten(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    logits = query @ key.mT / 2
+    logits.subtract_(logits.detach().amax(-1, keepdim=True)).clip_(min=-50)
+    return F.dropout(logits.softmax(-1), 0.0, True, True) @ value
+
+
 def grouped(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     q, k = (x.unflatten(1, (2, 2)) for x in (query, key))
     return ((q @ k.mT / 2).softmax(-1)).flatten(1, 2) @ value
@@ -115,7 +121,7 @@ def beside_others(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 WAYS: list[Attend] = [
     *(batch_inside, heads_last, permuted, rows_together, one_key_at_a_time, sample_by_sample, chunks_of_queries),
-    *(chunks_of_logits, joined_chunks, put_into_a_buffer, padded, in_place, grouped, beside_others),
+    *(chunks_of_logits, joined_chunks, put_into_a_buffer, padded, in_place, overwritten, grouped, beside_others),
 ]
 
 

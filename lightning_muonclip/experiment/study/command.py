@@ -45,6 +45,10 @@ def study_of(config: DictConfig) -> Study:
     """
     check_config(config, StudyConfig)
     plain: Any = OmegaConf.to_container(config, resolve=True)
+    if len(set(plain["seeds"])) != len(plain["seeds"]) or len(plain["seeds"]) < 2:
+        raise ConfigError(
+            f"seeds must be different, one to sweep the rates and others to compare; got {plain['seeds']}"
+        )
     configurations: dict[str, Configuration] = {}
     for name, node in plain["configurations"].items():
         own = node or {}

@@ -13,7 +13,7 @@ from scipy import stats
 from lightning_muonclip.experiment.study.runs import Results, Run
 from lightning_muonclip.experiment.study.study import Study
 
-_COLUMNS = ("configuration", "best rate", "n", "loss", "difference", "95 % interval", "p", "steps to", "largest logit")
+_COLUMNS = ("configuration", "best rate", "n", "loss", "difference", "interval", "p", "steps to", "largest logit")
 
 
 def report(study: Study, results: Results, picture: str) -> str:
@@ -49,7 +49,8 @@ def rule(study: Study) -> str:
     limit = f"p < {study.significance:g}" + (f" / {count} (Bonferroni)" if count > 1 else "")
     return (
         f"The rates of each configuration are swept with seed {study.seeds[0]}, and its best runs with seeds"
-        f" {', '.join(map(str, study.seeds))}. A difference counts if the two-sided t-test, paired by seed, gives {limit}."
+        f" {', '.join(map(str, study.seeds[1:]))}. A difference counts if the two-sided t-test, paired by seed, gives"
+        f" {limit}; its interval leaves out zero then."
     )
 
 
@@ -63,13 +64,18 @@ class Compared:
         self.pairs = [(own, other) for own, other in both if own is not None and other is not None]
         self.differences = [own.loss - other.loss for own, other in self.pairs]
 
+    @property
+    def limit(self) -> float:
+        """Below which a p-value counts."""
+        return self.study.significance / max(1, len(self.study.configurations) - 1)
+
     def row(self) -> list[str]:
         """The cells of its row."""
         if not self.runs:
             return [self.name, *["not run"] * (len(_COLUMNS) - 1)]
         swept = self.study.configurations[self.name].rates
         rates = [own for own in self.runs[0].overrides if own.partition("=")[0] in swept]
-        low, high = interval(self.differences)
+        low, high = interval(self.differences, self.limit)
         own = [
             self.name,
             ", ".join(rates),
@@ -85,14 +91,17 @@ class Compared:
 
     def sentence(self) -> str:
         """What the numbers support."""
-        reference, limit = self.study.reference, self.study.significance / (len(self.study.configurations) - 1)
+        reference = self.study.reference
         if self.differences and not any(self.differences):
             return f"{self.name} trains exactly as {reference}."
         p = p_value(self.differences)
         if math.isnan(p):
-            return f"{self.name} and {reference} cannot be compared: a run has diverged, or there are fewer than two seeds."
+            return (
+                f"{self.name} and {reference} cannot be compared: a run has diverged, fewer than two seeds have run, or all"
+                " differ by the same."
+            )
         mean = statistics.mean(self.differences)
-        if p >= limit:
+        if p >= self.limit:
             return f"No difference between {self.name} and {reference} is shown ({mean:+.4f}, p = {p:.2g})."
         return f"{self.name} ends {abs(mean):.4f} nats {'below' if mean < 0 else 'above'} {reference} (p = {p:.2g})."
 
@@ -104,6 +113,8 @@ class Compared:
 
 def _steps_to(loss: float, run: Run) -> float:
     """When a run reaches a loss, linear between two validations; infinite if it never does."""
+    if run.curve and run.curve[0][1] <= loss:
+        return run.curve[0][0]
     for (a, before), (b, after) in zip(run.curve, run.curve[1:]):
         if before > loss >= after:
             return a + (b - a) * (before - loss) / (before - after)
@@ -122,11 +133,11 @@ def p_value(differences: Sequence[float]) -> float:
     return float(stats.ttest_1samp(differences, 0.0).pvalue)
 
 
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """The 95 % interval of the mean by Student's t; NaN for fewer than two values, or infinite ones."""
+def interval(values: Sequence[float], significance: float = 0.05) -> tuple[float, float]:
+    """The interval of the mean by Student's t; NaN for fewer than two values, or infinite ones."""
     if len(values) < 2 or not all(map(math.isfinite, values)):
         return math.nan, math.nan
-    half = float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+    half = float(stats.t.ppf(1 - significance / 2, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
     return statistics.mean(values) - half, statistics.mean(values) + half
 
 
@@ -151,17 +162,18 @@ def draw(study: Study, results: Results, path: Path) -> None:
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     for number, (name, configuration) in enumerate(study.configurations.items()):
         runs = study.at_best(name, results)
+        swept = max(configuration.rates, key=lambda key: len(configuration.rates[key]), default="")
         points: dict[float, float] = {}
         for rates, run in study.sweep(name, results):
-            rate = float(rates[0].partition("=")[2]) if rates else math.nan  # of several, the best of the others
-            points[rate] = min(points.get(rate, math.inf), run.loss)
+            values = dict(rate.split("=") for rate in rates)
+            rate = float(values.get(swept, "nan"))
+            points[rate] = min(points.get(rate, math.inf), run.loss)  # at the best of other rates
         (line,) = left.plot(*zip(*sorted(points.items())), ".-", label=name) if points else left.plot([], label=name)
         right.plot([number] * len(runs), [run.loss for run in runs], "o", color=line.get_color(), alpha=0.7)
-        if configuration.rates:
-            left.set_xlabel(next(iter(configuration.rates)))
+        left.set_xlabel(swept)
     left.set(xscale="log", ylabel="loss", title=f"seed {study.seeds[0]}")
     left.legend(fontsize="small")
     right.set_xticks(range(len(study.configurations)), list(study.configurations), rotation=30, ha="right")
-    right.set(ylabel="loss", title="all seeds, best rate")
+    right.set(ylabel="loss", title="other seeds, best rate")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

@@ -40,7 +40,7 @@ class Run:
         max_logit: The largest attention logit of all steps; NaN if the run observes none.
         curve: Validation loss by step.
         seconds: How long it took.
-        machine: The kind of processor, which decides the dtype that Newton-Schulz works in.
+        machine: The kind of processor, and the dtype in which large matrices are orthogonalized on it.
     """
 
     overrides: tuple[str, ...]
@@ -137,7 +137,10 @@ def train(overrides: Sequence[str]) -> Run:
             raise RuntimeError(
                 f"{' '.join(overrides)} failed: {(done.stderr.strip().splitlines() or ['no output'])[-1]}"
             )
-        with (Path(folder) / "metrics.csv").open(newline="") as file:
+        metrics = Path(folder) / "metrics.csv"
+        if not metrics.exists():
+            raise RuntimeError(f"{' '.join(overrides)} logged nothing")
+        with metrics.open(newline="") as file:
             rows = list(csv.DictReader(file))
     curve = tuple((int(row["step"]) + 1, float(row["val/loss"])) for row in rows if row.get("val/loss"))
     logits = [float(row["muonclip/max_logit"]) for row in rows if row.get("muonclip/max_logit")]

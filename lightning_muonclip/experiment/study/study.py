@@ -29,7 +29,7 @@ class Study:
         name: Of the study.
         question: What it asks; the heading of its report.
         configurations: By name. The first is what the others are compared with.
-        seeds: The first sweeps the rates; all of them run at the best.
+        seeds: The first sweeps the rates; the others run at the best, and are compared.
         significance: Of all comparisons of the study together.
     """
 
@@ -48,21 +48,22 @@ class Study:
         """Runs what is missing: every rate with the first seed, then the other seeds at the best rate."""
         first, *others = self.seeds
         sweep = [
-            [*own.overrides, *rates, f"seed={first}"]
+            merged(*own.overrides, *rates, f"seed={first}")
             for own in self.configurations.values()
             for rates in rates_of(own.rates)
         ]
         run_all(sweep, results, jobs)
         best = {name: self.best(name, results) for name in self.configurations}
         run_all(
-            [[*_without_seed(run), f"seed={seed}"] for run in best.values() if run for seed in others], results, jobs
+            [merged(*run.overrides, f"seed={seed}") for run in best.values() if run for seed in others], results, jobs
         )
 
     def sweep(self, name: str, results: Results) -> list[tuple[tuple[str, ...], Run]]:
         """The rates of a configuration that have run with the first seed, and their runs."""
         own = self.configurations[name]
         runs = (
-            (rates, results.get([*own.overrides, *rates, f"seed={self.seeds[0]}"])) for rates in rates_of(own.rates)
+            (rates, results.get(merged(*own.overrides, *rates, f"seed={self.seeds[0]}")))
+            for rates in rates_of(own.rates)
         )
         return [(rates, run) for rates, run in runs if run is not None]
 
@@ -71,11 +72,11 @@ class Study:
         return min((run for _, run in self.sweep(name, results)), key=lambda run: run.loss, default=None)
 
     def by_seed(self, name: str, results: Results) -> list[Run | None]:
-        """For every seed, the run at the best rate, if it has run."""
-        best = self.best(name, results)
+        """For every seed but the first, which has chosen the rate, the run at the best rate, if it has run."""
+        best, others = self.best(name, results), self.seeds[1:]
         if best is None:
-            return [None] * len(self.seeds)
-        return [results.get([*_without_seed(best), f"seed={seed}"]) for seed in self.seeds]
+            return [None] * len(others)
+        return [results.get(merged(*best.overrides, f"seed={seed}")) for seed in others]
 
     def at_best(self, name: str, results: Results) -> list[Run]:
         """The runs at the best rate."""
@@ -90,5 +91,6 @@ class Study:
                 yield key
 
 
-def _without_seed(run: Run) -> list[str]:
-    return [override for override in run.overrides if not override.startswith("seed=")]
+def merged(*overrides: str) -> list[str]:
+    """Overrides of which a later one replaces an earlier one of the same key."""
+    return list({override.partition("=")[0].lstrip("+"): override for override in overrides}.values())

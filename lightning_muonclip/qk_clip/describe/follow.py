@@ -82,33 +82,24 @@ _LIKE = _named(
 _OF_FIRST = _ARRANGE | _PAD | _named("to", "type_as")
 #: Functions that put one tensor into places of another.
 _PUT = _named("__setitem__")
-_IN_PLACE = _named(
-    *("__iadd__", "__isub__", "__imul__", "__itruediv__", "__setitem__", "add_", "sub_", "mul_", "multiply_", "div_"),
-    *(
-        "divide_",
-        "true_divide_",
-        "neg_",
-        "negative_",
-        "masked_fill_",
-        "clamp_",
-        "tanh_",
-        "fill_",
-        "copy_",
-        "exp_",
-        "exp2_",
-    ),
-    *(
-        "addcmul_",
-        "index_put_",
-        "masked_scatter_",
-        "nan_to_num_",
-        "clamp_min_",
-        "clamp_max_",
-        "where_",
-        "tril_",
-        "triu_",
-    ),
-)
+#: Functions that write to their first argument.
+_IN_PLACE = {
+    getattr(Tensor, name)
+    for name in dir(Tensor)
+    if name.endswith("_") and not name.startswith("_") and type(getattr(Tensor, name)) is type(Tensor.add_)
+} | _named("__setitem__", *(f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")))
+#: Functions that do so if asked, and the place of that argument.
+_MAYBE_IN_PLACE = {
+    F.dropout: 3,
+    F.alpha_dropout: 3,
+    F.feature_alpha_dropout: 3,
+    F.threshold: 3,
+    F.relu: 1,
+    F.relu6: 1,
+    F.hardtanh: 3,
+    F.elu: 2,
+    F.leaky_relu: 2,
+}
 
 
 class Part(NamedTuple):
@@ -159,11 +150,13 @@ def product_of(number: int, func: Any, args: Any, out: Tensor) -> Part:
 
 def before_in_place(ways: Ways, func: Any, args: Any, kwargs: Any) -> None:
     """Keeps the values of what a function is about to overwrite."""
-    if not (func in _IN_PLACE or kwargs.get("inplace")) or not args:
+    place = _MAYBE_IN_PLACE.get(func)
+    is_asked = kwargs.get("inplace") or (place is not None and len(args) > place and args[place])
+    if not args or not (func in _IN_PLACE or is_asked):
         return
-    for place, (tensor, parts) in enumerate(ways):
+    for number, (tensor, parts) in enumerate(ways):
         if any(part.values is not None for part in parts) and _is_same_memory(tensor, args[0]):
-            ways[place] = (
+            ways[number] = (
                 tensor,
                 tuple(own if own.values is None else _with_values(own, own.values.clone()) for own in parts),
             )

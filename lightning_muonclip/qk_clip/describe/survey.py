@@ -143,9 +143,8 @@ def run_watched(module: nn.Module, args: Any, kwargs: Any, watching: AbstractCon
 
 def kept(leaf: Any) -> Any:
     """What a forward is given, to be given again."""
-    # A cache is written to in the forward; a tensor is not.
-    if isinstance(leaf, (Tensor, nn.Module)):
-        return leaf.detach() if isinstance(leaf, Tensor) else leaf
+    if isinstance(leaf, nn.Module):
+        return leaf
     try:
         return copy.deepcopy(leaf)
     except TypeError:  # a lock, a process group

@@ -21,13 +21,15 @@ class Patches:
     def __init__(self) -> None:
         self._keys: list[tuple[int, str]] = []
 
-    def add(self, places: Iterable[Place]) -> None:
-        """Patches functions."""
+    def add(self, places: Iterable[Place]) -> bool:
+        """Patches functions; returns whether some of them were not patched already."""
+        before = len(self._keys)
         for holder, name, patch in places:
             key = (id(holder), name)
             if key not in self._keys:
                 self._keys.append(key)
                 _acquire(key, holder, name, patch)
+        return len(self._keys) > before
 
     def remove(self) -> None:
         """Restores the originals, unless another module still needs the patch."""

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_muonclip.kernels.hidden import HIDDEN
@@ -21,6 +21,7 @@ from lightning_muonclip.qk_clip.describe.follow import (
     follow,
     maxima_of,
     product_of,
+    tensors_in,
     without_addend,
 )
 from lightning_muonclip.qk_clip.describe.spec import Softmax
@@ -47,7 +48,7 @@ class Measure(TorchFunctionMode):
             func = torch.unflatten  # torch.compile cannot trace the method under a mode
         before_in_place(self.ways, func, args, kwargs)
         out = func(*args, **kwargs)
-        if func in MATMULS:
+        if func in MATMULS and (self.softmaxes or not _has_parameter(args)):
             product = without_addend(func, args, kwargs, out.detach())
             self.ways.append((out, (product_of(self.number_of_products, func, args, product),)))
             self.number_of_products += 1
@@ -94,8 +95,14 @@ def check_end(mode: Measure) -> None:
     Raises:
         RuntimeError: If it has.
     """
-    if mode.number_of_softmaxes not in (0, len(mode.softmaxes)) and not _are_alike(mode.softmaxes):
+    is_read = mode.softmaxes and not _are_alike(mode.softmaxes)
+    if is_read and mode.number_of_softmaxes not in (0, len(mode.softmaxes)):
         raise _unlike(mode)
+
+
+def _has_parameter(args: Any) -> bool:
+    """Whether a factor is a weight, as of a router of experts; such products are no logits unless they were read as such."""
+    return any(isinstance(x, nn.Parameter) or isinstance(x._base, nn.Parameter) for x in tensors_in(args))
 
 
 def _are_alike(softmaxes: tuple[Softmax, ...]) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
+from lightning_muonclip.parallel.shards import on_all_ranks
 from lightning_muonclip.qk_clip.describe.declared import (
     AttentionModules,
     Specs,
@@ -233,7 +234,8 @@ class Discovery:
         forward = vars(module).get("forward")  # Lightning puts the bound method back, which was not there before
         is_own = forward is self._forwards[module] or getattr(forward, "__self__", None) is module
         is_trained = module.training and not torch.is_inference_mode_enabled()
-        if is_trained and is_own and not self._is_surveying and _tells((args, kwargs), module):
+        # Ranks that share weights survey together, or none does.
+        if is_trained and is_own and not self._is_surveying and on_all_ranks(module, _tells((args, kwargs), module)):
             self.survey(module, (args, kwargs), is_entered=True)
 
     def doubt(self, name: str, module: nn.Module, spec: AttentionSpec, reason: str) -> None:
@@ -285,7 +287,8 @@ class Discovery:
 def _tells(example: Any, module: nn.Module) -> bool:
     """Whether a forward tells how a module attends: there are numbers, and samples, and the weights are its own."""
     params = list(module.parameters())
-    is_empty = any(isinstance(leaf, Tensor) and leaf.ndim and not len(leaf) for leaf in tree_leaves(example))
+    first = next((leaf for leaf in tree_leaves(example) if isinstance(leaf, Tensor) and leaf.ndim), None)
+    is_empty = first is not None and not len(first)
     # torch.func.functional_call may lend it tensors that are no parameters.
     return not is_empty and all(isinstance(param, nn.Parameter) for param in params) and has_values((example, params))
 

@@ -75,8 +75,7 @@ class _Leave:
         # No output: an error, or a recomputation under checkpointing that stopped early.
         if watch is None or output is None or watch.called:
             return
-        is_news = not watch.is_under_modes
-        if is_news:
+        if not watch.is_under_modes:
             _run_again(watch, module, args, kwargs)
         if watch.called:
             return
@@ -88,7 +87,8 @@ class _Leave:
                 " Let it call that function (Hugging Face: attn_implementation='sdpa'), or"
                 f" skip it with specs={{{name!r}: None}}"
             )
-        if is_news:
+        if not watch.has_warned:
+            watch.has_warned = True
             warnings.warn(
                 f"no logits were seen in a forward of attention {name!r} ({type(module).__name__}), unlike before; if it"
                 " attends in such forwards too, QK-Clip does not act on them",
@@ -98,8 +98,8 @@ class _Leave:
 
 @torch.compiler.disable(reason="attention that is computed in another way must run once as it is")  # type: ignore[untyped-decorator]
 def _run_again(watch: Watch, module: nn.Module, args: Any, kwargs: Any) -> None:
-    watch.is_under_modes = True
     run_under_modes(watch, module)
+    watch.is_under_modes = True
     modes = [(child, child.training) for child in module.modules()]
     with DetachedCopies():  # it must not write to a cache of keys again
         args, kwargs = tree_map(kept, (args, kwargs))
@@ -112,12 +112,13 @@ def _run_again(watch: Watch, module: nn.Module, args: Any, kwargs: Any) -> None:
                 module.forward(*args, **kwargs)
         finally:
             running.pop()
+    watch.is_under_modes = watch.called  # it may as well not attend in some forwards
 
 
 def run_under_modes(watch: Watch, module: nn.Module) -> None:
     """Patches the forward of a module, so that modes can act in it, compiled or not."""
-    watch.patches.add(_forward_of(type(module)))
-    torch.compiler.reset()  # code compiled earlier would not call the patched forward
+    if watch.patches.add(_forward_of(type(module))):
+        torch.compiler.reset()  # code compiled earlier would not call the patched forward
 
 
 def _forward_of(cls: type[nn.Module]) -> Iterator[Place]:
@@ -130,15 +131,16 @@ def _patch_forward(original: Callable[..., Any]) -> Callable[..., Any]:
         watch: Any = current_listener()
         if watch is None or not watch.is_of(module):
             return original(module, *args, **kwargs)
+        if not (watch.is_under_modes or watch.softmaxes):
+            return original(module, *args, **kwargs)
+        measure = Measure(watch)
         if watch.is_under_modes:
-            with AnySdpa(), Measure(watch):
-                return original(module, *args, **kwargs)
-        if watch.softmaxes:  # which measure all there is
-            measure = Measure(watch)
+            with AnySdpa(), measure:
+                output = original(module, *args, **kwargs)
+        else:  # softmaxes are all there is
             with measure:
                 output = unrecorded(original, module, *args, **kwargs)
-            check_end(measure)
-            return output
-        return original(module, *args, **kwargs)
+        check_end(measure)
+        return output
 
     return forward

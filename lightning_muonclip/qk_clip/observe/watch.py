@@ -32,12 +32,14 @@ class Watch:
         called: Whether any attention call has been seen in the current forward.
         patches: Of the functions that the module may call.
         is_under_modes: Whether forwards run under modes that see all calls, since one was missed.
+        has_warned: Whether somebody was told of a forward without logits.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.recorders: list[Recorder] = []
         self.called = False
         self.is_under_modes = False
+        self.has_warned = False
         self._module = module
         self.patches = Patches()
         # If the module and its observers are garbage together, nobody is left to remove the recorders.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -169,3 +170,53 @@ class TestModulesThatAModelGetsLater:
         with QKClip(model) as qk_clip:
             model(x)
             sees(qk_clip, model[1].inner, model[0](x))
+
+
+class Routing(nn.Module):
+    """Attends unless told not to, and routes by a softmax over a product of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(16, 16) for _ in range(3))
+        self.router = nn.Parameter(torch.randn(16, 6))
+
+    def forward(self, x: Tensor, skips: bool = False, past: Tensor | None = None) -> Tensor:
+        weights = (torch.matmul(100 * x, self.router)).softmax(-1)
+        if skips:
+            return weights
+        q, k, v = (p(x).unflatten(-1, (4, 4)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)[..., :6] * weights
+
+    @torch.no_grad()
+    def expected(self, x: Tensor) -> Tensor:
+        q, k = (p(x).unflatten(-1, (4, 4)).transpose(1, 2) for p in (self.q_proj, self.k_proj))
+        return (q @ k.mT / 2).amax((0, 2, 3))
+
+
+def test_a_forward_that_does_not_attend_changes_no_later_one() -> None:
+    model = Routing()
+    with QKClip(model, 1e9) as qk_clip, warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for batch, skips in ((3, False), (3, True), (4, False), (4, True), (2, False)):
+            x = torch.randn(batch, 5, 16, generator=torch.Generator().manual_seed(batch))
+            model(x, skips, past=torch.empty(0, 4))  # an empty argument beside the batch hides nothing
+            expected = torch.full((4,), -torch.inf) if skips else model.expected(x)
+            torch.testing.assert_close(qk_clip.step().max_logits[0], expected, rtol=1e-5, atol=1e-6)
+    assert sum("no logits were seen in a forward" in str(own.message) for own in seen) == 1
+
+
+class Overwrites(Routing):
+    def forward(self, x: Tensor, skips: bool = False, past: Tensor | None = None) -> Tensor:
+        q, k, v = (p(1.0 * x).unflatten(-1, (4, 4)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        x += torch._C._nn.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return x
+
+
+def test_a_forward_that_writes_to_its_input_gives_what_it_gives_alone() -> None:
+    x = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
+    expected = Overwrites()(x.clone())
+    model = Overwrites()
+    with QKClip(model, 1e9) as qk_clip:
+        torch.testing.assert_close(model(x.clone()), expected, rtol=0, atol=0)
+        torch.testing.assert_close(qk_clip.max_logits[0], model.expected(x), rtol=1e-5, atol=1e-6)
