@@ -218,5 +218,8 @@ def test_a_forward_that_writes_to_its_input_gives_what_it_gives_alone() -> None:
     expected = Overwrites()(x.clone())
     model = Overwrites()
     with QKClip(model, 1e9) as qk_clip:
-        torch.testing.assert_close(model(x.clone()), expected, rtol=0, atol=0)
+        for _ in range(2):
+            torch.testing.assert_close(model(x.clone()), expected, rtol=0, atol=0)
+            qk_clip.step()
+        model(x.clone())
         torch.testing.assert_close(qk_clip.max_logits[0], model.expected(x), rtol=1e-5, atol=1e-6)
