@@ -145,6 +145,8 @@ def kept(leaf: Any) -> Any:
     """What a forward is given, to be given again."""
     if isinstance(leaf, nn.Module):
         return leaf
+    if isinstance(leaf, Tensor) and torch.compiler.is_compiling():
+        return leaf.detach().clone()
     try:
         return copy.deepcopy(leaf)
     except TypeError:  # a lock, a process group
