@@ -59,6 +59,10 @@ def test_a_loop_resumes_bitwise(name: str, tmp_path: Path) -> None:
 
 
 def test_hugging_face_trainer_logs_and_resumes_bitwise(tmp_path: Path) -> None:
+    try:
+        import datasets  # noqa: F401  the Trainer imports it where it is installed
+    except ImportError as error:  # the newest pyarrow beside an old NumPy
+        pytest.skip(str(error))
     example = runpy.run_path(str(EXAMPLES / "hugging_face_trainer.py"))
     arguments = example["TrainingArguments"]
     example["main"].__globals__["TrainingArguments"] = lambda *args, **kwargs: arguments(
