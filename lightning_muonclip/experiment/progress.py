@@ -48,9 +48,9 @@ class OneLineProgress(ProgressBar):
         """Advances the bar; the first step, in which others print, is over when it appears."""
         if not self._enabled or not trainer.is_global_zero:
             return
-        steps = trainer.estimated_stepping_batches
-        total = int(steps) if steps != float("inf") else None
         if self._progress is None:
+            steps = trainer.estimated_stepping_batches
+            total = int(steps) if steps != float("inf") else None
             columns = (
                 MofNCompleteColumn(),
                 BarColumn(None),
@@ -60,12 +60,12 @@ class OneLineProgress(ProgressBar):
             self._progress = Progress(*columns, expand=True)
             self._progress.add_task("train", total=total, figures="")
             self._progress.start()
-        (task,) = self._progress.task_ids
-        is_over = trainer.global_step == total
+        (task,) = self._progress.tasks
+        is_over = trainer.global_step == task.total
         if is_over or time.monotonic() - self._read >= self.seconds:
-            self._progress.update(task, figures=figures(trainer))
+            self._progress.update(task.id, figures=figures(trainer))
             self._read = time.monotonic()
-        self._progress.update(task, completed=trainer.global_step)
+        self._progress.update(task.id, completed=trainer.global_step)
         if is_over:
             self._stop()
 

@@ -7,7 +7,7 @@ rearranges a tensor rearranges the values of the product too, and the index that
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -137,7 +137,7 @@ def product_of(number: int, func: Any, args: Any, out: Tensor) -> Part:
         out: The result, without what else may have been added.
     """
     is_einsum = func is torch.einsum
-    places = _einsum_places(args[0], out.ndim) if is_einsum else tuple(range(out.ndim - 2))
+    places = _einsum_places(args) if is_einsum else tuple(range(out.ndim - 2))
     if places is None or out.ndim < 2:
         return Part((number,), out.numel(), (), None)
     lead = tuple(out.shape[i] for i in places)
@@ -158,7 +158,7 @@ def before_in_place(ways: Ways, func: Any, args: Any, kwargs: Any) -> None:
         if any(part.values is not None for part in parts) and _is_same_memory(tensor, args[0]):
             ways[number] = (
                 tensor,
-                tuple(own if own.values is None else _with_values(own, own.values.clone()) for own in parts),
+                tuple(own if own.values is None else own._replace(values=own.values.clone()) for own in parts),
             )
 
 
@@ -225,8 +225,7 @@ def _computed(
     if func in _MULTIPLY or func in _DIVIDE or func in _NEGATE:
         x, parts = followed[0]
         by = _by(func, args, kwargs, x) if len(followed) == 1 else math.nan
-        scaled = (p if p.values is None else _with_values(p, p.values, p.factor * by) for p in parts)
-        return tuple(_broadcast(part, x, out) for part in scaled)
+        return tuple(_broadcast(part._replace(factor=part.factor * by), x, out) for part in parts)
     made: dict[tuple[int, ...], Part] = {}
     for x, parts in followed:
         for part in parts:
@@ -242,11 +241,7 @@ def _broadcast(part: Part, x: Tensor, out: Tensor) -> Part:
         return part
     if not _fits(x.shape, out.shape):
         return _unknown(part)
-    return Part(part.numbers, part.size, part.lead, part.values.expand(out.shape), part.factor, _leads(part, x.shape))
-
-
-def _with_values(part: Part, values: Tensor, factor: Any = None) -> Part:
-    return Part(part.numbers, part.size, part.lead, values, part.factor if factor is None else factor, part.leads)
+    return part._replace(values=part.values.expand(out.shape), leads=_leads(part, x.shape))
 
 
 def _unknown(part: Part) -> Part:
@@ -273,7 +268,7 @@ def _arrange(ways: Ways, func: Any, args: Any, kwargs: Any, out: Any, x: Tensor,
         leads = _again(func, args, kwargs, x, _leads(part, x.shape), 0)
         factor = part.factor if is_number else 1.0
         for own, some, their in zip(made, values, leads):
-            own.append(Part(part.numbers, part.size, part.lead, some, factor, their))
+            own.append(part._replace(values=some, factor=factor, leads=their))
     ways += [(own, tuple(new)) for own, new in zip(outs, made)]
 
 
@@ -297,47 +292,48 @@ def _leads(part: Part, shape: torch.Size) -> Tensor:
 
 def _joined(func: Any, args: Any, kwargs: Any, operands: list[tuple[Tensor, tuple[Part, ...]]]) -> Part:
     """One part of several that are joined, or that others are joined to."""
-    first = next(parts[0] for _, parts in operands if parts)
-    numbers = tuple(sorted({number for _, parts in operands for part in parts for number in part.numbers}))
-    is_clear = all(len(parts) < 2 for _, parts in operands) and all(
-        part.values is not None and part.lead == first.lead for _, parts in operands for part in parts
-    )
-    size = sum(part.size for _, parts in operands for part in parts)
-    if not is_clear:
-        return Part(numbers, size, first.lead, None)
+    whole, dtype = _together([parts for _, parts in operands])
+    if dtype is None:
+        return whole
     values, leads = [], []
     for x, parts in operands:
         if parts:
             values.append(parts[0].factor * parts[0].values)
             leads.append(_leads(parts[0], x.shape))
         else:
-            values.append(torch.full_like(x, -math.inf, dtype=first.values.dtype))  # type: ignore[union-attr]
+            values.append(torch.full_like(x, -math.inf, dtype=dtype))
             leads.append(torch.zeros_like(x, dtype=torch.long))
     kwargs = {name: arg for name, arg in kwargs.items() if name != "tensors"}
     joined = (func(pieces, *args[1:], **kwargs) for pieces in (values, leads))
-    return Part(numbers, size, first.lead, next(joined), 1.0, next(joined))
+    return whole._replace(values=next(joined), leads=next(joined))
+
+
+def _together(pieces: Sequence[tuple[Part, ...]]) -> tuple[Part, torch.dtype | None]:
+    """One part of the products in several tensors, without values, and their dtype if it can have some."""
+    parts = [part for own in pieces for part in own]
+    numbers = tuple(sorted({number for part in parts for number in part.numbers}))
+    whole = Part(numbers, sum(part.size for part in parts), parts[0].lead, None)
+    values = [part.values for part in parts if part.values is not None and part.lead == whole.lead]
+    is_clear = len(values) == len(parts) and max(map(len, pieces)) < 2
+    return whole, values[0].dtype if is_clear else None
 
 
 def _put(ways: Ways, x: Tensor, index: Any, value: Any) -> None:
     """Follows what is put into places of another tensor."""
     into, parts = parts_of(ways, x), parts_of(ways, value)
-    both = (*into, *parts)
-    if not both:
+    if not into and not parts:
         return
-    first = both[0]
-    numbers = tuple(sorted({number for part in both for number in part.numbers}))
-    size = sum(part.size for part in both)
-    values, leads = None, None
-    if max(len(into), len(parts)) < 2 and all(part.values is not None and part.lead == first.lead for part in both):
-        assert first.values is not None
-        values = torch.full(x.shape, -math.inf, device=x.device, dtype=first.values.dtype)
+    whole, dtype = _together([into, parts])
+    if dtype is not None:
+        values = torch.full(x.shape, -math.inf, device=x.device, dtype=dtype)
         leads = torch.zeros(x.shape, device=x.device, dtype=torch.long)
         for part, own, place in ((p, t, i) for ps, t, i in ((into, x, ...), (parts, value, index)) for p in ps):
             values[place] = part.factor * part.values
             leads[place] = _leads(part, own.shape)
         if not parts:
             values[index] = -math.inf
-    ways.append((x, (Part(numbers, size, first.lead, values, 1.0, leads),)))
+        whole = whole._replace(values=values, leads=leads)
+    ways.append((x, (whole,)))
 
 
 def _is_same_memory(one: Tensor, other: Any) -> bool:
@@ -366,19 +362,30 @@ def _is_number(factor: Any) -> bool:
     return not isinstance(factor, Tensor) or factor.numel() == 1
 
 
-def _einsum_places(equation: str, ndim: int) -> tuple[int, ...] | None:
-    """The dimensions of an einsum's result that are neither its row nor its column: the last ones of one operand alone."""
+def einsum_roles(equation: str, operands: Sequence[Tensor]) -> tuple[str, str, str, str, str] | None:
+    """The letters of an einsum of two operands: theirs, those of the result, and which of these are its row and column.
+
+    Row and column are the last letters of the result that one operand alone has.
+    """
     inputs, arrow, out = equation.replace(" ", "").partition("->")
     letters = inputs.split(",")
     if not arrow or len(letters) != 2:
         return None
-    dots = "ZYXWVUTS"[: ndim - len(out.replace("...", ""))] if "..." in out else ""
+    unnamed = max(x.ndim - len(own.replace("...", "")) for x, own in zip(operands, letters))
+    dots = "ZYXWVUTS"[: unnamed if "..." in inputs else 0]
     left, right, out = (own.replace("...", dots) for own in (*letters, out))
     rows = [x for x in out if x in left and x not in right]
     columns = [x for x in out if x in right and x not in left]
-    if not rows or not columns:
+    return (left, right, out, rows[-1], columns[-1]) if rows and columns else None
+
+
+def _einsum_places(args: Any) -> tuple[int, ...] | None:
+    """The dimensions of an einsum's result that are neither its row nor its column."""
+    roles = einsum_roles(args[0], args[1] if len(args) == 2 else args[1:])
+    if roles is None:
         return None
-    return tuple(i for i, letter in enumerate(out) if letter not in (rows[-1], columns[-1]))
+    _, _, out, row, column = roles
+    return tuple(i for i, letter in enumerate(out) if letter not in (row, column))
 
 
 def tensors_in(args: Any) -> Iterator[Tensor]:

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lightning_muonclip.kernels.log_sum_exp import SDPA
-from lightning_muonclip.qk_clip.describe.follow import BADDBMMS, EXPONENTIALS, MATMULS, SOFTMAXES
+from lightning_muonclip.qk_clip.describe.follow import BADDBMMS, EXPONENTIALS, MATMULS, SOFTMAXES, einsum_roles
 
 #: Functions that may hold a weight.
 _PROJECTS = MATMULS | {F.linear, torch.addmm, Tensor.addmm, F.conv1d, F.conv2d, F.conv3d}
@@ -476,22 +476,16 @@ def _operands(func: Any, args: Any, kwargs: Any) -> tuple[Tensor | None, Tensor 
 
 def _einsum_pair(equation: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor] | None:
     """The operands of an einsum as (*lead, rows, channels) and (*lead, columns, channels), if it is a batched product."""
-    inputs, arrow, out = equation.replace(" ", "").partition("->")
-    letters = inputs.split(",")
-    if not arrow or len(letters) != 2:
+    roles = einsum_roles(equation, (a, b))
+    if roles is None:
         return None
-    dots = "ZYXWVUTS"[
-        : max(x.ndim - len(own.replace("...", "")) for x, own in zip((a, b), letters)) if "..." in inputs else 0
-    ]
-    left, right, out = (own.replace("...", dots) for own in (*letters, out))
+    left, right, out, row, column = roles
     if len(left) != a.ndim or len(right) != b.ndim or len(set(left)) != a.ndim or len(set(right)) != b.ndim:
         return None
     contracted = [x for x in left if x in right and x not in out]
-    rows = [x for x in out if x in left and x not in right]
-    columns = [x for x in out if x in right and x not in left]
-    if not contracted or not rows or not columns or set(left) | set(right) != set(contracted) | set(out):
+    if not contracted or set(left) | set(right) != set(contracted) | set(out):
         return None
-    lead = [x for x in out if x not in (rows[-1], columns[-1])]
+    lead = [x for x in out if x not in (row, column)]
 
     def laid_out(x: Tensor, own: str, length: str) -> Tensor:
         order = [*(letter for letter in lead if letter in own), length, *contracted]
@@ -500,7 +494,7 @@ def _einsum_pair(equation: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor] |
             x = x if letter in own else x.unsqueeze(i)
         return x
 
-    return laid_out(a, left, rows[-1]), laid_out(b, right, columns[-1])
+    return laid_out(a, left, row), laid_out(b, right, column)
 
 
 @contextmanager
