@@ -106,6 +106,23 @@ def overwritten(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return F.dropout(logits.softmax(-1), 0.0, True, True) @ value
 
 
+def added_in_place(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    logits = torch.linspace(0, 9, key.shape[2]).repeat(query.shape[0] * HEADS, query.shape[2], 1)
+    logits.baddbmm_(
+        query.flatten(0, 1), key.flatten(0, 1).mT, beta=0.5, alpha=0.5
+    )  # what it returns is the same tensor
+    return logits.view(*query.shape[:3], -1).softmax(-1) @ value
+
+
+def subtracted(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return (torch.arange(key.shape[2]) - (-query @ key.mT) / 2).softmax(-1) @ value
+
+
+def subtracted_with_a_factor(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    logits = torch.arange(key.shape[2]).expand(*query.shape[:3], -1).to(query)
+    return torch.sub(logits, query @ key.mT, alpha=-0.5).softmax(-1) @ value
+
+
 def grouped(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     q, k = (x.unflatten(1, (2, 2)) for x in (query, key))
     return ((q @ k.mT / 2).softmax(-1)).flatten(1, 2) @ value
@@ -122,6 +139,7 @@ def beside_others(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 WAYS: list[Attend] = [
     *(batch_inside, heads_last, permuted, rows_together, one_key_at_a_time, sample_by_sample, chunks_of_queries),
     *(chunks_of_logits, joined_chunks, put_into_a_buffer, padded, in_place, overwritten, grouped, beside_others),
+    *(added_in_place, subtracted, subtracted_with_a_factor),
 ]
 
 
@@ -154,6 +172,23 @@ def test_it_stays_one_graph(attend: Attend) -> None:
         for _ in range(3):
             compiled(x)
             torch.testing.assert_close(qk_clip.step().max_logits[0], model.expected(x), rtol=1e-5, atol=1e-6)
+
+
+def test_a_product_that_is_added_to_another_is_a_summand() -> None:
+    class Sum(Attends):
+        def logits(self, x: Tensor) -> Tensor:
+            query, key, value = (part.flatten(0, 1) for part in self.parts(x))
+            return torch.baddbmm(query @ value.mT, query, key.mT, beta=0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (self.logits(x).softmax(-1) @ x.repeat_interleave(HEADS, 0)).view(len(x), HEADS, -1).mean(1)
+
+    model, x = Sum(heads_last), inputs(2, 6)
+    with QKClip(model, 1e9) as qk_clip:
+        model(x)
+        expected = model.logits(x).view(2, HEADS, -1).amax((0, 2))
+        torch.testing.assert_close(qk_clip.max_logits[0], expected, rtol=1e-5, atol=1e-6)
+        assert "value.weight: k(G 4)" in str(qk_clip.summary())
 
 
 def test_another_way_than_the_one_that_was_read_is_an_error() -> None:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 BADDBMMS = {torch.baddbmm, Tensor.baddbmm, Tensor.baddbmm_}
-MATMULS = BADDBMMS | {
+MATMULS = {
     torch.matmul,
     Tensor.matmul,
     Tensor.__matmul__,
@@ -64,6 +64,9 @@ def _named(*names: str) -> set[Any]:
     return {getattr(owner, name) for owner in (torch, Tensor) for name in names if hasattr(owner, name)}
 
 
+_ADD = _named("add", "add_", "__add__", "__radd__", "__iadd__")
+_SUBTRACT = _named("sub", "sub_", "subtract", "subtract_", "__sub__", "__isub__")
+_SUBTRACT_FROM = _named("rsub", "__rsub__")
 #: Functions after which elements of their first argument are elsewhere.
 _ARRANGE = _named(
     *("view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "squeeze", "unsqueeze", "ravel"),
@@ -131,7 +134,7 @@ def product_of(number: int, func: Any, args: Any, out: Tensor) -> Part:
     """A product as it is made.
 
     Args:
-        number: Its number.
+        number: Its number, larger than those of earlier products.
         func: What has made it.
         args: Of what.
         out: The result, without what else may have been added.
@@ -228,8 +231,9 @@ def _computed(
         return tuple(_broadcast(part._replace(factor=part.factor * by), x, out) for part in parts)
     made: dict[tuple[int, ...], Part] = {}
     for x, parts in followed:
+        by = _weight(func, args, kwargs, x)
         for part in parts:
-            own = _broadcast(part, x, out)
+            own = _broadcast(part._replace(factor=part.factor * by), x, out)
             if part.numbers not in made or made[part.numbers].values is None:
                 made[part.numbers] = own
     return tuple(made[numbers] for numbers in sorted(made))
@@ -357,6 +361,16 @@ def _by(func: Any, args: Any, kwargs: Any, x: Tensor) -> Any:
     return 1 / other if first is x else math.nan
 
 
+def _weight(func: Any, args: Any, kwargs: Any, x: Tensor) -> float:
+    """What a sum multiplies a summand ``x`` by; 1 for any other function."""
+    if func in _SUBTRACT_FROM:
+        return 1.0 if x is not args[0] else -kwargs.get("alpha", 1.0)
+    if func not in _ADD and func not in _SUBTRACT:
+        return 1.0
+    weight: float = 1.0 if x is args[0] else kwargs.get("alpha", 1.0)
+    return -weight if func in _SUBTRACT and x is not args[0] else weight
+
+
 def _is_number(factor: Any) -> bool:
     """Whether it is one number, which multiplies whatever the shape."""
     return not isinstance(factor, Tensor) or factor.numel() == 1
@@ -397,9 +411,31 @@ def tensors_in(args: Any) -> Iterator[Tensor]:
             yield from (item for item in arg if isinstance(item, Tensor))
 
 
-def without_addend(func: Any, args: Any, kwargs: Any, out: Tensor) -> Tensor:
-    """The product alone in a result of ``baddbmm``, to which Bloom adds position biases; any other result as it is."""
-    if func not in BADDBMMS:
-        return out
-    addend, beta = args[0] if args else kwargs["input"], kwargs.get("beta", 1)
-    return out - beta * addend if beta else out  # without it, the addend may be uninitialized
+def as_sum(func: Any, args: Any, kwargs: Any) -> Tensor:
+    """Calls ``baddbmm``, with which Bloom adds biases of positions to its logits, as a sum of two tensors.
+
+    Called under a mode, it lets the mode see the product alone, and the sum.
+    """
+    addend, beta, a, b, alpha = _baddbmm(*args, **kwargs)
+    product = alpha * torch.bmm(a, b)
+    if func is Tensor.baddbmm_:
+        return (addend.mul_(beta) if beta else addend.zero_()).add_(product)
+    return beta * addend + product if beta else product
+
+
+def followed_sum(ways: Ways, func: Any, args: Any, kwargs: Any) -> Tensor:
+    """Calls ``baddbmm`` as it is, and follows its product and what that is added to."""
+    addend, beta, *_ = _baddbmm(*args, **kwargs)
+    parts = parts_of(ways, addend) if beta else ()
+    added = beta * addend.detach() if beta else 0.0  # a copy, since the result may take its place
+    out: Tensor = func(*args, **kwargs)
+    parts = tuple(_broadcast(part._replace(factor=part.factor * beta), addend, out) for part in parts)
+    ways.append((out, (*parts, product_of(len(ways), func, args, out.detach() - added))))
+    return out
+
+
+def _baddbmm(
+    input: Tensor, batch1: Tensor, batch2: Tensor, *, beta: float = 1, alpha: float = 1
+) -> tuple[Tensor, float, Tensor, Tensor, float]:
+    """The arguments of ``baddbmm``. Where ``beta`` is 0, ``input`` may be uninitialized."""
+    return input, beta, batch1, batch2, alpha

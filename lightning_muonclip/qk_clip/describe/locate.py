@@ -16,16 +16,17 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_muonclip.kernels.hidden import HIDDEN
 from lightning_muonclip.qk_clip.describe.follow import (
+    BADDBMMS,
     EXPONENTIALS,
     MATMULS,
     SOFTMAXES,
     Part,
     Ways,
+    as_sum,
     before_in_place,
     entering,
     follow,
     product_of,
-    without_addend,
 )
 from lightning_muonclip.qk_clip.describe.infer import Layout, Unclear
 from lightning_muonclip.qk_clip.describe.isolate import Isolated
@@ -120,7 +121,7 @@ def _follows(change: Tensor, before: Part, after: Part) -> bool:
 
 
 class _Numbered(TorchFunctionMode):
-    """Keeps products, also without what ``baddbmm`` adds, and softmaxes; answers some of them by others.
+    """Keeps products and softmaxes; answers some of them by others.
 
     Attributes:
         parts: For every softmax, the products in its input.
@@ -164,10 +165,13 @@ class _Numbered(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in SOFTMAXES or func in EXPONENTIALS:
             return self._softmax(func, args, kwargs)
+        if func in BADDBMMS:
+            with self:
+                return as_sum(func, args, kwargs)
         before_in_place(self._ways, func, args, kwargs)
         out = func(*args, **kwargs)
         if func in MATMULS:
-            return self._product(func, args, kwargs, out)
+            return self._product(func, args, out)
         follow(self._ways, func, args, kwargs, out)
         return out
 
@@ -183,10 +187,10 @@ class _Numbered(TorchFunctionMode):
         self.probabilities.append(out.detach().clone())
         return out
 
-    def _product(self, func: Any, args: Any, kwargs: Any, out: Tensor) -> Tensor:
+    def _product(self, func: Any, args: Any, out: Tensor) -> Tensor:
         number = len(self.products)
         answer = self._answers.get(number)
-        self.pure.append(without_addend(func, args, kwargs, out.detach().clone()))
+        self.pure.append(out.detach().clone())
         out = out if answer is None else answer.clone()  # the module may change it in place
         self.products.append(out.detach().clone())
         self._ways.append((out, (product_of(number, func, args, out.detach().clone()),)))

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lightning_muonclip.kernels.log_sum_exp import SDPA
-from lightning_muonclip.qk_clip.describe.follow import BADDBMMS, EXPONENTIALS, MATMULS, SOFTMAXES, einsum_roles
+from lightning_muonclip.qk_clip.describe.follow import BADDBMMS, EXPONENTIALS, MATMULS, SOFTMAXES, as_sum, einsum_roles
 
 #: Functions that may hold a weight.
 _PROJECTS = MATMULS | {F.linear, torch.addmm, Tensor.addmm, F.conv1d, F.conv2d, F.conv3d}
@@ -166,6 +166,9 @@ class Trace(TorchFunctionMode):
             for call in self.calls[number:]:
                 call.source = "multi_head_attention_forward"
             return out
+        if func in BADDBMMS:
+            with self:
+                return as_sum(func, args, kwargs)
         # Hooks of activation checkpointing would save nothing here, and run the function again without the trace.
         with torch.autograd.graph.saved_tensors_hooks(_same, _same):
             out = self._answer(func, args, kwargs)
@@ -463,13 +466,9 @@ def _constant_output(query: Tensor, value: Tensor) -> Tensor:
 
 def _operands(func: Any, args: Any, kwargs: Any) -> tuple[Tensor | None, Tensor | None]:
     """The two factors of a product, if they are batches of matrices."""
-    if func in BADDBMMS:
-        named = {**dict(zip(("input", "batch1", "batch2"), args)), **kwargs}
-        factors = [named.get("batch1"), named.get("batch2")]
-    elif func is torch.einsum:
+    factors = [*args, *kwargs.values()]
+    if func is torch.einsum:
         factors = list(args[1:]) if len(args) != 2 else list(args[1])
-    else:
-        factors = [*args, *kwargs.values()]
     is_pair = len(factors) >= 2 and all(isinstance(factor, Tensor) and factor.ndim > 1 for factor in factors[:2])
     return (factors[0], factors[1]) if is_pair and not (func is torch.einsum and len(factors) > 2) else (None, None)
 
