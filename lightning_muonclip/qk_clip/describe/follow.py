@@ -179,7 +179,7 @@ def follow(ways: Ways, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     if not followed or func in _LIKE:
         return
     if func in _JOIN:
-        ways.append((out, (_joined(func, args, kwargs, operands),)))
+        ways.append((out, _joined(func, args, kwargs, operands)))
     elif func in _ARRANGE or func in _PAD:
         _arrange(ways, func, args, kwargs, out, *followed[0])
     elif isinstance(out, Tensor) and out.is_floating_point():
@@ -294,32 +294,25 @@ def _leads(part: Part, shape: torch.Size) -> Tensor:
     return torch.arange(count, device=part.values.device).view(*part.lead, 1, 1).expand(shape)
 
 
-def _joined(func: Any, args: Any, kwargs: Any, operands: list[tuple[Tensor, tuple[Part, ...]]]) -> Part:
-    """One part of several that are joined, or that others are joined to."""
-    whole, dtype = _together([parts for _, parts in operands])
-    if dtype is None:
-        return whole
-    values, leads = [], []
-    for x, parts in operands:
-        if parts:
-            values.append(parts[0].factor * parts[0].values)
-            leads.append(_leads(parts[0], x.shape))
-        else:
-            values.append(torch.full_like(x, -math.inf, dtype=dtype))
-            leads.append(torch.zeros_like(x, dtype=torch.long))
+def _joined(func: Any, args: Any, kwargs: Any, operands: list[tuple[Tensor, tuple[Part, ...]]]) -> tuple[Part, ...]:
+    """The parts of several tensors that are joined, some of which may have none."""
     kwargs = {name: arg for name, arg in kwargs.items() if name != "tensors"}
-    joined = (func(pieces, *args[1:], **kwargs) for pieces in (values, leads))
-    return whole._replace(values=next(joined), leads=next(joined))
-
-
-def _together(pieces: Sequence[tuple[Part, ...]]) -> tuple[Part, torch.dtype | None]:
-    """One part of the products in several tensors, without values, and their dtype if it can have some."""
-    parts = [part for own in pieces for part in own]
-    numbers = tuple(sorted({number for part in parts for number in part.numbers}))
-    whole = Part(numbers, sum(part.size for part in parts), parts[0].lead, None)
-    values = [part.values for part in parts if part.values is not None and part.lead == whole.lead]
-    is_clear = len(values) == len(parts) and max(map(len, pieces)) < 2
-    return whole, values[0].dtype if is_clear else None
+    made = []
+    for summand in _summands([parts for _, parts in operands]):
+        whole, dtype = _together(summand)
+        if dtype is not None:
+            values, leads = [], []
+            for (x, _), part in zip(operands, summand):
+                if part is not None:
+                    values.append(part.factor * part.values)
+                    leads.append(_leads(part, x.shape))
+                else:
+                    values.append(torch.full_like(x, -math.inf, dtype=dtype))
+                    leads.append(torch.zeros_like(x, dtype=torch.long))
+            joined = (func(pieces, *args[1:], **kwargs) for pieces in (values, leads))
+            whole = whole._replace(values=next(joined), leads=next(joined))
+        made.append(whole)
+    return tuple(made)
 
 
 def _put(ways: Ways, x: Tensor, index: Any, value: Any) -> None:
@@ -327,17 +320,45 @@ def _put(ways: Ways, x: Tensor, index: Any, value: Any) -> None:
     into, parts = parts_of(ways, x), parts_of(ways, value)
     if not into and not parts:
         return
-    whole, dtype = _together([into, parts])
-    if dtype is not None:
-        values = torch.full(x.shape, -math.inf, device=x.device, dtype=dtype)
-        leads = torch.zeros(x.shape, device=x.device, dtype=torch.long)
-        for part, own, place in ((p, t, i) for ps, t, i in ((into, x, ...), (parts, value, index)) for p in ps):
-            values[place] = part.factor * part.values
-            leads[place] = _leads(part, own.shape)
-        if not parts:
-            values[index] = -math.inf
-        whole = whole._replace(values=values, leads=leads)
-    ways.append((x, (whole,)))
+    made = []
+    for summand in _summands([into, parts]):
+        whole, dtype = _together(summand)
+        if dtype is not None:
+            values = torch.full(x.shape, -math.inf, device=x.device, dtype=dtype)
+            leads = torch.zeros(x.shape, device=x.device, dtype=torch.long)
+            for part, own, place in zip(summand, (x, value), (..., index)):
+                if part is not None:
+                    values[place] = part.factor * part.values
+                    leads[place] = _leads(part, own.shape)
+                elif place is index:
+                    values[index] = -math.inf
+            whole = whole._replace(values=values, leads=leads)
+        made.append(whole)
+    ways.append((x, tuple(made)))
+
+
+#: The parts of several tensors that become one; ``None`` for a tensor that has none of it.
+_Summand = list[Part | None]
+
+
+def _summands(pieces: Sequence[tuple[Part, ...]]) -> list[_Summand]:
+    """Which parts of several tensors belong together: those of one product, or else the first of each, the second, ..."""
+    numbers = [part.numbers for own in pieces for part in own]
+    if len(set(numbers)) < len(numbers):
+        by_numbers = [{part.numbers: part for part in own} for own in pieces]
+        return [[own.get(n) for own in by_numbers] for n in sorted(set(numbers))]
+    if len({len(own) for own in pieces if own}) == 1:
+        return [[own[i] if own else None for own in pieces] for i in range(max(map(len, pieces)))]
+    return [[_unknown(part)] for own in pieces for part in own]
+
+
+def _together(summand: _Summand) -> tuple[Part, torch.dtype | None]:
+    """One part of several, without values, and their dtype if it can have some."""
+    parts = [part for part in summand if part is not None]
+    numbers = tuple(sorted({number for part in parts for number in part.numbers}))
+    whole = Part(numbers, sum(part.size for part in parts), parts[0].lead, None)
+    values = [part.values for part in parts if part.values is not None and part.lead == whole.lead]
+    return whole, values[0].dtype if len(values) == len(parts) else None
 
 
 def _is_same_memory(one: Tensor, other: Any) -> bool:

@@ -100,7 +100,7 @@ class Product:
     query: Tensor
     key: Tensor
     out: Tensor
-    is_of_activations: bool = True  # else one factor is a weight
+    is_of_activations: bool = True  # else one factor is a weight, or a table that all samples share
     marked: Tensor | None = None  # what the module goes on with
     is_logits: bool = False  # once a softmax has been found
 
@@ -261,7 +261,9 @@ class Trace(TorchFunctionMode):
             self.unfollowed.append("torch.einsum")
             return out
         query, key = (x[(None,) * (out.ndim - x.ndim)] for x in pair)
-        product = Product(query, key, out, a in self._activations and b in self._activations)
+        is_shared = out.ndim > 2 and query.shape[0] != key.shape[0]
+        are_activations = a in self._activations and b in self._activations
+        product = Product(query, key, out, are_activations and not is_shared)
         self.products.append(product)
         number = len(self.products) - 1
         if (
