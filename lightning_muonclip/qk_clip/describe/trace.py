@@ -227,6 +227,8 @@ class Trace(TorchFunctionMode):
         # The exponential of something smaller, such as of the largest logits, weighs nothing.
         if not products or (func in EXPONENTIALS and logits.numel() < products[0].out.numel()):
             return func(*args, **kwargs)
+        # Without weights in them, they are masks, as Longformer makes.
+        products = [p for p in products if p.query.requires_grad or p.key.requires_grad] or products
         call = Call(func.__name__, [], rest=[logits], problem=obstacle)
         # Products of another arrangement, such as those of a table of positions, are part of the rest.
         main = next((p for p in products if p.out.shape == logits.shape == (*p.lead, *p.out.shape[-2:])), products[0])
