@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from lightning_muonclip.kernels.context_parallel import without_context_parallel
 from lightning_muonclip.parallel.shards import on_all_ranks
 from lightning_muonclip.qk_clip.describe.count import Frame, has_matrix
 from lightning_muonclip.qk_clip.describe.describe import FAILURES, Found, describe, softmaxes_of
@@ -70,6 +71,13 @@ def find_attention(
         raise ValueError(
             f"example must be a pair (args, kwargs) of the model's arguments; got {type(example).__name__}"
         )
+    with without_context_parallel():
+        return _found(model, example, described, alone, name)
+
+
+def _found(
+    model: nn.Module, example: Example, described: Collection[nn.Module], alone: Collection[nn.Module], name: str
+) -> Search:
     for hook in list(model._forward_pre_hooks.values()):
         if isinstance(hook, Prepares):
             hook.prepare(model, *example)
