@@ -257,6 +257,32 @@ def test_log_sum_exp_is_a_bound(registered: Any) -> None:
         assert (model.expected(example()) <= 1e-2).all()
 
 
+def outer(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    return plain(q, k, v)
+
+
+def test_a_registered_function_in_another(registered: Any) -> None:
+    for function in (plain, outer):
+        registered(function, lambda out, *_: out[1])
+    model = Attends(lambda self, q, k, v: outer(q, k, v)[0])
+    with QKClip(model) as qk_clip:
+        model(example())
+        torch.testing.assert_close(qk_clip.max_logits[0], model.expected(example()).float())
+        assert qk_clip.observer.recorders[0].source == f"{__name__}.outer"
+
+
+def test_what_cannot_be_inferred_is_watched(registered: Any) -> None:
+    registered(plain, lambda out, *_: out[1])
+    model = Attends(lambda self, q, k, v: plain(q.clamp(-1, 1), k.clamp(-1, 1), v)[0])
+    with pytest.raises(ValueError, match="do not scale with their weights"), QKClip(model):
+        model(example())
+    with QKClip(model, unknown="monitor") as qk_clip:
+        model(example())
+        query, key, _ = (part.transpose(-2, -3).detach() for part in model.parts(example()))
+        expected = brute_max_logits(query.clamp(-1, 1), key.clamp(-1, 1), DIM**-0.5, causal(LENGTH)).float()
+        torch.testing.assert_close(qk_clip.max_logits, expected.max().view(1, 1))
+
+
 def half_precision(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     if q.dtype is not torch.bfloat16:
         raise RuntimeError("only support fp16 and bf16 data type")

@@ -60,7 +60,7 @@ class Logits(Trace):
 
     def attend(self, kernel: RegisteredKernel, args: Any, kwargs: Any) -> Any:
         """Sees what a registered function does inside."""
-        return kernel.original(*args, **kwargs)
+        return kernel.run(args, kwargs)
 
     def _keep(
         self, query: Tensor, key: Tensor, value: Tensor, *args: Any, scale: float | None = None, **_: Any

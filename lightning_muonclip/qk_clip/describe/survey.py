@@ -108,7 +108,7 @@ class Survey:
         """Notes a call of a registered function; what it does inside is its own."""
         where = ".".join(name for name in (self._name, self._stack[-1].name if self._stack else "") if name)
         with self._count.paused():
-            out = kernel.original(*args, **kwargs)
+            out = kernel.run(args, kwargs)
             looked = kernel.look(where, args, kwargs, out)
         self._count.note(looked.query.shape[-1], True)
         return out

@@ -489,10 +489,10 @@ def _called(kernel: RegisteredKernel, args: Any, kwargs: Any) -> tuple[tuple[Any
 
     own = given(None)
     try:
-        return own, kernel.original(*own[0], **own[1])
+        return own, kernel.run(*own)
     except (RuntimeError, TypeError, ValueError, AssertionError, NotImplementedError):
         own = given(torch.bfloat16)
-        return own, kernel.original(*own[0], **own[1])
+        return own, kernel.run(*own)
 
 
 def _constant_output(query: Tensor, value: Tensor) -> Tensor:

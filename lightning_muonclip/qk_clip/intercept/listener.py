@@ -21,8 +21,8 @@ class Listener(Protocol):
     def measure(self, source: str, logits: Logits) -> None:
         """Receives the logits of one call."""
 
-    def record(self, maxima: Tensor, source: str) -> None:
-        """Receives the maxima of one call, of shape (heads,)."""
+    def record_all(self, maxima: Tensor, source: str) -> None:
+        """Receives the maxima of one call, of shape (1, heads)."""
 
 
 #: Listeners of the attention modules whose forward is running, innermost last; ``None`` for one that is not recorded.

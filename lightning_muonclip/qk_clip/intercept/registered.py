@@ -42,8 +42,8 @@ class Looks(Protocol):
         """Returns what the function returns, or what stands for it."""
 
 
-#: Those who look at the forward that is running, innermost last.
-looking: list[Looks] = []
+#: Those who look at the forward that is running, innermost last; ``None`` inside of a registered function.
+looking: list[Looks | None] = []
 
 _registered: list[RegisteredKernel] = []
 
@@ -83,6 +83,14 @@ class RegisteredKernel:
     def reach(self, module: nn.Module) -> None:
         """Replaces the function where a module holds it: in its attributes, its class, or a closure of its methods."""
         self._references.replace_in(module)
+
+    def run(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Calls the function, whose own calls of registered functions nobody looks at."""
+        looking.append(None)
+        try:
+            return self.original(*args, **kwargs)
+        finally:
+            looking.pop()
 
     @torch.no_grad()
     def maxima(self, where: str, out: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
@@ -127,7 +135,7 @@ class RegisteredKernel:
         own_args, own_kwargs = given or (args, kwargs)
 
         def tell(args: Any, kwargs: Any) -> Tensor:
-            return self.maxima(where, self.original(*args, **kwargs), args, kwargs)
+            return self.maxima(where, self.run(args, kwargs), args, kwargs)
 
         try:
             told = self._reader(out, *own_args, **own_kwargs)
@@ -223,13 +231,14 @@ def _patched(kernel: RegisteredKernel) -> Callable[..., Any]:
     def attention(*args: Any, **kwargs: Any) -> Any:
         if not kernel.is_active:
             return original(*args, **kwargs)
-        if looking:
-            return looking[-1].attend(kernel, args, kwargs)
+        looks = looking[-1] if looking else None
+        if looks is not None:
+            return looks.attend(kernel, args, kwargs)
         listener = current_listener()
         if listener is None:
             return original(*args, **kwargs)
         out = unrecorded(original, *args, **kwargs)
-        listener.record(kernel.maxima(listener.name, out, args, kwargs), kernel.source)
+        listener.record_all(kernel.maxima(listener.name, out, args, kwargs)[None], kernel.source)
         return out
 
     return attention
