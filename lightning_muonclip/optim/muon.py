@@ -340,7 +340,7 @@ class Muon(Optimizer):
                     if share_key(p, self.process_group) is not None:
                         own = local_costs if has_whole_matrices(p, group["kind"]) else costs
                         own[p] = self._matrix_step.flops(p, group, parts)
-            check_models(self.param_groups, list(costs), self.process_group)
+            check_models(self.param_groups, list(costs), self.process_group, self.working_dtypes())
             self._shared = SharedWeights(costs, local_costs, self.process_group)
             self._known = frozenset(p for group in self.param_groups for p in group["params"])
             self._drop_others_momentum()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,11 @@ REMEDY = (
     " alone; else wrap the model in DDP or fully_shard"
 )
 
+_ONE_DTYPE = (
+    "The fastest dtype depends on the device; where that differs between ranks, as between CPUs with and without bfloat16 in"
+    " hardware, pass one, such as dtype='float32'"
+)
+
 #: Gradients of equal training differ between ranks by rounding alone, those of other data by their noise.
 TOLERANCE = 1e-2
 
@@ -37,7 +42,10 @@ SETTINGS = (
 
 
 def check_models(
-    groups: Sequence[Mapping[str, Any]], weights: Sequence[Tensor], group: dist.ProcessGroup | None
+    groups: Sequence[Mapping[str, Any]],
+    weights: Sequence[Tensor],
+    group: dist.ProcessGroup | None,
+    dtypes: Collection[torch.dtype] = (),
 ) -> None:
     """Compares what each rank is about to train, if it holds plain tensors; DTensors are shared by construction.
 
@@ -47,9 +55,10 @@ def check_models(
         groups: The parameter groups.
         weights: The matrices of Muon.
         group: The ranks that replicate plain tensors.
+        dtypes: The dtypes in which this rank orthogonalizes; by default they depend on its kind of CPU.
 
     Raises:
-        RuntimeError: If ranks differ in their matrices, their values, or their settings.
+        RuntimeError: If ranks differ in their matrices, their values, their settings, or their dtypes.
     """
     params = [p for own in groups for p in own["params"]]
     if not has_others(group):
@@ -62,6 +71,7 @@ def check_models(
     size = sum(torch.stack([norm.double() for norm in torch._foreach_norm(full)]).tolist()) if full else 0.0
     same = zlib.crc32(str([(weight.shape, weight.dtype) for weight in plain]).encode())
     settings = {key: [_plain(own.get(key)) for own in groups] for key in SETTINGS}
+    settings["dtype"] = sorted(map(str, dtypes))
     digests = [zlib.crc32(str(values).encode()) if plain else 0 for values in settings.values()]
     device = params[0].device if params else _device(group)
     least, largest = extremes(torch.tensor([same, size, *digests], dtype=torch.float64, device=device), group)
@@ -78,7 +88,8 @@ def check_models(
         )
     for (key, values), low, high in zip(settings.items(), least[2:], largest[2:]):
         if low != high:
-            raise RuntimeError(f"ranks have different settings of Muon: rank {rank} has {key} {values}. {REMEDY}")
+            remedy = _ONE_DTYPE if key == "dtype" else REMEDY
+            raise RuntimeError(f"ranks have different settings of Muon: rank {rank} has {key} {values}. {remedy}")
 
 
 def gradients_agree(

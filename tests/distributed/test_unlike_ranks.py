@@ -138,6 +138,7 @@ UNLIKE: dict[str, tuple[Callable[[int], Any], str]] = {
     "sweep over weight decay": (lambda rank: trial(weight_decay=0.1 * rank), "weight_decay"),
     "sweep over momentum": (lambda rank: trial(momentum=0.9 + 0.05 * rank), "momentum"),
     "sweep over schedules": (lambda rank: trial(ns_coefficients=("jordan", "polar_express")[rank]), "ns_coefficients"),
+    "CPUs of different kinds": (lambda rank: trial(dtype=("bfloat16", "float32")[rank]), "pass one, such as dtype="),
     "sweep over AdamW": (lambda rank: other_betas((0.9, 0.95 + 0.01 * rank)), "betas"),
     "sweep after a warm-up": (lambda rank: warm_up(0.1 * (1 + rank)), "initial_lr"),
     "sides of a GAN": (sides_of_a_gan, "different matrices"),
@@ -198,7 +199,7 @@ def refused() -> list[dict[str, str]]:
 def test_unlike_ranks_are_refused_on_both_with_the_way_out(name: str, refused: list[dict[str, str]]) -> None:
     for rank in refused:
         assert UNLIKE[name][1] in rank[name]
-        assert "process_group of the ranks" in rank[name]
+        assert ("dtype='float32'" if "CPUs" in name else "process_group of the ranks") in rank[name]
 
 
 def hybrid(model: nn.Module) -> nn.Module:

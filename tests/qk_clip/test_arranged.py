@@ -106,6 +106,39 @@ def overwritten(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return F.dropout(logits.softmax(-1), 0.0, True, True) @ value
 
 
+def positions(query: Tensor, length: int) -> Tensor:
+    """Another summand: queries times a table."""
+    return query @ torch.linspace(-1, 1, DIM * length).view(DIM, length)
+
+
+def put_back(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    logits = query @ key.mT / 2
+    logits[:, :, 1:, 1:] = logits[:, :, 1:, 1:] + positions(query[:, :, 1:], key.shape[2] - 1)
+    return logits.softmax(-1) @ value
+
+
+def joined_sums(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    chunks = [q @ key.mT / 2 + positions(q, key.shape[2]) for q in query.split(3, 2)]
+    return torch.cat(chunks, 2).softmax(-1) @ value
+
+
+def added_in_place(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    logits = torch.linspace(0, 9, key.shape[2]).repeat(query.shape[0] * HEADS, query.shape[2], 1)
+    logits.baddbmm_(
+        query.flatten(0, 1), key.flatten(0, 1).mT, beta=0.5, alpha=0.5
+    )  # what it returns is the same tensor
+    return logits.view(*query.shape[:3], -1).softmax(-1) @ value
+
+
+def subtracted(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return (torch.arange(key.shape[2]) - (-query @ key.mT) / 2).softmax(-1) @ value
+
+
+def subtracted_with_a_factor(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    logits = torch.arange(key.shape[2]).expand(*query.shape[:3], -1).to(query)
+    return torch.sub(logits, query @ key.mT, alpha=-0.5).softmax(-1) @ value
+
+
 def grouped(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     q, k = (x.unflatten(1, (2, 2)) for x in (query, key))
     return ((q @ k.mT / 2).softmax(-1)).flatten(1, 2) @ value
@@ -122,6 +155,7 @@ def beside_others(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 WAYS: list[Attend] = [
     *(batch_inside, heads_last, permuted, rows_together, one_key_at_a_time, sample_by_sample, chunks_of_queries),
     *(chunks_of_logits, joined_chunks, put_into_a_buffer, padded, in_place, overwritten, grouped, beside_others),
+    *(put_back, joined_sums, added_in_place, subtracted, subtracted_with_a_factor),
 ]
 
 
@@ -138,7 +172,7 @@ def test_every_head_has_its_own_maximum_in_every_forward(attend: Attend) -> None
         for batch, length in ((4, 4), (3, 8), (8, 5), (4, 4)):  # sizes that could be mistaken for one another
             x = inputs(batch, length)
             model(x)
-            assert qk_clip.sides == {"": "q and k"}
+            assert qk_clip.sides == {"": "k" if attend in (put_back, joined_sums) else "q and k"}  # q meets a table too
             expected = model.expected(x)
             torch.testing.assert_close(qk_clip.max_logits[0], expected, rtol=1e-5, atol=1e-6)
             qk_clip.step()
@@ -154,6 +188,40 @@ def test_it_stays_one_graph(attend: Attend) -> None:
         for _ in range(3):
             compiled(x)
             torch.testing.assert_close(qk_clip.step().max_logits[0], model.expected(x), rtol=1e-5, atol=1e-6)
+
+
+def test_logits_that_are_the_maximum_of_their_row_are_seen_to_change() -> None:
+    """A query has one visible key and a sink; the row's maximum is subtracted, so that the larger of them is always 0."""
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        logits = (query @ key.mT / 2).masked_fill(~torch.eye(query.shape[2], dtype=torch.bool), -torch.inf)
+        logits = torch.cat([logits, logits.new_full((*logits.shape[:-1], 1), 0.1)], -1)
+        return (logits - logits.amax(-1, keepdim=True)).softmax(-1)[..., :-1] @ value
+
+    model, x = Attends(attend), inputs(2, 6)
+    with QKClip(model, 1e9) as qk_clip:
+        model(x)
+        query, key, _ = model.parts(x)
+        expected = (query * key / 2).sum(-1).amax((0, 2))
+        torch.testing.assert_close(qk_clip.max_logits[0], expected, rtol=1e-5, atol=1e-6)
+        assert qk_clip.sides == {"": "q and k"}
+
+
+def test_a_product_that_is_added_to_another_is_a_summand() -> None:
+    class Sum(Attends):
+        def logits(self, x: Tensor) -> Tensor:
+            query, key, value = (part.flatten(0, 1) for part in self.parts(x))
+            return torch.baddbmm(query @ value.mT, query, key.mT, beta=0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (self.logits(x).softmax(-1) @ x.repeat_interleave(HEADS, 0)).view(len(x), HEADS, -1).mean(1)
+
+    model, x = Sum(heads_last), inputs(2, 6)
+    with QKClip(model, 1e9) as qk_clip:
+        model(x)
+        expected = model.logits(x).view(2, HEADS, -1).amax((0, 2))
+        torch.testing.assert_close(qk_clip.max_logits[0], expected, rtol=1e-5, atol=1e-6)
+        assert "value.weight: k(G 4)" in str(qk_clip.summary())
 
 
 def test_another_way_than_the_one_that_was_read_is_an_error() -> None:

@@ -39,7 +39,7 @@ _CONTRACTIONS = _BATCHED | {
 }
 
 #: Of which a softmax may be made.
-_EXPONENTIALS = ("exp", "exp_", "exp2", "exp2_")
+_EXPONENTIALS = ("exp", "exp2")
 
 #: Kernels that sum up products, or differences, of channels.
 _SUMS = ("sum", "mean", "linalg_vector_norm", "norm")
@@ -149,6 +149,8 @@ class Count(TorchDispatchMode):
                 self.note(args[0].shape[-1], True)
             return func(*args, **kwargs)
         library, _, name = func._schema.name.partition("::")
+        is_in_place = name.endswith("_")
+        name = name.removesuffix("_")
         if "scaled_dot_product" in name or "flash_attention" in name or "efficient_attention" in name:
             self.note(args[0].shape[-1], True)
         tensors = list(tensors_in(args))
@@ -157,7 +159,7 @@ class Count(TorchDispatchMode):
         if library not in _TORCHS:
             self._opaque(func._schema.name, args, out)
         outs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
-        if name.endswith("_") and args[0]._base is not None:  # a view, of which the whole is changed too
+        if is_in_place and args[0]._base is not None:  # a view, of which the whole is changed too
             outs.append(args[0]._base)
         is_new = name.startswith("new_") or name.endswith("_like") or name == "lift_fresh"
         if is_new or all(map(self._is_weight, tensors)):
@@ -201,7 +203,7 @@ class Count(TorchDispatchMode):
     def _multiplied(self, name: str, args: Any, out: Tensor, product: _Product | None) -> _Product | None:
         """What the result of a kernel is made of; a new product if it multiplies two activations."""
         a, b = (args[place] if place < len(args) else None for place in _CONTRACTIONS.get(name, (0, 1)))
-        is_contraction, is_mul = name in _CONTRACTIONS, name in ("mul", "mul_")
+        is_contraction, is_mul = name in _CONTRACTIONS, name == "mul"
         if not (isinstance(a, Tensor) and isinstance(b, Tensor) and (is_contraction or is_mul or name == "sub")):
             return self._followed(name, out, product)
         of_activations = a is not b and not self._is_weight(a) and not self._is_weight(b)

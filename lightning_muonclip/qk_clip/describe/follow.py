@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 BADDBMMS = {torch.baddbmm, Tensor.baddbmm, Tensor.baddbmm_}
-MATMULS = BADDBMMS | {
+MATMULS = {
     torch.matmul,
     Tensor.matmul,
     Tensor.__matmul__,
@@ -64,6 +64,9 @@ def _named(*names: str) -> set[Any]:
     return {getattr(owner, name) for owner in (torch, Tensor) for name in names if hasattr(owner, name)}
 
 
+_ADD = _named("add", "add_", "__add__", "__radd__", "__iadd__")
+_SUBTRACT = _named("sub", "sub_", "subtract", "subtract_", "__sub__", "__isub__")
+_SUBTRACT_FROM = _named("rsub", "__rsub__")
 #: Functions after which elements of their first argument are elsewhere.
 _ARRANGE = _named(
     *("view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "squeeze", "unsqueeze", "ravel"),
@@ -131,7 +134,7 @@ def product_of(number: int, func: Any, args: Any, out: Tensor) -> Part:
     """A product as it is made.
 
     Args:
-        number: Its number.
+        number: Its number, larger than those of earlier products.
         func: What has made it.
         args: Of what.
         out: The result, without what else may have been added.
@@ -176,7 +179,7 @@ def follow(ways: Ways, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     if not followed or func in _LIKE:
         return
     if func in _JOIN:
-        ways.append((out, (_joined(func, args, kwargs, operands),)))
+        ways.append((out, _joined(func, args, kwargs, operands)))
     elif func in _ARRANGE or func in _PAD:
         _arrange(ways, func, args, kwargs, out, *followed[0])
     elif isinstance(out, Tensor) and out.is_floating_point():
@@ -228,8 +231,9 @@ def _computed(
         return tuple(_broadcast(part._replace(factor=part.factor * by), x, out) for part in parts)
     made: dict[tuple[int, ...], Part] = {}
     for x, parts in followed:
+        by = _weight(func, args, kwargs, x)
         for part in parts:
-            own = _broadcast(part, x, out)
+            own = _broadcast(part._replace(factor=part.factor * by), x, out)
             if part.numbers not in made or made[part.numbers].values is None:
                 made[part.numbers] = own
     return tuple(made[numbers] for numbers in sorted(made))
@@ -290,32 +294,25 @@ def _leads(part: Part, shape: torch.Size) -> Tensor:
     return torch.arange(count, device=part.values.device).view(*part.lead, 1, 1).expand(shape)
 
 
-def _joined(func: Any, args: Any, kwargs: Any, operands: list[tuple[Tensor, tuple[Part, ...]]]) -> Part:
-    """One part of several that are joined, or that others are joined to."""
-    whole, dtype = _together([parts for _, parts in operands])
-    if dtype is None:
-        return whole
-    values, leads = [], []
-    for x, parts in operands:
-        if parts:
-            values.append(parts[0].factor * parts[0].values)
-            leads.append(_leads(parts[0], x.shape))
-        else:
-            values.append(torch.full_like(x, -math.inf, dtype=dtype))
-            leads.append(torch.zeros_like(x, dtype=torch.long))
+def _joined(func: Any, args: Any, kwargs: Any, operands: list[tuple[Tensor, tuple[Part, ...]]]) -> tuple[Part, ...]:
+    """The parts of several tensors that are joined, some of which may have none."""
     kwargs = {name: arg for name, arg in kwargs.items() if name != "tensors"}
-    joined = (func(pieces, *args[1:], **kwargs) for pieces in (values, leads))
-    return whole._replace(values=next(joined), leads=next(joined))
-
-
-def _together(pieces: Sequence[tuple[Part, ...]]) -> tuple[Part, torch.dtype | None]:
-    """One part of the products in several tensors, without values, and their dtype if it can have some."""
-    parts = [part for own in pieces for part in own]
-    numbers = tuple(sorted({number for part in parts for number in part.numbers}))
-    whole = Part(numbers, sum(part.size for part in parts), parts[0].lead, None)
-    values = [part.values for part in parts if part.values is not None and part.lead == whole.lead]
-    is_clear = len(values) == len(parts) and max(map(len, pieces)) < 2
-    return whole, values[0].dtype if is_clear else None
+    made = []
+    for summand in _summands([parts for _, parts in operands]):
+        whole, dtype = _together(summand)
+        if dtype is not None:
+            values, leads = [], []
+            for (x, _), part in zip(operands, summand):
+                if part is not None:
+                    values.append(part.factor * part.values)
+                    leads.append(_leads(part, x.shape))
+                else:
+                    values.append(torch.full_like(x, -math.inf, dtype=dtype))
+                    leads.append(torch.zeros_like(x, dtype=torch.long))
+            joined = (func(pieces, *args[1:], **kwargs) for pieces in (values, leads))
+            whole = whole._replace(values=next(joined), leads=next(joined))
+        made.append(whole)
+    return tuple(made)
 
 
 def _put(ways: Ways, x: Tensor, index: Any, value: Any) -> None:
@@ -323,17 +320,45 @@ def _put(ways: Ways, x: Tensor, index: Any, value: Any) -> None:
     into, parts = parts_of(ways, x), parts_of(ways, value)
     if not into and not parts:
         return
-    whole, dtype = _together([into, parts])
-    if dtype is not None:
-        values = torch.full(x.shape, -math.inf, device=x.device, dtype=dtype)
-        leads = torch.zeros(x.shape, device=x.device, dtype=torch.long)
-        for part, own, place in ((p, t, i) for ps, t, i in ((into, x, ...), (parts, value, index)) for p in ps):
-            values[place] = part.factor * part.values
-            leads[place] = _leads(part, own.shape)
-        if not parts:
-            values[index] = -math.inf
-        whole = whole._replace(values=values, leads=leads)
-    ways.append((x, (whole,)))
+    made = []
+    for summand in _summands([into, parts]):
+        whole, dtype = _together(summand)
+        if dtype is not None:
+            values = torch.full(x.shape, -math.inf, device=x.device, dtype=dtype)
+            leads = torch.zeros(x.shape, device=x.device, dtype=torch.long)
+            for part, own, place in zip(summand, (x, value), (..., index)):
+                if part is not None:
+                    values[place] = part.factor * part.values
+                    leads[place] = _leads(part, own.shape)
+                elif place is index:
+                    values[index] = -math.inf
+            whole = whole._replace(values=values, leads=leads)
+        made.append(whole)
+    ways.append((x, tuple(made)))
+
+
+#: The parts of several tensors that become one; ``None`` for a tensor that has none of it.
+_Summand = list[Part | None]
+
+
+def _summands(pieces: Sequence[tuple[Part, ...]]) -> list[_Summand]:
+    """Which parts of several tensors belong together: those of one product, or else the first of each, the second, ..."""
+    numbers = [part.numbers for own in pieces for part in own]
+    if len(set(numbers)) < len(numbers):
+        by_numbers = [{part.numbers: part for part in own} for own in pieces]
+        return [[own.get(n) for own in by_numbers] for n in sorted(set(numbers))]
+    if len({len(own) for own in pieces if own}) == 1:
+        return [[own[i] if own else None for own in pieces] for i in range(max(map(len, pieces)))]
+    return [[_unknown(part)] for own in pieces for part in own]
+
+
+def _together(summand: _Summand) -> tuple[Part, torch.dtype | None]:
+    """One part of several, without values, and their dtype if it can have some."""
+    parts = [part for part in summand if part is not None]
+    numbers = tuple(sorted({number for part in parts for number in part.numbers}))
+    whole = Part(numbers, sum(part.size for part in parts), parts[0].lead, None)
+    values = [part.values for part in parts if part.values is not None and part.lead == whole.lead]
+    return whole, values[0].dtype if len(values) == len(parts) else None
 
 
 def _is_same_memory(one: Tensor, other: Any) -> bool:
@@ -355,6 +380,16 @@ def _by(func: Any, args: Any, kwargs: Any, x: Tensor) -> Any:
     if func in _MULTIPLY:
         return other
     return 1 / other if first is x else math.nan
+
+
+def _weight(func: Any, args: Any, kwargs: Any, x: Tensor) -> float:
+    """What a sum multiplies a summand ``x`` by; 1 for any other function."""
+    if func in _SUBTRACT_FROM:
+        return 1.0 if x is not args[0] else -kwargs.get("alpha", 1.0)
+    if func not in _ADD and func not in _SUBTRACT:
+        return 1.0
+    weight: float = 1.0 if x is args[0] else kwargs.get("alpha", 1.0)
+    return -weight if func in _SUBTRACT and x is not args[0] else weight
 
 
 def _is_number(factor: Any) -> bool:
@@ -397,9 +432,31 @@ def tensors_in(args: Any) -> Iterator[Tensor]:
             yield from (item for item in arg if isinstance(item, Tensor))
 
 
-def without_addend(func: Any, args: Any, kwargs: Any, out: Tensor) -> Tensor:
-    """The product alone in a result of ``baddbmm``, to which Bloom adds position biases; any other result as it is."""
-    if func not in BADDBMMS:
-        return out
-    addend, beta = args[0] if args else kwargs["input"], kwargs.get("beta", 1)
-    return out - beta * addend if beta else out  # without it, the addend may be uninitialized
+def as_sum(func: Any, args: Any, kwargs: Any) -> Tensor:
+    """Calls ``baddbmm``, with which Bloom adds biases of positions to its logits, as a sum of two tensors.
+
+    Called under a mode, it lets the mode see the product alone, and the sum.
+    """
+    addend, beta, a, b, alpha = _baddbmm(*args, **kwargs)
+    product = alpha * torch.bmm(a, b)
+    if func is Tensor.baddbmm_:
+        return (addend.mul_(beta) if beta else addend.zero_()).add_(product)
+    return beta * addend + product if beta else product
+
+
+def followed_sum(ways: Ways, func: Any, args: Any, kwargs: Any) -> Tensor:
+    """Calls ``baddbmm`` as it is, and follows its product and what that is added to."""
+    addend, beta, *_ = _baddbmm(*args, **kwargs)
+    parts = parts_of(ways, addend) if beta else ()
+    added = beta * addend.detach() if beta else 0.0  # a copy, since the result may take its place
+    out: Tensor = func(*args, **kwargs)
+    parts = tuple(_broadcast(part._replace(factor=part.factor * beta), addend, out) for part in parts)
+    ways.append((out, (*parts, product_of(len(ways), func, args, out.detach() - added))))
+    return out
+
+
+def _baddbmm(
+    input: Tensor, batch1: Tensor, batch2: Tensor, *, beta: float = 1, alpha: float = 1
+) -> tuple[Tensor, float, Tensor, Tensor, float]:
+    """The arguments of ``baddbmm``. Where ``beta`` is 0, ``input`` may be uninitialized."""
+    return input, beta, batch1, batch2, alpha

@@ -16,16 +16,17 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_muonclip.kernels.hidden import HIDDEN
 from lightning_muonclip.qk_clip.describe.follow import (
+    BADDBMMS,
     EXPONENTIALS,
     MATMULS,
     SOFTMAXES,
     Part,
     Ways,
+    as_sum,
     before_in_place,
     entering,
     follow,
     product_of,
-    without_addend,
 )
 from lightning_muonclip.qk_clip.describe.infer import Layout, Unclear
 from lightning_muonclip.qk_clip.describe.isolate import Isolated
@@ -58,7 +59,8 @@ def locate(isolated: Isolated, layout: Layout) -> tuple[Softmax, ...]:
             # A projection changes the logits through a later product.
             if change.any() and not is_smaller and not any(before.differs(after, later) for later in own):
                 found[number] = [*own, product]
-                if not _follows(change, *(run.part(number, product) for run in (before, after))):
+                zero, one = (run.part(number, product) for run in (before, after))
+                if not _follows(change, zero, one, a > HIDDEN):
                     whole.add(number)
     for number, own in found.items():
         if len({base.place(number, product) for product in own}) > 1 or number in whole:
@@ -100,27 +102,29 @@ def _is_double(once: Tensor, twice: Tensor) -> bool:
     return deviation(*(x.masked_fill(once < HIDDEN, 0) for x in (2 * once, twice))) < 1e-3
 
 
-def _follows(change: Tensor, before: Part, after: Part) -> bool:
-    """Whether the input of a softmax changes by what a product changes in it.
+def _follows(change: Tensor, before: Part, after: Part, visible: Tensor) -> bool:
+    """Whether the input of a softmax changes by what a product changes in it, where it changes, or wherever it is visible.
 
-    What is subtracted from whole rows, such as their maximum, changes no probability, and does not count.
+    What is subtracted from whole rows, such as their maximum, changes no probability, and does not count. (The maximum
+    itself then stays as it is.)
     """
     expected = (after.factor * after.values - before.factor * before.values).nan_to_num()  # -inf beside the product
     if expected.shape != change.shape:
         return False
-    visible = (change != 0).double()
-    count = visible.sum(-1, keepdim=True)
+    return any(_is_shifted(change.double(), expected.double(), where.double()) for where in (change != 0, visible))
 
-    def centered(x: Tensor) -> Tensor:
-        x = x.double() * visible
-        return x - visible * x.sum(-1, keepdim=True) / count.clamp_min(1) if bool((count > 1).any()) else x
 
-    change, expected = centered(change), centered(expected)
-    return bool(((change - expected).abs() < 1e-3 * expected.abs().max()).all())
+def _is_shifted(x: Tensor, by_rows: Tensor, where: Tensor) -> bool:
+    """Whether two tensors differ by one number a row; as they are, if rows have one number each."""
+    count = where.sum(-1, keepdim=True)
+    x, expected = x * where, by_rows * where
+    if bool((count > 1).any()):
+        x, expected = (y - where * y.sum(-1, keepdim=True) / count.clamp_min(1) for y in (x, expected))
+    return bool(((x - expected).abs() < 1e-3 * expected.abs().max()).all())
 
 
 class _Numbered(TorchFunctionMode):
-    """Keeps products, also without what ``baddbmm`` adds, and softmaxes; answers some of them by others.
+    """Keeps products and softmaxes; answers some of them by others.
 
     Attributes:
         parts: For every softmax, the products in its input.
@@ -164,10 +168,13 @@ class _Numbered(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in SOFTMAXES or func in EXPONENTIALS:
             return self._softmax(func, args, kwargs)
+        if func in BADDBMMS:
+            with self:
+                return as_sum(func, args, kwargs)
         before_in_place(self._ways, func, args, kwargs)
         out = func(*args, **kwargs)
         if func in MATMULS:
-            return self._product(func, args, kwargs, out)
+            return self._product(func, args, out)
         follow(self._ways, func, args, kwargs, out)
         return out
 
@@ -183,10 +190,10 @@ class _Numbered(TorchFunctionMode):
         self.probabilities.append(out.detach().clone())
         return out
 
-    def _product(self, func: Any, args: Any, kwargs: Any, out: Tensor) -> Tensor:
+    def _product(self, func: Any, args: Any, out: Tensor) -> Tensor:
         number = len(self.products)
         answer = self._answers.get(number)
-        self.pure.append(without_addend(func, args, kwargs, out.detach().clone()))
+        self.pure.append(out.detach().clone())
         out = out if answer is None else answer.clone()  # the module may change it in place
         self.products.append(out.detach().clone())
         self._ways.append((out, (product_of(number, func, args, out.detach().clone()),)))

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_muonclip.kernels.log_sum_exp import SDPA
 from lightning_muonclip.qk_clip.describe.count import Frame
 from lightning_muonclip.qk_clip.describe.describe import FAILURES
-from lightning_muonclip.qk_clip.describe.follow import MATMULS, SOFTMAXES, without_addend
+from lightning_muonclip.qk_clip.describe.follow import BADDBMMS, MATMULS, SOFTMAXES, as_sum
 from lightning_muonclip.qk_clip.describe.survey import run_watched
 from lightning_muonclip.qk_clip.describe.trace import Trace, tracing
 from lightning_muonclip.qk_clip.intercept.registered import RegisteredKernel
@@ -41,13 +42,16 @@ class Logits(Trace):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func in BADDBMMS:
+            with self:
+                return as_sum(func, args, kwargs)
         if func is SDPA:
             self._keep(*args, **kwargs)
         elif func in SOFTMAXES:
             self.logits.append((args[0] if args else kwargs["input"]).double())
         out = func(*args, **kwargs)
         if func in MATMULS:
-            self.pure.append(without_addend(func, args, kwargs, out).double())  # a copy: it may be changed in place
+            self.pure.append(out.to(torch.float64, copy=True))  # it may be changed in place
         return out
 
     def flex_attention(

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lightning_muonclip.kernels.log_sum_exp import SDPA
-from lightning_muonclip.qk_clip.describe.follow import BADDBMMS, EXPONENTIALS, MATMULS, SOFTMAXES, einsum_roles
+from lightning_muonclip.qk_clip.describe.follow import BADDBMMS, EXPONENTIALS, MATMULS, SOFTMAXES, as_sum, einsum_roles
 from lightning_muonclip.qk_clip.intercept.registered import RegisteredKernel, looking
 
 #: Functions that may hold a weight.
@@ -101,7 +101,7 @@ class Product:
     query: Tensor
     key: Tensor
     out: Tensor
-    is_of_activations: bool = True  # else one factor is a weight
+    is_of_activations: bool = True  # else one factor is a weight, or a table that all samples share
     marked: Tensor | None = None  # what the module goes on with
     is_logits: bool = False  # once a softmax has been found
 
@@ -167,6 +167,9 @@ class Trace(TorchFunctionMode):
             for call in self.calls[number:]:
                 call.source, call.is_by_hand = "multi_head_attention_forward", False
             return out
+        if func in BADDBMMS:
+            with self:
+                return as_sum(func, args, kwargs)
         # Hooks of activation checkpointing would save nothing here, and run the function again without the trace.
         with torch.autograd.graph.saved_tensors_hooks(_same, _same):
             out = self._answer(func, args, kwargs)
@@ -281,7 +284,9 @@ class Trace(TorchFunctionMode):
             self.unfollowed.append("torch.einsum")
             return out
         query, key = (x[(None,) * (out.ndim - x.ndim)] for x in pair)
-        product = Product(query, key, out, a in self._activations and b in self._activations)
+        is_shared = out.ndim > 2 and query.shape[0] != key.shape[0]
+        are_activations = a in self._activations and b in self._activations
+        product = Product(query, key, out, are_activations and not is_shared)
         self.products.append(product)
         number = len(self.products) - 1
         if (
@@ -507,13 +512,9 @@ def _constant_output(query: Tensor, value: Tensor) -> Tensor:
 
 def _operands(func: Any, args: Any, kwargs: Any) -> tuple[Tensor | None, Tensor | None]:
     """The two factors of a product, if they are batches of matrices."""
-    if func in BADDBMMS:
-        named = {**dict(zip(("input", "batch1", "batch2"), args)), **kwargs}
-        factors = [named.get("batch1"), named.get("batch2")]
-    elif func is torch.einsum:
+    factors = [*args, *kwargs.values()]
+    if func is torch.einsum:
         factors = list(args[1:]) if len(args) != 2 else list(args[1])
-    else:
-        factors = [*args, *kwargs.values()]
     is_pair = len(factors) >= 2 and all(isinstance(factor, Tensor) and factor.ndim > 1 for factor in factors[:2])
     return (factors[0], factors[1]) if is_pair and not (func is torch.einsum and len(factors) > 2) else (None, None)
 

@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_muonclip.kernels.hidden import HIDDEN
 from lightning_muonclip.qk_clip.describe.follow import (
+    BADDBMMS,
     EXPONENTIALS,
     MATMULS,
     SOFTMAXES,
@@ -19,10 +20,10 @@ from lightning_muonclip.qk_clip.describe.follow import (
     before_in_place,
     entering,
     follow,
+    followed_sum,
     maxima_of,
     product_of,
     tensors_in,
-    without_addend,
 )
 from lightning_muonclip.qk_clip.describe.spec import Softmax
 from lightning_muonclip.qk_clip.observe.watch import Watch
@@ -36,7 +37,6 @@ class Measure(TorchFunctionMode):
         self.watch = watch
         self.softmaxes = watch.softmaxes
         self.ways: Ways = []
-        self.number_of_products = 0
         self.number_of_softmaxes = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -47,11 +47,12 @@ class Measure(TorchFunctionMode):
         if func is Tensor.unflatten:
             func = torch.unflatten  # torch.compile cannot trace the method under a mode
         before_in_place(self.ways, func, args, kwargs)
+        are_activations = self.softmaxes or not _has_parameter(args)
+        if func in BADDBMMS and are_activations:
+            return followed_sum(self.ways, func, args, kwargs)
         out = func(*args, **kwargs)
-        if func in MATMULS and (self.softmaxes or not _has_parameter(args)):
-            product = without_addend(func, args, kwargs, out.detach())
-            self.ways.append((out, (product_of(self.number_of_products, func, args, product),)))
-            self.number_of_products += 1
+        if func in MATMULS and are_activations:
+            self.ways.append((out, (product_of(len(self.ways), func, args, out.detach()),)))
         else:
             follow(self.ways, func, args, kwargs, out)
         return out

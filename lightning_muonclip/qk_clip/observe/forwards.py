@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils._pytree import tree_map
 
 from lightning_muonclip.qk_clip.describe.describe import FAILURES
@@ -79,6 +80,10 @@ class _Leave:
         if watch is None or output is None or watch.called:
             return
         if not watch.is_under_modes:
+            run_under_modes(watch, module)
+            watch.is_under_modes = True
+            if any(isinstance(child, FSDPModule) for child in module.modules() if child is not module):
+                return  # its weights can be gathered only if all ranks run it again; the next forward tells
             _run_again(watch, module, args, kwargs)
         if watch.called:
             return
@@ -101,8 +106,6 @@ class _Leave:
 
 @torch.compiler.disable(reason="attention that is computed in another way must run once as it is")  # type: ignore[untyped-decorator]
 def _run_again(watch: Watch, module: nn.Module, args: Any, kwargs: Any) -> None:
-    run_under_modes(watch, module)
-    watch.is_under_modes = True
     modes = [(child, child.training) for child in module.modules()]
     with DetachedCopies():  # it must not write to a cache of keys again
         args, kwargs = tree_map(kept, (args, kwargs))
