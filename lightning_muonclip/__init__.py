@@ -14,6 +14,7 @@ from lightning_muonclip.optim.schedules import GroupScheduler, decay_to_zero, mo
 from lightning_muonclip.qk_clip.clip import QKClip
 from lightning_muonclip.qk_clip.describe.declared import register_attention
 from lightning_muonclip.qk_clip.describe.spec import AttentionSpec, Projection
+from lightning_muonclip.qk_clip.intercept.registered import register_max_logits
 from lightning_muonclip.qk_clip.rule import muonclip_qk_clip, qk_clip_gamma
 from lightning_muonclip.trainer.callback import MuonClipCallback
 from lightning_muonclip.trainer.fsdp2 import FSDP2Strategy
@@ -42,5 +43,6 @@ __all__ = [
     "orthogonalize",
     "qk_clip_gamma",
     "register_attention",
+    "register_max_logits",
     "split_params",
 ]

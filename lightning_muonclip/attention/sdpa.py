@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_muonclip.attention.masks import AttentionMask
 from lightning_muonclip.attention.score_mods import ScoreMod
 from lightning_muonclip.attention.tracking import measure
+from lightning_muonclip.kernels.context_parallel import ContextParallelError, is_context_parallel
 from lightning_muonclip.kernels.log_sum_exp import attention_with_log_sum_exp, bounds_of_logits
 
 
@@ -27,6 +28,7 @@ def attend(
 
     Raises:
         ValueError: If there is a score_mod or there are sinks.
+        ContextParallelError: If logits are to be measured under context parallelism.
     """
     if score_mod is not None or sinks is not None:
         raise ValueError(
@@ -44,6 +46,12 @@ def attend(
     patched, original = getattr(function, "watches", (None, None))
     if patched is function:
         function = original
+    if track is not None and is_context_parallel():
+        raise ContextParallelError(
+            "the attention modules of this package do not measure logits under context_parallel: they do not know which"
+            " positions a rank has. Use a module that calls scaled_dot_product_attention itself, or leave them alone with"
+            " specs={name: None}"
+        )
     shares_keys = heads != key.shape[1]
     if track is None:
         output = function(query, key, value, dense, 0.0, is_causal, scale=scale, enable_gqa=shares_keys)

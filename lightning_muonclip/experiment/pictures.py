@@ -18,11 +18,14 @@ from torch import Tensor
 from lightning_muonclip.metrics import MaxLogits
 from lightning_muonclip.optim.stats import FIGURES, summarized
 from lightning_muonclip.trainer.callback import MuonClipCallback
+from lightning_muonclip.trainer.images import log_figure
 from lightning_muonclip.trainer.mixin import MaxLogitsMixin
 
 
 class LogitPictures(Callback):
     """Records per-head maximum logits at every step and plots ``max_logits.png`` and ``heads.png`` when fitting ends.
+
+    Loggers that take images (TensorBoard, W&B, MLflow) get both.
 
     Works for any LightningModule with a :class:`~lightning_muonclip.MaxLogitsMixin`, with or without MuonClipCallback.
     Checkpoints include the history, so that the plots of a resumed run are complete.
@@ -81,9 +84,10 @@ class LogitPictures(Callback):
         self.dirpath.mkdir(parents=True, exist_ok=True)
         trajectory, axes = metric.plot(state["history"])
         _mark(axes, state["history"], state["uncertified"])
-        trajectory.savefig(self.dirpath / "max_logits.png", dpi=150)
-        figure, _ = metric.plot(state["history"].amax(0))
-        figure.savefig(self.dirpath / "heads.png", dpi=150)
+        heat_map, _ = metric.plot(state["history"].amax(0))
+        for name, figure in (("max_logits", trajectory), ("heads", heat_map)):
+            figure.savefig(self.dirpath / f"{name}.png", dpi=150)
+            log_figure(trainer, name, figure)
 
     def state_dict(self) -> dict[str, Any]:
         """The history, the same on every rank under MuonClipCallback."""
@@ -124,7 +128,7 @@ class StatPictures(Callback):
         self._record(trainer)  # MuonClipCallback may come after this one
         if len(self.history) > 1 and trainer.is_global_zero:
             self.dirpath.mkdir(parents=True, exist_ok=True)
-            draw_stats(self.history, self.dirpath / "muon.png")
+            log_figure(trainer, "muon", draw_stats(self.history, self.dirpath / "muon.png"))
 
     def _record(self, trainer: pl.Trainer) -> None:
         clip = _muonclip_callback(trainer)
@@ -203,8 +207,8 @@ def _mark(axes: Any, history: Tensor, uncertified: Tensor) -> None:
         axes.legend(fontsize="small", ncols=2)
 
 
-def draw_stats(history: Sequence[tuple[int, dict[str, float]]], path: Path) -> None:
-    """Plots one panel per figure, over the steps."""
+def draw_stats(history: Sequence[tuple[int, dict[str, float]]], path: Path) -> Any:
+    """Plots one panel per figure, over the steps; returns what it has saved."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 2.6), layout="constrained")
@@ -214,6 +218,7 @@ def draw_stats(history: Sequence[tuple[int, dict[str, float]]], path: Path) -> N
         axes.set(xlabel="step", title=name.replace("_", " "))
         axes.set_ylim(bottom=0)
     figure.savefig(path, dpi=150)
+    return figure
 
 
 def _muonclip_callback(trainer: pl.Trainer) -> MuonClipCallback | None:

@@ -17,7 +17,7 @@ from lightning_muonclip.kernels.hidden import HIDDEN
 from lightning_muonclip.values import is_exporting
 
 #: Kernels of scaled_dot_product_attention. Their second output is the log-sum-exp, of shape (batch, heads, L or more).
-_KERNELS = {
+SDPA_KERNELS = {
     f"aten::_scaled_dot_product_{kind}"
     for kind in (
         "flash_attention",
@@ -41,7 +41,7 @@ class _Seen(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func.name().partition(".")[0] in _KERNELS:
+        if func.name().partition(".")[0] in SDPA_KERNELS:
             self.log_sum_exp = out[1]
         return out
 
@@ -73,9 +73,13 @@ def _seen(query: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | No
     # The memory-efficient kernel returns none without a gradient; inside a transform of torch.func it has other dimensions.
     if log_sum_exp is None or not log_sum_exp.numel() or log_sum_exp.shape[:2] != query.shape[:2]:
         return output, None
+    return output, of_queries(log_sum_exp, query)
+
+
+def of_queries(log_sum_exp: Tensor, query: Tensor) -> Tensor:
+    """What a kernel returns for its queries, of shape (batch, heads, L): it may pad them, or keep a last dimension of 1."""
     batch, heads, length = query.shape[:-1]
-    # Kernels may pad the queries, or keep a last dimension of 1.
-    return output, log_sum_exp.detach().float().reshape(batch, heads, -1)[..., :length]
+    return log_sum_exp.detach().float().reshape(batch, heads, -1)[..., :length]
 
 
 torch.compiler.allow_in_graph(_seen)  # Dynamo cannot trace the mode; what traces the graph afterwards can

@@ -222,6 +222,25 @@ class QKClip:
                 self._outdate_others(gamma)
             return self._result(largest, bounds, gamma)
 
+    @torch.no_grad()
+    def scale_copies(self, copies: Sequence[Tensor], result: ClipResult) -> None:
+        """Scales copies of the weights as a step has scaled the weights themselves.
+
+        For an optimizer that keeps copies, such as float32 masters, and would write them over every clip.
+
+        Args:
+            copies: Copies of :attr:`params`, in this order, each of the whole weight.
+            result: What the step returned.
+
+        Raises:
+            ValueError: If they are not as many, or of other shapes.
+        """
+        shapes, expected = ([tuple(x.shape) for x in own] for own in (copies, self.params))
+        if shapes != expected:
+            raise ValueError(f"copies have the shapes {shapes}; give one of every tensor in params: {expected}")
+        if self._plan is not None:
+            self._plan.apply(result.gamma, copies)
+
     def _result(self, largest: Tensor, bounds: Tensor, gamma: Tensor) -> ClipResult:
         if self._owned_rows is not None:
             self._owned_rows = self._owned_rows.to(gamma.device)

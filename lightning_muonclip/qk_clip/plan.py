@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import torch
@@ -125,14 +125,14 @@ class ClipPlan:
             gamma = torch.ones_like(gamma).scatter_reduce(0, rows, gamma, "amin").gather(0, rows)
         return gamma
 
-    def apply(self, gamma: Tensor) -> None:
-        """Scales the weights by gammas that are :meth:`possible`."""
+    def apply(self, gamma: Tensor, copies: Sequence[Tensor] | None = None) -> None:
+        """Scales the weights, or copies of them in the order of :attr:`params`, by gammas that are :meth:`possible`."""
         self._follow(gamma.device)
         if not self.scaled:
             return
         # All factors in one flat vector, ordered (kind of factor, layer, head), after a 1 for unscaled channels.
         flat = torch.cat([gamma.new_ones(1), self._factors(gamma).flatten()])
-        params = self.params
+        params = self.params if copies is None else copies
         factors = [
             local_part(spread(factor, weight.dims, param), param)
             for factor, param, (_, weight, _) in zip(flat[self._index].split(self._lengths), params, self.scaled)

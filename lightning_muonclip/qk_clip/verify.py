@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_muonclip.kernels.context_parallel import without_context_parallel
 from lightning_muonclip.qk_clip.describe.count import Frame
 from lightning_muonclip.qk_clip.describe.declared import AttentionModules
 from lightning_muonclip.qk_clip.describe.describe import FAILURES, Found, run_alone
@@ -59,6 +60,7 @@ class Verification:
         return table(rows)
 
 
+@without_context_parallel()
 @flex_attention_traced()
 def verify_attention(
     attention: AttentionModules,

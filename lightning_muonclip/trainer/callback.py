@@ -38,6 +38,7 @@ from lightning_muonclip.trainer.checkpoints import (
 from lightning_muonclip.trainer.checks import check_fit, scaler_of, users_optimizer
 from lightning_muonclip.trainer.gradients import clip_gradients, params_of, share_infinities
 from lightning_muonclip.trainer.groups import FollowingGroups
+from lightning_muonclip.trainer.images import check_images
 from lightning_muonclip.trainer.logs import ClipLog, log_heads, log_stats
 from lightning_muonclip.trainer.mixin import MaxLogitsMixin
 from lightning_muonclip.trainer.strategies import check_strategy, restores_optimizers
@@ -75,7 +76,9 @@ class MuonClipCallback(Callback):
         include: Patterns of parameter names to give to Muon that it would not get by default.
         router: The optimizer of the routers of experts: ``"muon"``, or ``"adamw"`` for the user's (see
             :func:`~lightning_muonclip.optim.routing.route_params`, which also tells where every parameter goes and why).
-        log_heads_every_n_steps: Logs every head's maximum at this interval; ``None`` never does.
+        log_heads_every_n_steps: Logs every head's maximum at this interval: as numbers ``max_logits/<layer>/<head>`` to all
+            loggers and, to those that take images (TensorBoard, W&B, MLflow), as a heat map ``muonclip/heads``, which
+            needs matplotlib. ``None`` never does.
         log_stats_every_n_steps: Logs what Muon's matrices do at this interval, as :meth:`Muon.stats
             <lightning_muonclip.Muon.stats>` has it: the mean of each figure as ``muon/<figure>``, that of each matrix as
             ``muon/<figure>/<name>``; ``None`` never does.
@@ -86,6 +89,7 @@ class MuonClipCallback(Callback):
     Raises:
         ValueError: If an argument is out of range; when fitting starts, if the Trainer, the optimizer or the model cannot
             work with it.
+        ModuleNotFoundError: When fitting starts, if pictures are to be drawn without matplotlib.
 
     Source: Kimi K2, arXiv 2507.20534, section 2.1 and algorithm 1.
 
@@ -169,6 +173,8 @@ class MuonClipCallback(Callback):
         self.last_stats, self.last_stats_step = {}, 0
         check_strategy(trainer.strategy)
         check_fit(trainer, pl_module, MuonClipCallback)
+        if self.log_heads_every_n_steps:
+            check_images(trainer)
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]

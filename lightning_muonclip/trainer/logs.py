@@ -8,9 +8,11 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from lightning_muonclip.metrics import MaxLogits
 from lightning_muonclip.optim.stats import Stats, summarized
 from lightning_muonclip.qk_clip.clip import QKClip
 from lightning_muonclip.qk_clip.result import ClipResult
+from lightning_muonclip.trainer.images import log_figure, takes_images
 
 
 class ClipLog:
@@ -37,12 +39,18 @@ class ClipLog:
 
 
 def log_heads(trainer: pl.Trainer, qk_clip: QKClip, result: ClipResult) -> None:
-    """Logs the largest logit of every head; waits for the device."""
+    """Logs the largest logit of every head, as numbers and as a heat map; rank zero only, and waits for the device."""
+    if not trainer.is_global_zero:
+        return
     rows = zip(qk_clip.layers, qk_clip.observer.ledger.heads, result.max_logits.tolist())
     _log(
         trainer,
         {f"max_logits/{name}/{h}": row[h] for name, heads, row in rows for h in range(heads) if row[h] > -math.inf},
     )
+    if takes_images(trainer):
+        layers, most = result.max_logits.shape
+        figure, _ = MaxLogits(layers, most, qk_clip.threshold).plot(result.max_logits)
+        log_figure(trainer, "muonclip/heads", figure)
 
 
 def log_stats(trainer: pl.Trainer, stats: Stats) -> None:

@@ -19,6 +19,7 @@ from lightning_muonclip.metrics import MaxLogits
 class _Trainer:
     is_global_zero = True
     callbacks = ()
+    loggers = ()
 
 
 @pytest.mark.parametrize("is_proven", [True, False])

@@ -22,6 +22,7 @@ from hydra import compose, initialize_config_module
 from lightning.pytorch.callbacks import Callback
 from omegaconf import OmegaConf
 from processes import start
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import lightning_muonclip.experiment.train as command
 from lightning_muonclip import Attention, MultiheadLatentAttention, MuonClipCallback
@@ -118,8 +119,11 @@ def test_models_and_optimizers(train: Any, model: str, optimizer: str) -> None:
 
 
 def test_another_logger(train: Any) -> None:
-    folder = train("logger=tensorboard", "trainer.max_steps=2", "trainer.val_check_interval=2")
+    heads = "muonclip.log_heads_every_n_steps=1"
+    folder = train("logger=tensorboard", heads, "trainer.max_steps=2", "trainer.val_check_interval=2")
     assert list(folder.glob("tensorboard/events*"))
+    events = EventAccumulator(str(folder / "tensorboard"), {"images": 0}).Reload()
+    assert {"heads", "max_logits", "muonclip/heads"} <= set(events.Tags()["images"])
 
 
 @pytest.mark.parametrize("experiment", ["demo", "explosion", "adamw_baseline", "kimi_mla", "mu_transfer"])
@@ -308,7 +312,7 @@ def test_every_run_is_validated_at_its_end_and_saved(
 @pytest.mark.parametrize(
     ("group", "known"),
     [
-        ("logger", "csv, none, tensorboard, wandb; ~logger is a run without"),
+        ("logger", "csv, mlflow, none, tensorboard, wandb; ~logger is a run without"),
         ("callbacks", "default, none; ~callbacks is a run without"),
         ("experiment", "adamw_baseline, demo, explosion, kimi_mla, mu_transfer; ~experiment is a run without"),
         ("model", "gqa, hf, mha, mla, moe"),

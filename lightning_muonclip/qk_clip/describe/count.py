@@ -8,7 +8,8 @@ has been through a softmax; else it is another kind of attention.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from typing import Any
@@ -120,6 +121,7 @@ class Count(TorchDispatchMode):
         softmaxes: Fused kernels, and softmaxes of any kind, in order.
         others: Where a product weighs an activation without a softmax in between.
         calls_flex_attention: Whether FlexAttention was called.
+        is_paused: Whether nothing is counted now.
     """
 
     supports_higher_order_operators = True
@@ -129,6 +131,7 @@ class Count(TorchDispatchMode):
         self.softmaxes: list[Noted] = []
         self.others: list[Noted] = []
         self.calls_flex_attention = False
+        self.is_paused = False
         self._stack = stack
         self._opaque = opaque
         self._products = WeakIdKeyDictionary()
@@ -138,16 +141,18 @@ class Count(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self.is_paused:
+            return func(*args, **kwargs)
         if not isinstance(func, torch._ops.OpOverload):
             if "flex_attention" in str(func):
                 self.calls_flex_attention = True
-                self._note(args[0].shape[-1], True)
+                self.note(args[0].shape[-1], True)
             return func(*args, **kwargs)
         library, _, name = func._schema.name.partition("::")
         is_in_place = name.endswith("_")
         name = name.removesuffix("_")
         if "scaled_dot_product" in name or "flash_attention" in name or "efficient_attention" in name:
-            self._note(args[0].shape[-1], True)
+            self.note(args[0].shape[-1], True)
         tensors = list(tensors_in(args))
         product = self._softmaxed(name, self._product_of(tensors))
         out = func(*args, **kwargs)
@@ -168,7 +173,17 @@ class Count(TorchDispatchMode):
                     self._products[tensor] = product
         return out
 
-    def _note(self, head_dim: int, is_attention: bool) -> Noted:
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Counts nothing for a while."""
+        self.is_paused = True
+        try:
+            yield
+        finally:
+            self.is_paused = False
+
+    def note(self, head_dim: int, is_attention: bool) -> Noted:
+        """Notes a call of attention, or what may be one."""
         self.softmaxes.append(Noted(list(self._stack), head_dim, is_attention))
         return self.softmaxes[-1]
 
@@ -179,10 +194,10 @@ class Count(TorchDispatchMode):
             return product
         is_logits = product is not None and product.is_summed and not product.softmaxes
         if is_logits and product is not None and (product.is_elementwise or not is_exponential):
-            noted = self._note(product.channels, product.is_batched and product.is_elementwise)
+            noted = self.note(product.channels, product.is_batched and product.is_elementwise)
             return replace(product, softmaxes=(noted,))
         if not is_exponential:
-            self._note(0, False)
+            self.note(0, False)
         return product
 
     def _multiplied(self, name: str, args: Any, out: Tensor, product: _Product | None) -> _Product | None:

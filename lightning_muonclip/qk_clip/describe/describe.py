@@ -138,7 +138,7 @@ def _analyse(frame: Frame, count: int, sums: bool = True) -> list[Found]:
             code = ", ".join(dict.fromkeys(run.unfollowed)) or "code that torch cannot trace"
             reason = (
                 f"of its {count} attention calls, {len(run.calls) or 'none'} can be followed when it runs alone; others are"
-                f" in {code}, or their logits are no matrix product"
+                f" in {code}, or their logits are no matrix product (register_max_logits can tell of a kernel)"
             )
             raise Unclear(reason, elsewhere=not run.calls)
         heads = Heads(isolated, run)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from lightning_muonclip.kernels.context_parallel import without_context_parallel
 from lightning_muonclip.parallel.shards import on_all_ranks
 from lightning_muonclip.qk_clip.describe.count import Frame, has_matrix
 from lightning_muonclip.qk_clip.describe.describe import FAILURES, Found, describe, softmaxes_of
@@ -52,6 +53,7 @@ def find_attention(
     example: Example,
     described: Collection[nn.Module] = (),
     alone: Collection[nn.Module] = (),
+    name: str = "",
 ) -> Search:
     """Every attention that the model computes on these inputs; modes, buffers and random numbers are as before.
 
@@ -60,6 +62,7 @@ def find_attention(
         example: Its arguments.
         described: Modules whose attention the user has described.
         alone: Modules to leave alone.
+        name: What messages call the model, where it is a part of another.
 
     Raises:
         ValueError: If the example is not a pair of arguments.
@@ -68,6 +71,13 @@ def find_attention(
         raise ValueError(
             f"example must be a pair (args, kwargs) of the model's arguments; got {type(example).__name__}"
         )
+    with without_context_parallel():
+        return _found(model, example, described, alone, name)
+
+
+def _found(
+    model: nn.Module, example: Example, described: Collection[nn.Module], alone: Collection[nn.Module], name: str
+) -> Search:
     for hook in list(model._forward_pre_hooks.values()):
         if isinstance(hook, Prepares):
             hook.prepare(model, *example)
@@ -75,18 +85,18 @@ def find_attention(
     if on_all_ranks(model, part is not None):  # ranks run the same forwards
         assert part is not None
         with suppress(*FAILURES):  # a model may insist on a size of its batch
-            search = _search(model, part, described, alone)
+            search = _search(model, part, described, alone, name)
         is_read = search is not None and all(own.layout for own in search.found)
         if on_all_ranks(model, is_read) and search is not None:
             return search
-    return _search(model, example, described, alone)
+    return _search(model, example, described, alone, name)
 
 
 def _search(
-    model: nn.Module, example: Example, described: Collection[nn.Module], alone: Collection[nn.Module]
+    model: nn.Module, example: Example, described: Collection[nn.Module], alone: Collection[nn.Module], name: str
 ) -> Search:
     with apart(model):
-        survey = run_watched(model, *example, Survey(model))
+        survey = run_watched(model, *example, Survey(model, name))
         calls = [stack for stack in survey.calls if not any(frame.module in alone for frame in stack)]
         of_described = {frame.module: frame for stack in calls for frame in stack if frame.module in described}
         unknown = [stack for stack in calls if not any(frame.module in of_described for frame in stack)]
@@ -136,7 +146,7 @@ def _opaque(survey: Survey, calls: Sequence[Sequence[Frame]], known: Collection[
     for kernel, stack, _ in survey.opaque:
         frames = [frame for frame in reversed(stack) if has_matrix(frame.module)]
         if frames and not any(frame.module in known for frame in stack) and frames[0].module not in seen:
-            reason = f"it calls {kernel}, in which no queries and keys can be seen"
+            reason = f"it calls {kernel}, in which no queries and keys can be seen (register_max_logits can tell them)"
             found[frames[0].module] = Found(frames[0].name, frames[0].module, reason=reason)
     return list(found.values())
 

@@ -15,6 +15,7 @@ from lightning_muonclip.qk_clip.describe.describe import FAILURES
 from lightning_muonclip.qk_clip.describe.follow import BADDBMMS, MATMULS, SOFTMAXES, as_sum
 from lightning_muonclip.qk_clip.describe.survey import run_watched
 from lightning_muonclip.qk_clip.describe.trace import Trace, tracing
+from lightning_muonclip.qk_clip.intercept.registered import RegisteredKernel
 
 #: Factors on a number to see what follows it: small, so that soft-caps are linear there.
 _SMALL = (2.0**-10, 2.0**-9)
@@ -60,6 +61,10 @@ class Logits(Trace):
         scale = args[2] if len(args) > 2 else kwargs.get("scale")
         self._keep(query, key, value, scale=scale)
         return original(query, key, value, *args, **kwargs)
+
+    def attend(self, kernel: RegisteredKernel, args: Any, kwargs: Any) -> Any:
+        """Sees what a registered function does inside."""
+        return kernel.run(args, kwargs)
 
     def _keep(
         self, query: Tensor, key: Tensor, value: Tensor, *args: Any, scale: float | None = None, **_: Any

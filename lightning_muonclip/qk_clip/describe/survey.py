@@ -15,6 +15,7 @@ from lightning_muonclip.qk_clip.describe.count import Count, Frame
 from lightning_muonclip.qk_clip.describe.follow import tensors_in
 from lightning_muonclip.qk_clip.describe.fused import Channels
 from lightning_muonclip.qk_clip.describe.isolate import DetachedCopies, apart, undisturbed
+from lightning_muonclip.qk_clip.intercept.registered import RegisteredKernel, looking, reach_registered
 
 _T = TypeVar("_T")
 
@@ -33,6 +34,10 @@ class Prepares(Protocol):
 class Survey:
     """Notes the modules that were in their forward at every attention call, while it is entered.
 
+    Args:
+        model: The model.
+        name: What messages call it, where it is a part of another.
+
     Attributes:
         modules: Those that have run.
         opaque: Calls of kernels that no operation of torch can be seen in, but which take queries, keys and values by their
@@ -40,11 +45,11 @@ class Survey:
         channels: What becomes of the output channels of every weight.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, name: str = "") -> None:
         self.modules: set[nn.Module] = set()
         self.opaque: list[tuple[str, list[Frame], int]] = []
         self.channels = Channels()
-        self._model = model
+        self._model, self._name = model, name
         self._stack: list[Frame] = []
         self._copies = DetachedCopies(shared=True)
         self._handles: list[Any] = []
@@ -77,6 +82,7 @@ class Survey:
     def __enter__(self) -> Survey:
         for name, module in self._model.named_modules():
             self.channels.register(module, name)
+            reach_registered(module)
             self._handles.append(module.register_forward_pre_hook(self._entering(name), with_kwargs=True))
             self._handles.append(module.register_forward_hook(self._leave, always_call=True))
         self._eager = torch.compiler.set_stance("force_eager")
@@ -84,17 +90,28 @@ class Survey:
         self._count.__enter__()
         self.channels.__enter__()
         torch.autograd.Function.apply = classmethod(self._applied)  # type: ignore[method-assign, assignment]
+        looking.append(self)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        looking.pop()
         torch.autograd.Function.apply = self._apply  # type: ignore[method-assign]
         self.channels.__exit__(kind, error, trace)
         self._count.__exit__(kind, error, trace)
         self._eager.__exit__(kind, error, trace)
         for handle in self._handles:
             handle.remove()
+
+    def attend(self, kernel: RegisteredKernel, args: Any, kwargs: Any) -> Any:
+        """Notes a call of a registered function; what it does inside is its own."""
+        where = ".".join(name for name in (self._name, self._stack[-1].name if self._stack else "") if name)
+        with self._count.paused():
+            out = kernel.run(args, kwargs)
+            looked = kernel.look(where, args, kwargs, out)
+        self._count.note(looked.query.shape[-1], True)
+        return out
 
     def _entering(self, name: str) -> Any:
         def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -111,7 +128,7 @@ class Survey:
 
     def _applied(self, cls: type, *args: Any, **kwargs: Any) -> Any:
         out = self._apply.__get__(None, cls)(*args, **kwargs)  # a method of Python, or of C from torch 2.14 on
-        if not cls.__module__.startswith(("torch.", "lightning_muonclip.")):
+        if not (self._count.is_paused or cls.__module__.startswith(("torch.", "lightning_muonclip."))):
             self._note_opaque(f"{cls.__module__}.{cls.__qualname__}", args, out)
         return out
 

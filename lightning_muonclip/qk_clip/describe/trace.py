@@ -21,11 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lightning_muonclip.kernels.log_sum_exp import SDPA
 from lightning_muonclip.qk_clip.describe.follow import BADDBMMS, EXPONENTIALS, MATMULS, SOFTMAXES, as_sum, einsum_roles
+from lightning_muonclip.qk_clip.intercept.registered import RegisteredKernel, looking
 
 #: Functions that may hold a weight.
 _PROJECTS = MATMULS | {F.linear, torch.addmm, Tensor.addmm, F.conv1d, F.conv2d, F.conv3d}
@@ -121,6 +122,7 @@ class Call:
         rest: Whatever else enters the logits: masks, biases.
         factors: Learned numbers that multiply all logits of a head, such as a temperature. The queries have them already.
         problem: Why the logits cannot be followed; empty if they can.
+        is_by_hand: Whether it is a product and a softmax instead of a call of a function.
     """
 
     source: str
@@ -129,11 +131,7 @@ class Call:
     rest: list[Tensor] = field(default_factory=list)
     factors: list[Tensor] = field(default_factory=list)
     problem: str = ""
-
-    @property
-    def is_by_hand(self) -> bool:
-        """Whether it is a product and a softmax instead of a call of a function."""
-        return self.source not in ("scaled_dot_product_attention", "flex_attention", "multi_head_attention_forward")
+    is_by_hand: bool = False
 
 
 class Trace(TorchFunctionMode):
@@ -154,17 +152,20 @@ class Trace(TorchFunctionMode):
         self._earlier = products
         self._sums = sums
         self._factor = factor
+        self._is_paused = False
         self._activations = WeakIdKeyDictionary()
         self._mark_activations(given)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self._is_paused:
+            return func(*args, **kwargs)
         if func is F.multi_head_attention_forward:
             number = len(self.calls)
             with self, _without_dispatch():
                 out = func(*args, **kwargs)
             for call in self.calls[number:]:
-                call.source = "multi_head_attention_forward"
+                call.source, call.is_by_hand = "multi_head_attention_forward", False
             return out
         if func in BADDBMMS:
             with self:
@@ -198,6 +199,28 @@ class Trace(TorchFunctionMode):
         self._mark_activations(out)
         return out
 
+    def attend(self, kernel: RegisteredKernel, args: Any, kwargs: Any) -> Any:
+        """Answers a call of a registered function by something of the same shapes."""
+        self._is_paused = True
+        try:
+            with torch.no_grad():
+                given, out = _called(kernel, args, kwargs)
+            looked = kernel.look("", args, kwargs, out, *given)
+        finally:
+            self._is_paused = False
+        self.calls.append(Call(kernel.name, [(looked.query, looked.key)], looked.value, looked.rest))
+        generator = torch.Generator().manual_seed(0)
+
+        def constant(x: Any) -> Any:  # not zeros, which hide what multiplies them
+            if not isinstance(x, Tensor) or not x.is_floating_point():
+                return x
+            dtype = looked.query.dtype if x.dtype is torch.bfloat16 else x.dtype
+            return torch.randn(x.shape, generator=generator).to(x.device, dtype)
+
+        answer = tree_map(constant, out)
+        self._mark_activations(answer)
+        return answer
+
     def _mark_activations(self, tree: Any) -> None:
         for tensor in _tensors(tree):
             self._activations[tensor] = True
@@ -229,7 +252,7 @@ class Trace(TorchFunctionMode):
             return func(*args, **kwargs)
         # Without weights in them, they are masks, as Longformer makes.
         products = [p for p in products if p.query.requires_grad or p.key.requires_grad] or products
-        call = Call(func.__name__, [], rest=[logits], problem=obstacle)
+        call = Call(func.__name__, [], rest=[logits], problem=obstacle, is_by_hand=True)
         # Products of another arrangement, such as those of a table of positions, are part of the rest.
         main = next((p for p in products if p.out.shape == logits.shape == (*p.lead, *p.out.shape[-2:])), products[0])
         for product in (p for p in products if p.lead == main.lead) if self._sums else [main]:
@@ -338,9 +361,11 @@ def tracing(trace: Trace) -> Iterator[Trace]:
     """Runs under the trace, FlexAttention included."""
     with flex_attention_traced(), trace:
         _running.append(trace)
+        looking.append(trace)
         try:
             yield trace
         finally:
+            looking.pop()
             _running.pop()
 
 
@@ -456,6 +481,25 @@ def _captured(function: Any) -> Iterator[Tensor]:
             yield value
         elif callable(value):
             yield from _captured(value)
+
+
+def _called(kernel: RegisteredKernel, args: Any, kwargs: Any) -> tuple[tuple[Any, Any], Any]:
+    """What a registered function is given and returns: in the precision at hand or, if it refuses that, in bfloat16."""
+
+    def given(dtype: torch.dtype | None) -> Any:
+        def cast(x: Any) -> Any:
+            if not isinstance(x, Tensor):
+                return x
+            return x.detach().to(dtype if x.is_floating_point() else None)
+
+        return tree_map(cast, (args, kwargs))
+
+    own = given(None)
+    try:
+        return own, kernel.run(*own)
+    except (RuntimeError, TypeError, ValueError, AssertionError, NotImplementedError):
+        own = given(torch.bfloat16)
+        return own, kernel.run(*own)
 
 
 def _constant_output(query: Tensor, value: Tensor) -> Tensor:

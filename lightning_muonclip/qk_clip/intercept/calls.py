@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import get_overridable_functions
 
+from lightning_muonclip.kernels.context_parallel import is_context_parallel
 from lightning_muonclip.qk_clip.intercept.hugging_face import interface_places
 from lightning_muonclip.qk_clip.intercept.patches import Patch, Place, original_of
 from lightning_muonclip.qk_clip.intercept.torch_functions import patch_flex, patch_multi_head, patch_sdpa, patch_varlen
@@ -24,7 +25,8 @@ from lightning_muonclip.qk_clip.intercept.torch_functions import patch_flex, pat
 def attention_calls(cls: type[nn.Module]) -> Iterator[Place]:
     """Every place where modules of this class may look up an attention function."""
     get_overridable_functions()  # by which torch.compile knows what modes see; once, before a patch is in the place of one
-    yield F, "scaled_dot_product_attention", patch_sdpa
+    if not is_context_parallel():  # its end would not find its own function; modes see what it calls
+        yield F, "scaled_dot_product_attention", patch_sdpa
     yield F, "multi_head_attention_forward", patch_multi_head
     for scope in _scopes(cls):
         yield from interface_places(scope)

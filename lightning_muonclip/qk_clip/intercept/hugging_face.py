@@ -14,6 +14,7 @@ from lightning_muonclip.kernels.flash import FlashCalls
 from lightning_muonclip.kernels.measure import Logits
 from lightning_muonclip.qk_clip.intercept.listener import Listener, current_listener, unrecorded
 from lightning_muonclip.qk_clip.intercept.patches import Place, original_of
+from lightning_muonclip.qk_clip.intercept.registered import is_registered
 from lightning_muonclip.qk_clip.intercept.torch_functions import dense_mask, measure_flash
 
 
@@ -126,6 +127,8 @@ class _Interface(MutableMapping[str, Callable[..., Any]]):
         return getattr(self._original, name)
 
     def _observed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        if is_registered(function):  # it tells its own maxima
+            return function
         through = _through_torch if name == "sdpa" else _through_flash if "flash" in name else _through_interface
         return functools.partial(through, function)
 

@@ -6,14 +6,23 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
+from torch import Tensor
+
 from lightning_muonclip.kernels.measure import Logits
 
 
 class Listener(Protocol):
     """Receives the logits of an attention module."""
 
+    @property
+    def name(self) -> str:
+        """The name of the module."""
+
     def measure(self, source: str, logits: Logits) -> None:
         """Receives the logits of one call."""
+
+    def record_all(self, maxima: Tensor, source: str) -> None:
+        """Receives the maxima of one call, of shape (1, heads)."""
 
 
 #: Listeners of the attention modules whose forward is running, innermost last; ``None`` for one that is not recorded.

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from lightning_muonclip.kernels.context_parallel import attention_with_blocks, is_split
 from lightning_muonclip.kernels.flash import FlashCalls, flash_call
 from lightning_muonclip.kernels.hidden import HIDDEN
 from lightning_muonclip.kernels.log_sum_exp import SDPA, attention_with_log_sum_exp, bounds_of_logits
@@ -48,6 +49,11 @@ def patch_sdpa(original: Callable[..., Any]) -> Callable[..., Any]:
         listener = current_listener()
         if listener is None:
             return original(*args, **kwargs)
+        if is_split(args[0] if args else kwargs["query"]):
+            output, blocks = unrecorded(attention_with_blocks, original, *args, **kwargs)
+            for logits in blocks:
+                listener.measure("scaled_dot_product_attention in blocks", logits)
+            return output
         output, log_sum_exp = unrecorded(attention_with_log_sum_exp, original, *args, **kwargs)
         measure(listener, log_sum_exp, *args, **kwargs)
         return output

@@ -112,7 +112,7 @@ def _are_alike(softmaxes: tuple[Softmax, ...]) -> bool:
 
 
 def _unlike(mode: Measure) -> RuntimeError:
-    name = mode.watch.recorders[0].name
+    name = mode.watch.name
     return RuntimeError(
         f"the logits of attention {name!r} cannot be measured: they are made in another way than in the forward in which it"
         f" was read. Skip it with specs={{{name!r}: None}}"

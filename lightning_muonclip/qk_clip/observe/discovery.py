@@ -148,7 +148,7 @@ class Discovery:
         self._is_surveying = True
         try:
             with apart_from_running():  # another observer may have begun to listen to this very forward
-                search = find_attention(root, example, self._described, self._alone)
+                search = find_attention(root, example, self._described, self._alone, self.names.get(root, ""))
         finally:
             self._is_surveying = False
         self.has_surveyed = True

@@ -23,6 +23,7 @@ from lightning_muonclip.qk_clip.describe.survey import kept
 from lightning_muonclip.qk_clip.intercept.calls import attention_calls
 from lightning_muonclip.qk_clip.intercept.listener import current_listener, running, unrecorded
 from lightning_muonclip.qk_clip.intercept.patches import Place
+from lightning_muonclip.qk_clip.intercept.registered import reach_registered
 from lightning_muonclip.qk_clip.intercept.torch_functions import AnySdpa
 from lightning_muonclip.qk_clip.observe.by_hand import Measure, check_end
 from lightning_muonclip.qk_clip.observe.recorder import ReportsMaxLogits
@@ -47,6 +48,8 @@ def listen(watch: Watch, module: nn.Module, *, is_entered: bool) -> None:
             module.register_forward_hook(_Leave(watch), prepend=True, with_kwargs=True, always_call=True),
         ]
         watch.patches.add(attention_calls(type(module)))
+        for child in module.modules():
+            reach_registered(child)
         if is_entered:  # too late for a hook
             running.append(watch)
 
@@ -84,7 +87,7 @@ class _Leave:
             _run_again(watch, module, args, kwargs)
         if watch.called:
             return
-        name = watch.recorders[0].name
+        name = watch.name
         if all(recorder.source is None for recorder in watch.recorders):
             raise RuntimeError(
                 f"the logits of attention {name!r} ({type(module).__name__}) cannot be measured: it called neither"

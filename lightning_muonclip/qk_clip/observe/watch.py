@@ -47,6 +47,11 @@ class Watch:
         self.handles: list[Any] = []
 
     @property
+    def name(self) -> str:
+        """The name of the module."""
+        return self.recorders[0].name
+
+    @property
     def logits(self) -> str | None:
         """How the current forward is measured; ``None`` if it does not count.
 
