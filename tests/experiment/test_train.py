@@ -6,7 +6,6 @@ import csv
 import functools
 import math
 import os
-import runpy
 import signal
 import subprocess
 import sys
@@ -409,26 +408,3 @@ def test_two_processes_of_fsdp2_and_tensor_parallelism(tmp_path: Path) -> None:
 def assert_has_a_sample_and_a_picture(folder: Path) -> None:
     assert (folder / "sample.txt").read_text().startswith("def ")
     assert (folder / "max_logits.png").exists()
-
-
-def test_another_hydra_application_uses_the_configs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "app.yaml").write_text(
-        "defaults:\n  - model: mla\n  - optimizer: muonclip\n  - _self_\n\n"
-        "muonclip:\n  threshold: 7\n\n"
-        "hydra:\n  searchpath: [pkg://lightning_muonclip.conf]\n"
-    )
-    (tmp_path / "app.py").write_text(
-        "import hydra\n"
-        "@hydra.main(version_base='1.3', config_path='.', config_name='app')\n"
-        "def main(config):\n"
-        "    model = hydra.utils.instantiate(config.model, vocab_size=5, _convert_='all')\n"
-        "    callback = hydra.utils.instantiate(config.callbacks.muonclip, _convert_='all')\n"
-        "    print(type(model.layers[0].self_attn).__name__, callback._clip_options['threshold'])\n"
-        "main()\n"
-    )
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["app.py"])
-    runpy.run_path("app.py", run_name="__main__")
-    assert capsys.readouterr().out.split() == ["MultiheadLatentAttention", "7"]
