@@ -32,7 +32,7 @@ class DigitsDataModule(pl.LightningDataModule):
           (batch_size,) in 0 to 9.
 
     Raises:
-        ImportError: On first use, if scikit-learn cannot be imported.
+        ImportError: If scikit-learn cannot be imported.
     """
 
     num_classes = 10
@@ -41,6 +41,7 @@ class DigitsDataModule(pl.LightningDataModule):
 
     def __init__(self, *, batch_size: int = 64, seed: int = 0, num_workers: int = 0) -> None:
         super().__init__()
+        self._datasets = optional("sklearn.datasets", "data=digits", extra="vision", package="scikit-learn")
         self.batch_size = batch_size
         self.seed = seed
         self.num_workers = num_workers
@@ -48,8 +49,7 @@ class DigitsDataModule(pl.LightningDataModule):
     @cached_property
     def parts(self) -> tuple[Dataset[Batch], Dataset[Batch]]:
         """The images to train on and those to validate on, read on first use."""
-        datasets = optional("sklearn.datasets", "the digits", extra="vision", package="scikit-learn")
-        digits = datasets.load_digits()
+        digits = self._datasets.load_digits()
         images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 8 - 1
         labels = torch.tensor(digits.target)
         end = len(images) - len(images) // HELD_OUT

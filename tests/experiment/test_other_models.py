@@ -21,6 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import lightning_muonclip.experiment.train as command
 from lightning_muonclip.experiment.corpora import HuggingFace, SubwordTokenizer
+from lightning_muonclip.experiment.digits import DigitsDataModule
 
 NOT_OF_GPT = ("model.hidden_size=16", "model.num_hidden_layers=2", "model.attention.num_attention_heads=2")
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -97,8 +98,14 @@ def test_mistakes_are_one_line(train: Any, overrides: list[str], message: str) -
 def test_a_model_of_text_does_not_take_digits() -> None:
     config = composed("data=digits")
     assert config.lit._target_.endswith(".LitClassifier")
-    with pytest.raises(command.ConfigError, match="GPT needs vocab_size, which DigitsDataModule does not have"):
-        command.build_model(config.model, command._build(config.data))
+    with pytest.raises(command.ConfigError, match="GPT needs vocab_size, which SimpleNamespace does not have"):
+        command.build_model(config.model, SimpleNamespace(num_classes=10))
+
+
+def test_digits_without_scikit_learn_name_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(ImportError, match=r"data=digits needs the package scikit-learn.*lightning-muonclip\[vision\]"):
+        DigitsDataModule()
 
 
 @pytest.fixture
