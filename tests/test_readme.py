@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import runpy
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,7 +20,14 @@ import lightning_muonclip
 from lightning_muonclip.hugging_face import MuonClipLogger
 
 README = Path(__file__).parents[1] / "README.md"
-SNIPPETS = re.findall(r"^```python\n(.*?)^```$", README.read_text(), re.MULTILINE | re.DOTALL)
+PAGE = README.read_text()
+#: An application with a file of its own is run as one.
+APPLICATION = "import hydra\n"
+SNIPPETS = [
+    snippet
+    for snippet in re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+    if not snippet.startswith(APPLICATION)
+]
 
 
 def lightning() -> dict[str, Any]:
@@ -100,3 +109,39 @@ def test_snippet(
         assert all("muonclip/max_logit" in log for log in trainer.state.log_history if "loss" in log)
     elif reader is plain:
         assert scope["optimizer"].last.max_logits.isfinite().all()
+
+
+#: A LightningModule of the reader.
+MINE = """
+import lightning as L
+import torch.nn.functional as F
+
+class LitMine(L.LightningModule):
+    def __init__(self, model, optimizer):
+        super().__init__()
+        self.network, self.make_optimizer = model, optimizer
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.network(batch[0]).flatten(0, 1), batch[1].flatten())
+
+    def configure_optimizers(self):
+        return self.make_optimizer(self.parameters())
+
+    def on_train_end(self):
+        print("trained", self.global_step, self.trainer.callback_metrics["muonclip/max_logit"] > 0)
+"""
+
+
+def test_the_application_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (config,) = re.findall(r"^```yaml\n# app.yaml\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+    (script,) = re.findall(rf"^```python\n({APPLICATION}.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+    for name, text in {"app.yaml": config, "app.py": script, "mine.py": MINE}.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    tiny = ["model.hidden_size=16", "model.num_hidden_layers=1", "data.block_size=16", "data.max_bytes=9999"]
+    monkeypatch.setattr(sys, "argv", ["app.py", *tiny, "trainer.max_steps=2", "+trainer.logger=false"])
+    runpy.run_path("app.py", run_name="__main__")
+    assert "trained 2 tensor(True)" in capsys.readouterr().out

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_muonclip.experiment.optional import optional
+
 
 class CausalLM(nn.Module):
     """Any causal language model of Hugging Face, from a config or with its weights; nothing is downloaded.
@@ -19,9 +21,12 @@ class CausalLM(nn.Module):
         type: A model type, such as ``"qwen3"``, whose default config is taken; the weights are random.
         pretrained: A folder with a config and weights.
         overrides: Entries of the config to change.
+        lora: Arguments of :class:`peft.LoraConfig`, such as ``{"r": 8, "target_modules": "all-linear"}``: trains only
+            low-rank factors beside the weights. ``None`` trains all weights.
         vocab_size: Number of tokens. ``None`` is that of the config. With ``pretrained``, it must not be larger.
 
     Raises:
+        ImportError: If transformers cannot be imported, or with ``lora``, if peft cannot.
         ValueError: If not exactly one of ``config``, ``type`` and ``pretrained`` is given, if there is no such file or type,
             if the config has no such entry, or if the model's vocabulary is too small.
     """
@@ -32,11 +37,11 @@ class CausalLM(nn.Module):
         type: str | None = None,
         pretrained: str | None = None,
         overrides: Mapping[str, Any] | None = None,
+        lora: Mapping[str, Any] | None = None,
         vocab_size: int | None = None,
     ) -> None:
         super().__init__()
-        from transformers import AutoModelForCausalLM
-
+        auto = optional("transformers", "a model of Hugging Face").AutoModelForCausalLM
         given = {"config": config, "type": type, "pretrained": pretrained}
         if sum(value is not None for value in given.values()) != 1:
             raise ValueError(f"give one of model.config, model.type and model.pretrained; got {given}")
@@ -47,17 +52,30 @@ class CausalLM(nn.Module):
                     f"the data has {vocab_size} tokens, but {pretrained} knows {own.vocab_size}; use its own tokenizer"
                     f" (data.tokenizer={pretrained})"
                 )
-            self.network = AutoModelForCausalLM.from_pretrained(
+            self.network: nn.Module = auto.from_pretrained(
                 pretrained, config=own, dtype=torch.float32, local_files_only=True
             )
+            self.network.train()  # it comes in eval mode, in which nothing is observed
         else:
             own.vocab_size = vocab_size or own.vocab_size
-            self.network = AutoModelForCausalLM.from_config(own, dtype=torch.float32)
+            self.network = auto.from_config(own, dtype=torch.float32)
+        if lora is not None:
+            self.network = _with_lora(self.network, lora)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits of the next token, shape ``(batch, length, vocab_size)``, for tokens of shape ``(batch, length)``."""
         logits: Tensor = self.network(input_ids=tokens, use_cache=False).logits
         return logits
+
+
+def _with_lora(network: nn.Module, options: Mapping[str, Any]) -> nn.Module:
+    peft = optional("peft", "model.lora")
+    try:
+        config = peft.LoraConfig(task_type="CAUSAL_LM", **options)
+    except TypeError as error:
+        raise ValueError(f"peft.LoraConfig takes no such options, {dict(options)}: {error}") from error
+    adapted: nn.Module = peft.get_peft_model(network, config)
+    return adapted
 
 
 def _config(path: str | None, type: Any, overrides: Mapping[str, Any]) -> Any:

@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from lightning_muonclip import Attention, MultiheadLatentAttention, MuonClipCallback
 from lightning_muonclip.experiment.causal_lm import CausalLM
 from lightning_muonclip.experiment.gpt import GPT
+from lightning_muonclip.experiment.timm_model import TimmModel
 
 # OmegaConf reads these annotations at run time; on Python 3.10 it does not support X | None.
 # ruff: noqa: UP045
@@ -60,6 +61,7 @@ LatentAttentionConfig = schema_of(
 
 
 CausalLMConfig = schema_of(CausalLM, "lightning_muonclip.experiment.causal_lm.CausalLM")
+TimmConfig = schema_of(TimmModel, "lightning_muonclip.experiment.timm_model.TimmModel")
 
 
 @dataclass
@@ -72,7 +74,7 @@ class ModelConfig(schema_of(GPT, "lightning_muonclip.experiment.gpt.GPT")):  # t
 
 @dataclass
 class ScheduleConfig:
-    """Learning-rate schedule and compilation of :class:`~lightning_muonclip.experiment.lit.LitGPT`."""
+    """Learning-rate schedule and compilation of :class:`~lightning_muonclip.experiment.lit.LitNetwork`."""
 
     _target_: str = "lightning_muonclip.experiment.lit.LitGPT"
     warmup_steps: int = 0
@@ -81,8 +83,15 @@ class ScheduleConfig:
 
 
 @dataclass
+class ClassifierConfig(ScheduleConfig):
+    """The same of :class:`~lightning_muonclip.experiment.lit.LitClassifier`."""
+
+    _target_: str = "lightning_muonclip.experiment.lit.LitClassifier"
+
+
+@dataclass
 class TrainConfig:
-    """A run of ``muonclip-train``. Data, optimizer, trainer, loggers and callbacks are instantiated from ``_target_``."""
+    """A run of ``muonclip-train``. Its parts are instantiated from ``_target_``."""
 
     name: str = "run"
     seed: int = 0
@@ -91,7 +100,7 @@ class TrainConfig:
     data: Any = MISSING
     model: Any = MISSING
     base_hidden_size: Optional[int] = None
-    lit: ScheduleConfig = field(default_factory=ScheduleConfig)
+    lit: Any = MISSING
     optimizer: Any = MISSING
     muonclip: Optional[MuonClipConfig] = None  # type: ignore[valid-type]
     trainer: Any = MISSING
@@ -122,10 +131,12 @@ OmegaConf.register_new_resolver("muonclip.floordiv", operator.floordiv, replace=
 _SCHEMAS: tuple[tuple[str, type], ...] = (
     ("muonclip", MuonClipConfig),
     ("lit", ScheduleConfig),
+    ("lit", ClassifierConfig),
     ("model.attention", AttentionConfig),
     ("model.attention", LatentAttentionConfig),
     ("model", ModelConfig),
     ("model", CausalLMConfig),
+    ("model", TimmConfig),
 )
 
 #: Config groups that only override others and have no key of their own.

@@ -191,12 +191,11 @@ def _hydra_main(config: DictConfig) -> None:
     check_config(config, CoordCheckConfig)
     check_width(config.model)
     data = instantiate(config.data, _convert_="all")
-    vocab_size = data.vocab_size
     data.setup("fit")
     batch = next(iter(data.train_dataloader()))
 
     def make(width: int) -> nn.Module:
-        return build_model(config.model, vocab_size, width)
+        return build_model(config.model, data, width)
 
     results = {}
     for name, method in methods(config.lr, config.muon_lr, config.base_width).items():

@@ -7,7 +7,6 @@ Optional packages are imported when a corpus that needs them is loaded.
 from __future__ import annotations
 
 import hashlib
-import importlib
 import importlib.util
 import os
 import sys
@@ -17,11 +16,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from lightning_muonclip.experiment.optional import optional
 
 #: One part in this many is held out for validation: whole files if there are several, else the end of the text.
 HELD_OUT = 20
@@ -82,10 +82,12 @@ class SubwordTokenizer:
 
     Raises:
         ImportError: If ``transformers`` is not installed.
+        FileNotFoundError: If there is no such ``tokenizer.json``.
+        ValueError: If the folder has no tokenizer.
     """
 
     def __init__(self, name: str) -> None:
-        transformers = _optional("transformers", f"the tokenizer {name!r}")
+        transformers = optional("transformers", f"the tokenizer {name!r}")
         if name.endswith(".json"):
             if not Path(name).is_file():
                 raise FileNotFoundError(
@@ -93,7 +95,15 @@ class SubwordTokenizer:
                 )
             self._tokenizer: Any = transformers.PreTrainedTokenizerFast(tokenizer_file=name)
         else:
-            self._tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+            try:
+                self._tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+            except ValueError as error:
+                if not Path(name).is_dir():
+                    raise
+                raise ValueError(
+                    f"the folder {name} has no tokenizer; set data.tokenizer to another folder, to a tokenizer.json or "
+                    "to the name of a model, or to null for bytes"
+                ) from error
         # len() includes added tokens, .vocab_size does not.
         self.vocab_size = len(self._tokenizer)
         self.end_of_text: int | None = self._tokenizer.eos_token_id
@@ -260,7 +270,7 @@ class HuggingFace:
             ImportError: If ``datasets``, or ``transformers`` for a tokenizer, is not installed.
             ValueError: If the column does not exist or has no text.
         """
-        datasets = _optional("datasets", f"the dataset {self.path!r}")
+        datasets = optional("datasets", f"the dataset {self.path!r}")
         tokenizer = ByteTokenizer() if self.tokenizer is None else SubwordTokenizer(self.tokenizer)
         end = "\n" if tokenizer.end_of_text is None else ""
         end_tokens = [] if tokenizer.end_of_text is None else [tokenizer.end_of_text]
@@ -306,16 +316,6 @@ CORPORA: dict[str, Callable[..., Corpus]] = {
     "text": TextFiles,
     "hf": HuggingFace,
 }
-
-
-def _optional(module: str, purpose: str) -> ModuleType:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(
-            f"{purpose} needs the package {module}, which cannot be imported ({error}): "
-            f"pip install {module}, or pip install 'lightning-muonclip[hf]'"
-        ) from error
 
 
 def _is_library(name: str) -> bool:

@@ -100,6 +100,35 @@ class ResumableLoader(DataLoader[Batch]):
             self.sampler.set_epoch(self._epoch)
 
 
+def resumable_loader(
+    items: Dataset[Batch], what: str, data: pl.LightningDataModule, batch_size: int, seed: int, num_workers: int = 0
+) -> ResumableLoader:
+    """This rank's shuffled batches of a data set, the last one of an epoch dropped if it is not full.
+
+    Args:
+        items: The data set.
+        what: What its items are, for the error.
+        data: The data module that the batches are for.
+        batch_size: Items per batch on each device.
+        seed: Determines the order, together with the epoch.
+        num_workers: Processes that read items.
+
+    Raises:
+        ValueError: If there are not enough items for one batch on every rank.
+    """
+    # Lightning's own replica and rank: under tensor parallelism, the data-parallel rank is not the global one.
+    shard = data.trainer.distributed_sampler_kwargs if data.trainer is not None else None
+    shard = shard or {"num_replicas": 1, "rank": 0}
+    count = len(items)  # type: ignore[arg-type]
+    if count < batch_size * shard["num_replicas"]:
+        raise ValueError(
+            f"{count} {what} are too few: one batch needs {batch_size} on each of {shard['num_replicas']} ranks; "
+            "use more data or a smaller batch_size"
+        )
+    sampler = ShuffledShard(items, **shard, seed=seed, drop_last=True)
+    return ResumableLoader(items, batch_size=batch_size, sampler=sampler, num_workers=num_workers, drop_last=True)
+
+
 class TextDataModule(pl.LightningDataModule):
     """Next-token batches of real text.
 
@@ -192,22 +221,8 @@ class TextDataModule(pl.LightningDataModule):
         """
         tokens = self.text.train
         windows = Windows(tokens, torch.arange(0, len(tokens) - self.block_size, self.block_size), self.block_size)
-        # Lightning's own replica and rank: under tensor parallelism, the data-parallel rank is not the global one.
-        shard = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
-        shard = shard or {"num_replicas": 1, "rank": 0}
-        if len(windows) < self.batch_size * shard["num_replicas"]:
-            raise ValueError(
-                f"{self.corpus!r} is too small: its training part has {len(windows)} windows of {self.block_size} "
-                f"tokens, but one batch needs {self.batch_size} on each of {shard['num_replicas']} ranks; "
-                "use more text, a smaller block_size or a smaller batch_size"
-            )
-        return ResumableLoader(
-            windows,
-            batch_size=self.batch_size,
-            sampler=ShuffledShard(windows, **shard, seed=self.seed, drop_last=True),
-            num_workers=self.num_workers,
-            drop_last=True,
-        )
+        what = f"windows of {self.block_size} tokens, in the training part of {self.corpus!r},"
+        return resumable_loader(windows, what, self, self.batch_size, self.seed, self.num_workers)
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Returns the validation batches, the same at each call."""

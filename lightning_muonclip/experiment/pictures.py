@@ -27,7 +27,8 @@ class LogitPictures(Callback):
 
     Loggers that take images (TensorBoard, W&B, MLflow) get both.
 
-    Works for any LightningModule with a :class:`~lightning_muonclip.MaxLogitsMixin`, with or without MuonClipCallback.
+    Works for any LightningModule with MuonClipCallback, and without it for one with a
+    :class:`~lightning_muonclip.MaxLogitsMixin`.
     Checkpoints include the history, so that the plots of a resumed run are complete.
 
     Args:
@@ -52,21 +53,22 @@ class LogitPictures(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Records the maxima of the last step."""
-        assert isinstance(pl_module, MaxLogitsMixin)
         if trainer.global_step == self._last_step:
             return
         self._last_step = trainer.global_step
         clip = _muonclip_callback(trainer)
-        if clip is None:
-            maxima = pl_module.max_logits
+        if clip is None and isinstance(pl_module, MaxLogitsMixin):
+            names, maxima = pl_module.max_logits_layers, pl_module.max_logits
             uncertified = torch.zeros_like(maxima, dtype=torch.bool)
+            if not names:
+                return
             pl_module.log("max_logit", maxima.max(), prog_bar=True)
-        elif clip.last is not None:
-            maxima, uncertified = clip.last.max_logits, clip.last.uncertified
+        elif clip is not None and clip.qk_clip is not None and clip.last is not None:
+            names, maxima, uncertified = clip.qk_clip.layers, clip.last.max_logits, clip.last.uncertified
         else:
             return
-        if self.layers != pl_module.max_logits_layers:  # attention has been found, or is gone
-            layers, self.layers = self.layers, list(pl_module.max_logits_layers)
+        if self.layers != names:  # attention has been found, or is gone
+            layers, self.layers = self.layers, list(names)
             self.history = [_arranged(x, layers, self.layers, maxima.shape, -math.inf) for x in self.history]
             self.uncertified = [_arranged(x, layers, self.layers, maxima.shape, False) for x in self.uncertified]
         self.history.append(maxima)

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 _FIGURES = {
     "train/loss": "loss {:.2f}",
     "val/bits_per_byte": "bpb {:.2f}",
+    "val/accuracy": "accuracy {:.2f}",
     "muonclip/max_logit": "S {:.1f}",
     "muonclip/clipped_heads": "clipped {:.0f}",
 }
@@ -21,7 +22,7 @@ _FIGURES = {
 class OneLineProgress(ProgressBar):
     """Shows ``loss 1.60 · bpb 2.31 · S 29.5 · clipped 0`` beside the bar.
 
-    ``bpb`` is bits per byte of the last validation, ``S`` the largest attention logit.
+    ``bpb`` is bits per byte of the last validation (of a classifier, its ``accuracy``), ``S`` the largest attention logit.
 
     Args:
         seconds: At most this often are figures read, which waits for the device.

@@ -17,6 +17,8 @@ from lightning_muonclip.experiment.lit import LitGPT
 class SampleText(Callback):
     """Generates a continuation of a prompt when training ends; deterministic for given weights.
 
+    Does nothing where no :class:`~lightning_muonclip.experiment.lit.LitGPT` is trained on text.
+
     Args:
         path: The file to write.
         prompt: The beginning of the text.
@@ -31,8 +33,8 @@ class SampleText(Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Generates on every rank, since a sharded model gathers its weights in each forward; writes on rank 0."""
         data = trainer.datamodule  # type: ignore[attr-defined]
-        assert isinstance(pl_module, LitGPT)
-        assert isinstance(data, TextDataModule)
+        if not isinstance(pl_module, LitGPT) or not isinstance(data, TextDataModule):
+            return
         pl_module.eval()
         tokens = torch.tensor([data.encode(self.prompt)], device=pl_module.device)
         generator = torch.Generator().manual_seed(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -11,6 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from lightning_muonclip.experiment.pictures import LogitPictures
 from lightning_muonclip.trainer.callback import MuonClipCallback
@@ -25,7 +27,7 @@ _SPANS = {
 
 
 class RunSummary(Callback):
-    """Prints validation bits per byte, peak logit, head-clips, tokens per second, and the time of Muon and QK-Clip.
+    """Prints validation bits per byte or accuracy, peak logit, head-clips, throughput, and the time of Muon and QK-Clip.
 
     Times come from :mod:`torch.profiler`, over a few batches after warm-up.
 
@@ -38,7 +40,8 @@ class RunSummary(Callback):
         self.profile_from = profile_from
         self.profile_batches = profile_batches
         self._batches = 0
-        self._tokens = 0
+        self._items = 0
+        self._unit = "samples"
         self._seconds = 0.0
         self._started = 0.0
         self._profiler: torch.profiler.profile | None = None
@@ -46,7 +49,7 @@ class RunSummary(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Resets the counters."""
-        self._batches, self._tokens, self._seconds, self._profiled = 0, 0, 0.0, {}
+        self._batches, self._items, self._seconds, self._profiled = 0, 0, 0.0, {}
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -65,7 +68,8 @@ class RunSummary(Callback):
         self._batches += 1
         if self._profiler is None:
             self._seconds += time.perf_counter() - self._started
-            self._tokens += batch[0].numel() * trainer.world_size
+            self._unit, count = counted(batch)
+            self._items += count * trainer.world_size
         elif self._batches == self.profile_from + self.profile_batches:
             self._read_profile(pl_module.device)
 
@@ -106,6 +110,8 @@ class RunSummary(Callback):
         rows = []
         if "val/bits_per_byte" in trainer.callback_metrics:
             rows.append(("validation bits per byte", f"{float(trainer.callback_metrics['val/bits_per_byte']):.4f}"))
+        if "val/accuracy" in trainer.callback_metrics:
+            rows.append(("validation accuracy", f"{float(trainer.callback_metrics['val/accuracy']):.4f}"))
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, LogitPictures) and callback.history:
                 rows.append(("peak max logit", f"{float(torch.stack(callback.history).max()):.2f}"))
@@ -117,7 +123,7 @@ class RunSummary(Callback):
         if self._seconds:
             timed = self._batches - (self.profile_batches if self._profiled else 0)
             per_batch = self._seconds / timed * 1e3
-            rows.append(("tokens per second", f"{self._tokens / self._seconds:,.0f}"))
+            rows.append((f"{self._unit} per second", f"{self._items / self._seconds:,.0f}"))
             for name in dict.fromkeys(_SPANS.values()):
                 if name in self._profiled:
                     milliseconds = self._profiled[name]
@@ -125,3 +131,27 @@ class RunSummary(Callback):
                         (f"time in {name}", f"{milliseconds:.2f} ms per batch ({milliseconds / per_batch:.1%})")
                     )
         return rows
+
+
+def counted(batch: Any) -> tuple[str, int]:
+    """What a batch has, and how many of them: tokens where its first tensor is a table of integers, else samples.
+
+    Example:
+        >>> counted((torch.zeros(4, 16, dtype=torch.long), torch.zeros(4, 16, dtype=torch.long)))
+        ('tokens', 64)
+        >>> counted({"images": torch.zeros(4, 1, 8, 8)})
+        ('samples', 4)
+    """
+    first = next(_tensors(batch), None)
+    if first is None or first.ndim == 0:
+        return "batches", 1
+    is_table = first.ndim == 2 and not first.is_floating_point()
+    return ("tokens", first.numel()) if is_table else ("samples", len(first))
+
+
+def _tensors(batch: Any) -> Iterator[Tensor]:
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, (list, tuple, Mapping)):
+        for part in batch.values() if isinstance(batch, Mapping) else batch:
+            yield from _tensors(part)

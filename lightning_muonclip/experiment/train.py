@@ -25,7 +25,9 @@ from torch import nn
 from lightning_muonclip.experiment.config import ConfigError, check_choices, check_config, unknown_key
 from lightning_muonclip.experiment.finish import ValidateAtEnd
 from lightning_muonclip.experiment.interrupt import StopOnInterrupt
-from lightning_muonclip.experiment.lit import LitGPT
+
+#: What a model's config leaves to the data if it is null: an attribute of the data module of that name.
+_SIZES_OF_DATA = ("vocab_size", "num_classes", "img_size", "in_chans")
 
 
 def train(config: DictConfig) -> float:
@@ -45,7 +47,7 @@ def train(config: DictConfig) -> float:
     pl.seed_everything(config.seed, workers=True)
     data = _build(config.data)
     try:
-        lit = _build_module(config, data.vocab_size)
+        lit = _build_module(config, data)
     except (ValueError, OSError, ImportError) as error:  # the corpus is read here
         raise ConfigError(str(error)) from error
     loggers, callbacks = _build_all(config.get("logger")), _build_all(config.get("callbacks"))
@@ -89,25 +91,38 @@ def _build_all(nodes: DictConfig | None) -> list[Any]:
     return [_build(node) for node in (nodes or {}).values() if node is not None]
 
 
-def _build_module(config: DictConfig, vocab_size: int) -> LitGPT:
+def _build_module(config: DictConfig, data: Any) -> pl.LightningModule:
     width = config.get("base_hidden_size")
     if width is not None:
         check_width(config.model)
-    model = build_model(config.model, vocab_size)
-    base = None if width is None else build_model(config.model, vocab_size, width)
+    parts = {"model": build_model(config.model, data)}
+    if width is not None:
+        parts["base"] = build_model(config.model, data, width)
     optimizer = _build(config.optimizer)
     try:
         optimizer([torch.nn.Parameter(torch.zeros(1))])
     except (TypeError, ValueError) as error:
         options = {name: value for name, value in config.optimizer.items() if not name.startswith("_")}
         raise ConfigError(f"{config.optimizer._target_} takes no such options, {options}: {error}") from error
-    lit: LitGPT = _build(config.lit, model=model, optimizer=optimizer, base=base)
+    lit: pl.LightningModule = _build(config.lit, optimizer=optimizer, **parts)
     return lit
 
 
-def build_model(node: DictConfig, vocab_size: int, hidden_size: int | None = None) -> nn.Module:
-    """The configured model, optionally at another width; ``vocab_size`` applies if the config has none."""
-    sizes = {"vocab_size": node.vocab_size or vocab_size}
+def build_model(node: DictConfig, data: Any, hidden_size: int | None = None) -> nn.Module:
+    """The configured model, optionally at another width; sizes that are null are those of the data.
+
+    Raises:
+        ConfigError: If the data has no such size.
+    """
+    sizes = {}
+    for size in _SIZES_OF_DATA:
+        if size in node and node[size] is None:
+            if not hasattr(data, size):
+                raise ConfigError(
+                    f"{node._target_} needs {size}, which {type(data).__name__} does not have; choose a model for these data"
+                    f" (data=digits goes with model=timm, the others with the others), or set model.{size}"
+                )
+            sizes[size] = getattr(data, size)
     if hidden_size is not None:
         sizes["hidden_size"] = hidden_size
         if node.intermediate_size is not None:
@@ -160,10 +175,14 @@ def run_command(name: str, command: Callable[[], Any]) -> None:
 
 def _explain(error: Exception) -> str:
     if isinstance(error, InstantiationException) and error.__cause__ is not None:
-        is_absent = isinstance(error.__cause__, ImportError)
+        is_absent = isinstance(error.__cause__, ImportError) and "pip install" not in str(error.__cause__)
         return str(error.__cause__) + ("; pip install 'lightning-muonclip[train]'" if is_absent else "")
     if isinstance(error, MissingConfigException) and error.options:
-        return f"could not find {error.missing_cfg_file!r}; known: {', '.join(error.options)}"
+        is_plugin = str(error.missing_cfg_file).startswith("hydra/")
+        hint = (
+            "; for a plugin, such as hydra/sweeper=optuna: pip install 'lightning-muonclip[sweep]'" if is_plugin else ""
+        )
+        return f"could not find {error.missing_cfg_file!r}; known: {', '.join(error.options)}{hint}"
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, (ConfigKeyError, ConfigAttributeError)) and cause.parent_node is not None:

@@ -6,7 +6,6 @@ import csv
 import functools
 import math
 import os
-import runpy
 import signal
 import subprocess
 import sys
@@ -212,60 +211,6 @@ def test_every_model_clips(train: Any, model: str) -> None:
 SMALL = [own for own in TINY if not own.startswith(("callbacks.", "~callbacks", "trainer.", "+trainer."))]
 
 
-HF = [
-    *("model=hf", "+model.overrides.hidden_size=16", "+model.overrides.intermediate_size=32"),
-    *("+model.overrides.num_hidden_layers=1", "+model.overrides.num_attention_heads=2", "+model.overrides.head_dim=8"),
-]
-NOT_OF_GPT = ("model.hidden_size=16", "model.num_hidden_layers=2", "model.attention.num_attention_heads=2")
-
-
-def test_any_language_model_of_hugging_face(train: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("test_train.TINY", [override for override in TINY if override not in NOT_OF_GPT])
-    keys = "+model.overrides.num_key_value_heads=1"
-    out = train(*HF, keys, "model.type=qwen3", "muonclip.threshold=0.01", "muonclip.qk_norm=gain")
-    rows = list(csv.DictReader((out / "metrics.csv").open()))
-    assert max(float(row["muonclip/clipped_heads"]) for row in rows if row["muonclip/clipped_heads"]) == 2
-    assert (out / "sample.txt").read_text().startswith("def ")
-
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=300, **sizes))
-    model.save_pretrained(tmp_path / "llama")
-    lit = command._build_module(composed("model=hf", f"model.pretrained={tmp_path / 'llama'}"), 256)
-    assert all(torch.equal(a, b) for a, b in zip(lit.model.network.state_dict().values(), model.state_dict().values()))
-    config = composed("model=hf", f"model.config={tmp_path / 'llama' / 'config.json'}")
-    assert command.build_model(config.model, 256).network.lm_head.weight.shape == (256, 16)
-
-
-def composed(*overrides: str) -> Any:
-    with initialize_config_module("lightning_muonclip.conf", version_base="1.3"):
-        return compose("train", list(overrides))
-
-
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        (["model=hf"], "give one of model.config, model.type and model.pretrained"),
-        (["model=hf", "model.type=qwen33"], "no model type 'qwen33'; the nearest are qwen3"),
-        (["model=hf", "model.config=nowhere.json"], "nowhere.json does not exist"),
-        (
-            ["model=hf", "model.type=llama", "+model.overrides.hidden_sze=3"],
-            "no entry 'hidden_sze'; did you mean 'hidden_size'?",
-        ),
-        (["model=hf", "model.type=llama", "base_hidden_size=16"], "has no hidden_size to compare widths by"),
-    ],
-)
-def test_mistakes_with_models_of_hugging_face_are_one_line(
-    train: Any, overrides: list[str], message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("test_train.TINY", [override for override in TINY if override not in NOT_OF_GPT])
-    with pytest.raises(SystemExit) as failure:
-        train(*overrides)
-    assert message in str(failure.value)
-    assert "\n" not in str(failure.value)
-
-
 @pytest.mark.parametrize(
     ("overrides", "checkpoint"),
     [
@@ -314,8 +259,11 @@ def test_every_run_is_validated_at_its_end_and_saved(
     [
         ("logger", "csv, mlflow, none, tensorboard, wandb; ~logger is a run without"),
         ("callbacks", "default, none; ~callbacks is a run without"),
-        ("experiment", "adamw_baseline, demo, explosion, kimi_mla, mu_transfer; ~experiment is a run without"),
-        ("model", "gqa, hf, mha, mla, moe"),
+        (
+            "experiment",
+            "adamw_baseline, demo, explosion, finetune, finetune_lora, kimi_mla, mu_transfer; ~experiment is a run without",
+        ),
+        ("model", "gqa, hf, mha, mla, moe, timm"),
     ],
 )
 def test_a_group_that_is_given_no_choice_names_its_choices(train: Any, group: str, value: str, known: str) -> None:
@@ -464,26 +412,3 @@ def test_two_processes_of_fsdp2_and_tensor_parallelism(tmp_path: Path) -> None:
 def assert_has_a_sample_and_a_picture(folder: Path) -> None:
     assert (folder / "sample.txt").read_text().startswith("def ")
     assert (folder / "max_logits.png").exists()
-
-
-def test_another_hydra_application_uses_the_configs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "app.yaml").write_text(
-        "defaults:\n  - model: mla\n  - optimizer: muonclip\n  - _self_\n\n"
-        "muonclip:\n  threshold: 7\n\n"
-        "hydra:\n  searchpath: [pkg://lightning_muonclip.conf]\n"
-    )
-    (tmp_path / "app.py").write_text(
-        "import hydra\n"
-        "@hydra.main(version_base='1.3', config_path='.', config_name='app')\n"
-        "def main(config):\n"
-        "    model = hydra.utils.instantiate(config.model, vocab_size=5, _convert_='all')\n"
-        "    callback = hydra.utils.instantiate(config.callbacks.muonclip, _convert_='all')\n"
-        "    print(type(model.layers[0].self_attn).__name__, callback._clip_options['threshold'])\n"
-        "main()\n"
-    )
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["app.py"])
-    runpy.run_path("app.py", run_name="__main__")
-    assert capsys.readouterr().out.split() == ["MultiheadLatentAttention", "7"]
