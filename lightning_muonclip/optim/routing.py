@@ -192,7 +192,7 @@ def routing_rows(routes: Iterable[Route], parts: MatrixParts | None = None) -> l
         routes: The routes.
         parts: The matrices inside of fused weights.
     """
-    rows: dict[tuple[Any, ...], list[Route]] = {}
+    rows: dict[tuple[str, str, tuple[int, ...], str], list[Route]] = {}
     for route in routes:
         pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", route.name)
         is_split = parts is not None and route.param in parts and route.algorithm == "muon"
@@ -200,7 +200,8 @@ def routing_rows(routes: Iterable[Route], parts: MatrixParts | None = None) -> l
         reason = ", ".join(filter(None, (route.reason, text)))
         rows.setdefault((route.algorithm, pattern, tuple(route.param.shape), reason), []).append(route)
     order = {"muon": 0, "frozen": 2}  # all others in between
-    return [RouteRow(*row, members) for row, members in sorted(rows.items(), key=lambda row: order.get(row[0][0], 1))]
+    found = [RouteRow(*row, members) for row, members in rows.items()]
+    return sorted(found, key=lambda row: order.get(row.algorithm, 1))
 
 
 def routing_table(routes: Iterable[Route], parts: MatrixParts | None = None) -> str:

@@ -18,7 +18,14 @@ def summary_table(observer: Observer, sides: Sequence[str]) -> str:
     rows = [("layer", "class", "heads", "layout", "logits from", "clip scales")]
     for (name, (module, spec)), recorder, side in zip(observer.attention.items(), observer.recorders, sides):
         rows.append(
-            (name or "(model)", type(module).__name__, _heads(spec), layouts_text(spec), recorder.source or "not seen", side)
+            (
+                name or "(model)",
+                type(module).__name__,
+                _heads(spec),
+                layouts_text(spec),
+                recorder.source or "not seen",
+                side,
+            )
         )
     rows += [
         (name or "(model)", "", "", "", "nowhere", f"nothing: {reason}")

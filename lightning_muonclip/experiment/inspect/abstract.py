@@ -91,8 +91,8 @@ def without_values() -> Iterator[None]:
 class Rehearsal:
     """Lets a model without values run.
 
-    A module whose forward needs values, as that of many experts does, is passed over: it returns what has the shape of its
-    first argument.
+    A module whose forward needs values, as that of many experts does, is passed over: it returns its first
+    argument.
 
     Args:
         model: The model; from now on, its forwards compute shapes.
@@ -144,7 +144,7 @@ class Rehearsal:
         stack = ExitStack()
         for cls in self._classes:
             own, forward = vars(cls).get("forward"), cls.forward
-            setattr(cls, "forward", self._passing_over(forward))
+            cls.forward = self._passing_over(forward)
             stack.callback(setattr, cls, "forward", own) if own else stack.callback(delattr, cls, "forward")
         stack.enter_context(Abstract())
         self._running.append(stack)
@@ -160,10 +160,16 @@ class Rehearsal:
                 given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.is_floating_point()]
                 if not given:
                     raise
-                self.passed_over[self._names.get(module, "")] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-                return torch.empty_like(given[0])
+                self.passed_over[self._names.get(module, "")] = reason_of(error)
+                return given[0].clone()  # not a new tensor, which would seem to depend on nothing
 
         return passing_over
+
+
+def reason_of(error: BaseException) -> str:
+    """An exception in one sentence."""
+    first = (str(error).splitlines() or [""])[0].partition(". ")[0].rstrip(".")
+    return f"{type(error).__name__}: {first[:160]}"
 
 
 def _numel(module: nn.Module) -> int:

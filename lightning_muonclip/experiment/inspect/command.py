@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NoReturn
 
 from hydra.errors import HydraException
@@ -23,6 +24,9 @@ from lightning_muonclip.experiment.inspect.text import text
 from lightning_muonclip.experiment.train import explain
 
 _NAME = "muonclip-inspect"
+
+#: Elements of a model that gets values if it cannot run without: a gigabyte.
+_MOST_WITH_VALUES = 2**28
 
 _EPILOG = """examples:
   muonclip-inspect model=mla                                      the model of muonclip-train
@@ -46,7 +50,9 @@ def _parser() -> _Parser:
         allow_abbrev=False,
     )
     parser.add_argument("words", nargs="*", metavar="target or override", help="see the examples")
-    parser.add_argument("--strategy", choices=STRATEGIES, help="how the model is spread (default: of the config, or single)")
+    parser.add_argument(
+        "--strategy", choices=STRATEGIES, help="how the model is spread (default: of the config, or single)"
+    )
     parser.add_argument("--ranks", type=_positive, help="over how many ranks (default: of the config, or 1)")
     parser.add_argument("--tokens", type=_positive, help="tokens of all ranks in a step")
     parser.add_argument("--values", action="store_true", help="build with values, and check the whole model too")
@@ -74,13 +80,18 @@ def inspect(arguments: Sequence[str]) -> tuple[Look, bool]:
         raise ConfigError(f"one target at a time, got {', '.join(names)}")
     if given.strategy == "single" and (given.ranks or 1) > 1:
         raise ConfigError(f"--ranks {given.ranks} needs --strategy ddp or fsdp2")
-    target = target_of(names[0] if names else None, overrides, given.values)
+    name = names[0] if names else None
+    target = target_of(name, overrides, given.values)
     strategy, ranks = given.strategy or target.strategy, given.ranks or target.ranks
     if ranks is not None and ranks > 1 and strategy is None:
         raise ConfigError(f"--ranks {ranks} needs --strategy ddp or fsdp2")
     if given.strategy == "single":
         ranks = 1
     look = look_at(target, strategy, ranks, given.tokens)
+    size = sum(param.numel() for param in target.model.parameters())
+    if look.cannot_run_without_values and size <= _MOST_WITH_VALUES:
+        again = look_at(target_of(name, overrides, True), strategy, ranks, given.tokens)
+        look = replace(again, notes=[*look.notes, "So it was built with values.", *again.notes])
     return look, given.json
 
 

@@ -131,7 +131,8 @@ def _own(module: nn.Module) -> list[nn.Parameter]:
 def _share_of_experts(model: nn.Module, route: Route) -> tuple[float, str]:
     """The share of a weight that one token meets, and what that rests on."""
     *path, _ = route.name.split(".")
-    at = next((i for i, part in enumerate(path) if part == "experts"), None)
+    is_stack = route.reason.startswith("expert stack")
+    at = next((i for i, part in enumerate(path) if part == "experts"), len(path) - 1 if is_stack else None)
     if at is None:
         return 1.0, ""
     modules = [model.get_submodule(".".join(path[:depth])) for depth in range(at + 2)]

@@ -46,9 +46,7 @@ def document(look: Look) -> dict[str, Any]:
         "passed_over": [{"modules": names, "reason": reason} for reason, names in look.passed_over.items()],
         "optimizer_state": _state(look),
         "flops": flops(look),
-        "refusals": [
-            {"layers": own.names, "reason": own.watched, "ways_out": ways_out(own)} for own in look.refused
-        ],
+        "refusals": [{"layers": own.names, "reason": own.watched, "ways_out": ways_out(own)} for own in look.refused],
         "refusal": look.refusal,
         "notes": list(look.notes),
         "exit_code": int(look.stops),
@@ -70,24 +68,24 @@ def _attention(own: Attention) -> dict[str, Any]:
         "clips": own.clips,
         "watched": own.watched,
         "refused": own.is_refused,
-        "proof": None if own.proven_on is None else {"on": own.proven_on, "error": own.error},
+        "proof": {"on": list(own.proven_on), "error": own.error} if own.proven_on else None,
     }
 
 
 def _state(look: Look) -> dict[str, Any]:
     ranks = look.ranks.state_bytes()
-    adamw = [sum(2 * p.itemsize * round(p.numel() * look.ranks.share(p, rank)) for p in trained(look)) for rank in (0,)]
     return {
         "strategy": look.strategy,
         "ranks": look.ranks.count,
         "bytes": [dict(as_dict(own)) for own in ranks],
-        "adamw_alone_bytes": adamw[0],
+        "adamw_alone_bytes": adamw_alone(look),
     }
 
 
-def trained(look: Look) -> list[Tensor]:
-    """The parameters that an optimizer steps."""
-    return [route.param for row in look.rows if row.algorithm != "frozen" for route in row.routes]
+def adamw_alone(look: Look) -> int:
+    """Bytes of AdamW's moments on the first rank, which is the fullest, if it stepped everything."""
+    params = [route.param for row in look.rows if row.algorithm != "frozen" for route in row.routes]
+    return sum(2 * p.itemsize * round(p.numel() * look.ranks.share(p, 0)) for p in params)
 
 
 def flops(look: Look) -> dict[str, Any]:

@@ -10,15 +10,18 @@ from typing import Any
 
 from lightning_muonclip import Muon, QKClip
 from lightning_muonclip.experiment.config import ConfigError
-from lightning_muonclip.experiment.inspect.abstract import FAILURES, Rehearsal
+from lightning_muonclip.experiment.inspect.abstract import FAILURES, Rehearsal, reason_of
 from lightning_muonclip.experiment.inspect.costs import Multiplied, Ranks, multiplied
-from lightning_muonclip.experiment.inspect.target import Target
+from lightning_muonclip.experiment.inspect.target import Example, Target
 from lightning_muonclip.optim.routing import RouteRow, route_params, routing_rows, split_params
+from lightning_muonclip.qk_clip.describe.alike import Likeness
 from lightning_muonclip.qk_clip.describe.describe import Found
-from lightning_muonclip.qk_clip.describe.survey import NO_PRODUCT, NO_SOFTMAX
+from lightning_muonclip.qk_clip.describe.survey import NO_PRODUCT, NO_SOFTMAX, run_watched
 from lightning_muonclip.qk_clip.fused_parts import FusedParts
+from lightning_muonclip.qk_clip.observe.capture import Capture
 from lightning_muonclip.qk_clip.owned import has_part_of
 from lightning_muonclip.qk_clip.summary import layouts_text
+from lightning_muonclip.qk_clip.verify import verify_attention
 from lightning_muonclip.signatures import share_out
 from lightning_muonclip.values import has_values
 
@@ -43,8 +46,8 @@ class Attention:
         clips: ``"q and k"``, ``"q"`` or ``"k"``; ``None`` if nothing is scaled.
         watched: Why nothing is scaled.
         is_refused: Whether ``unknown="error"`` stops a run for them.
-        proven_on: The module whose copy with random weights was proven.
-        error: The largest relative deviation in the proof.
+        proven_on: The modules of which copies with random weights were proven; without values, the first of those alike.
+        error: The largest relative deviation in the proofs.
     """
 
     names: list[str]
@@ -55,7 +58,7 @@ class Attention:
     clips: str | None = None
     watched: str | None = None
     is_refused: bool = False
-    proven_on: str | None = None
+    proven_on: Sequence[str] = ()
     error: float | None = None
 
 
@@ -94,15 +97,19 @@ class Look:
         return [own for own in self.attention or () if own.is_refused]
 
     @property
+    def cannot_run_without_values(self) -> bool:
+        """Whether values would help to look at its attention."""
+        is_looked_at = self.attention is not None or self.refusal is not None
+        return not (self.has_values or is_looked_at or self.target.example is None)
+
+    @property
     def stops(self) -> bool:
         """Whether a run would be stopped."""
         is_error = self.target.options.get("unknown", "error") == "error"
         return self.refusal is not None or (bool(self.refused) and is_error)
 
 
-def look_at(
-    target: Target, strategy: str | None = None, ranks: int | None = None, tokens: int | None = None
-) -> Look:
+def look_at(target: Target, strategy: str | None = None, ranks: int | None = None, tokens: int | None = None) -> Look:
     """Routes the parameters of a model, reads its attention, and counts what Muon costs.
 
     Args:
@@ -166,6 +173,7 @@ class _Reading:
         self.refusal: str | None = None
         self.passed_over: dict[str, str] = {}
         self.notes: list[str] = []
+        self._proofs: dict[str, tuple[str, float]] = {}
         self._threshold = options.get("threshold", 100.0)
         if target.example is None:
             return
@@ -174,17 +182,53 @@ class _Reading:
                 rehearsal = Rehearsal(self._model)
                 rehearsal.prepare(*target.example)
                 self.passed_over = dict(rehearsal.passed_over)
+        except FAILURES as error:
+            self.notes.append(f"It cannot run on these inputs without values: {reason_of(error)}.")
+            return
+        try:
             self._model.train()
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                self.qk_clip = QKClip(self._model, **{**options, "unknown": "monitor"}, example=target.example)
+                qk_clip = QKClip(self._model, **{**options, "unknown": "monitor"}, example=target.example)
+                self._proofs = self._of_declared(qk_clip, target.example, options)
+            self.qk_clip = qk_clip
         except FAILURES as error:
-            where = "Without values, the" if not self.has_values else "The"
-            self.notes.append(
-                f"{where} model cannot run on these inputs, so its attention was not looked at:"
-                f" {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-            )
-            self.refusal = str(error) if _is_refusal(error) else None
+            if isinstance(error, ValueError) and "attention" in str(error):  # QK-Clip refuses it
+                self.refusal = str(error)
+            else:
+                self.notes.append(f"It cannot run on these inputs: {reason_of(error)}.")
+
+    def _of_declared(
+        self, qk_clip: QKClip, example: Example, options: Mapping[str, Any]
+    ) -> dict[str, tuple[str, float]]:
+        """Proves layouts that a class declares, which nobody has inferred; without values, one of several layers alike.
+
+        Returns:
+            For every layer, the one that was proven, and the error of the proof.
+        """
+        observer = qk_clip.observer
+        with Capture(observer, but=observer.discovery.found) as capture:
+            if not capture.attention:
+                return {}
+            run_watched(self._model, *example, capture)
+        firsts: dict[str, Likeness] = {}
+        on: dict[str, str] = {}
+        for name, frame in capture.frames.items():
+            likeness = Likeness(frame)
+            alike = (first for first, other in firsts.items() if not self.has_values and likeness.is_of(other))
+            on[name] = next(alike, name)
+            firsts.setdefault(on[name], likeness)
+        assert capture.root is not None
+        proofs = verify_attention(
+            capture.attention,
+            {name: capture.frames[name] for name in firsts},
+            capture.root,
+            options.get("qk_norm", "monitor"),
+            options.get("lora", "monitor"),
+            scales=self._threshold is not None,
+        ).proofs
+        errors = {proof.layer: proof.error for proof in proofs}
+        return {name: (first, errors[first]) for name, first in on.items() if first in errors}
 
     def attention(self) -> list[Attention] | None:
         """The attention layers, those that are alike together."""
@@ -196,7 +240,9 @@ class _Reading:
         for name, (module, spec) in known.items():
             found, side = discovery.found.get(name), sides[name]
             is_watched = side.startswith("watched")
-            proof = found if found is not None and found.layout is not None else None
+            proof = self._proofs.get(name)
+            if found is not None and found.layout is not None:
+                proof = name if found.like is None else found.like, found.layout.error
             layers.append(
                 Attention(
                     [name],
@@ -207,8 +253,8 @@ class _Reading:
                     None if is_watched else side,
                     side[len("watched (") : -1] if is_watched else None,
                     _is_refused(found),
-                    None if proof is None else proof.like if proof.like is not None else name,
-                    None if proof is None or proof.layout is None else proof.layout.error,
+                    () if proof is None else (proof[0],),
+                    None if proof is None else proof[1],
                 )
             )
         for name, reason in discovery.unmeasured.items():
@@ -235,40 +281,23 @@ def _is_refused(found: Found | None) -> bool:
     return found is not None and found.layout is None and has_part_of(found.module, None)
 
 
-def _is_refusal(error: BaseException) -> bool:
-    """Whether QK-Clip itself refuses the model."""
-    return isinstance(error, ValueError) and "attention" in str(error)
-
-
 def _together(layers: Sequence[Attention]) -> list[Attention]:
-    """Layers that differ in nothing but their names, together."""
-    groups: dict[Any, Attention] = {}
+    """Layers that differ in nothing but their numbers, together."""
+    groups: dict[Any, list[Attention]] = {}
     for own in layers:
-        pattern = re.sub(r"\d+", "*", own.names[0])
-        reason = re.sub(r"\d+", "*", own.watched or "")
-        key = (
-            pattern,
-            own.kind,
-            own.num_heads,
-            own.num_key_value_heads,
-            own.layout,
-            own.clips,
-            reason,
-            own.is_refused,
-            own.proven_on if own.proven_on not in own.names else None,
+        told = (own.kind, own.num_heads, own.num_key_value_heads, own.layout, own.clips, own.is_refused)
+        groups.setdefault(
+            (*(re.sub(r"\d+", "*", text) for text in (own.names[0], own.watched or "")), *told), []
+        ).append(own)
+    return [
+        replace(
+            group[0],
+            names=[name for own in group for name in own.names],
+            proven_on=list(dict.fromkeys(name for own in group for name in own.proven_on)),
+            error=max((own.error for own in group if own.error is not None), default=None),
         )
-        first = groups.get(key) or next(
-            (g for g in groups.values() if own.proven_on in g.names and own.proven_on is not None and _same(g, own)), None
-        )
-        if first is None:
-            groups[key] = own
-        else:
-            first.names.extend(own.names)
-    return list(groups.values())
-
-
-def _same(a: Attention, b: Attention) -> bool:
-    return (a.kind, a.layout, a.clips, a.is_refused) == (b.kind, b.layout, b.clips, b.is_refused)
+        for group in groups.values()
+    ]
 
 
 def _by_reason(reasons: Mapping[str, str]) -> dict[str, list[str]]:

@@ -105,11 +105,17 @@ def _of_application(overrides: Sequence[str], with_values: bool) -> Target:
     options: Any = OmegaConf.to_container(config.muonclip, resolve=True)
     trainer = config.trainer
     name, devices = trainer.get("strategy"), trainer.get("devices")
-    strategy = "fsdp2" if "fsdp2" in str(name) else "ddp" if "ddp" in str(name) else None
+    kinds = {"fsdp2": "fsdp2", "ModelParallel": "fsdp2", "FSDP2": "fsdp2", "ddp": "ddp", "DDP": "ddp"}
+    strategy = next((kind for word, kind in kinds.items() if word in str(name)), None)
+    has_tensor_parallel = OmegaConf.select(config, "trainer.strategy.tensor_parallel_size", default=1) not in (1, None)
     ranks = devices * (trainer.get("num_nodes") or 1) if strategy and isinstance(devices, int) and devices > 0 else None
     batch, length = config.data.get("batch_size"), config.data.get("block_size")
     tokens = batch * length * (trainer.get("accumulate_grad_batches") or 1) * (ranks or 1)
-    notes = [note, "muP, which base_hidden_size asks for, is not part of this look" * bool(config.base_hidden_size)]
+    notes = [
+        note,
+        "muP, which base_hidden_size asks for, is not part of this look." * bool(config.base_hidden_size),
+        "Tensor parallelism is counted as if all ranks were FSDP2's." * has_tensor_parallel,
+    ]
     return Target(
         f"muonclip-train {' '.join(overrides)}".rstrip(),
         model,
@@ -252,7 +258,8 @@ def _of_factory(name: str, with_values: bool) -> Target:
             made, note = _built(factory, with_values)
         except Exception as error:  # of code that is not ours
             raise ConfigError(f"{name}() raised {type(error).__name__}: {_line(error)}") from error
-    example, inputs = None, ""
+    example: Example | None = None
+    inputs = ""
     model = made
     if isinstance(made, (tuple, list)) and made:
         model = made[0]
@@ -293,12 +300,10 @@ def _refuse_arguments(name: str, factory: Callable[..., Any]) -> None:
         parameters = inspect.signature(factory).parameters.values()
     except (TypeError, ValueError):  # of C
         return
-    needed = [
-        p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-    ]
+    needed = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     if needed:
         raise ConfigError(
-            f"{name} needs arguments ({', '.join(needed)}); name a function without any that calls it, and returns the module"
+            f"{name} needs arguments ({', '.join(needed)}); name a function of none that returns the module"
         )
 
 

@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 
 from lightning_muonclip.experiment.inspect.costs import StateBytes
-from lightning_muonclip.experiment.inspect.document import flops, trained, ways_out
+from lightning_muonclip.experiment.inspect.document import adamw_alone, flops, ways_out
 from lightning_muonclip.experiment.inspect.look import Attention, Look
 from lightning_muonclip.tables import table
 
@@ -27,8 +27,12 @@ def _wrapped(lines: Iterator[str], width: int) -> Iterator[str]:
     for line in lines:
         indent = " " * (len(line) - len(line.lstrip()) + 2)
         is_cell = "\t" in line  # a table has its own width
-        yield line.replace("\t", "") if is_cell else textwrap.fill(
-            line, max(40, width), subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+        yield (
+            line.replace("\t", "")
+            if is_cell
+            else textwrap.fill(
+                line, max(40, width), subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+            )
         )
 
 
@@ -75,8 +79,8 @@ def _attention(look: Look) -> Iterator[str]:
         yield f"  {ranges(names)}: no logits to clip, {reason}"
     for reason, names in look.passed_over.items():
         yield (
-            f"  {ranges(names)}: not run, since that needs values ({reason}); taken to return what has the shape of"
-            " their first input. Attention inside of them would not be seen"
+            f"  {ranges(names)}: not run, since that needs values ({reason}); taken to return their first"
+            " input. Attention inside of them would not be seen"
         )
     if look.attention:
         yield (
@@ -90,32 +94,28 @@ def _heads(own: Attention) -> str:
     if not own.num_heads:
         return ""
     keys = f", {own.num_key_value_heads} of keys" if own.num_key_value_heads != own.num_heads else ""
-    return f", {own.num_heads} heads{keys}"
+    return f", {own.num_heads} head{'s' * (own.num_heads > 1)}{keys}"
 
 
 def _proof(own: Attention) -> Iterator[str]:
-    if own.proven_on is None:
-        return
-    yield f"    proven on random inputs, on a copy of {own.proven_on} with random weights: off by {own.error:.0e} at most"
-    others = [name for name in own.names if name != own.proven_on]
-    if others and len(own.names) > 1:
-        yield "    the others were not run alone: they are alike in classes, shapes, settings and inputs"
+    if own.proven_on:
+        copies = "a copy" if len(own.proven_on) == 1 else "copies"
+        on = ranges(own.proven_on)
+        yield f"    proven on random inputs, on {copies} of {on} with random weights: off by {own.error:.0e} at most"
+        if len(own.proven_on) < len(own.names):
+            yield "    the others were not run alone: they are alike in classes, shapes, settings and inputs"
 
 
 def _state(look: Look) -> Iterator[str]:
     bytes_ = look.ranks.state_bytes()
     most: StateBytes = max(bytes_, key=lambda own: own.total)
-    alone = max(
-        sum(2 * p.itemsize * p.numel() * look.ranks.share(p, rank) for p in trained(look))
-        for rank in range(look.ranks.count)
-    )
-    yield f"Memory of the optimizer's states on {'the fullest of' if look.ranks.count > 1 else ''} {_ranks(look)}"
+    yield f"Memory of the optimizer's states on {'the fullest of ' * (look.ranks.count > 1)}{_ranks(look)}"
     rows = [
         ("  Muon: momentum", _size(most.momentum)),
         *([("  Muon: second moment", _size(most.second_moment))] if most.second_moment else []),
         ("  AdamW: two moments", _size(most.adamw)),
         ("  together", _size(most.total)),
-        ("  AdamW for everything would take", _size(alone)),
+        ("  AdamW for everything would take", _size(adamw_alone(look))),
     ]
     yield from (f"\t{line}" for line in table(rows, right=(1,)).splitlines())
 
@@ -142,8 +142,10 @@ def _verdict(look: Look) -> Iterator[str]:
     if look.refusal is not None:
         yield f"A run would stop: {look.refusal}"
     for own in look.refused:
-        yield f"A run would stop at {ranges(own.names)}: {own.watched}" if look.stops else (
-            f'With unknown="error" a run would stop at {ranges(own.names)}: {own.watched}'
+        yield (
+            f"A run would stop at {ranges(own.names)}: {own.watched}"
+            if look.stops
+            else (f'With unknown="error" a run would stop at {ranges(own.names)}: {own.watched}')
         )
         yield from (f"  - {way}" for way in ways_out(own))
     if not look.stops:

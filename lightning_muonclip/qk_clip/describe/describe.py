@@ -138,9 +138,7 @@ def _is_again(known: Found, own: Found) -> bool:
     return True
 
 
-def _of_call(
-    number: int, stack: Sequence[Frame], inside: dict[Frame, list[int]], analyses: _Analyses
-) -> Found:
+def _of_call(number: int, stack: Sequence[Frame], inside: dict[Frame, list[int]], analyses: _Analyses) -> Found:
     frames = [frame for frame in reversed(stack) if any(p.is_floating_point() for p in frame.module.parameters())]
     best = Found(
         stack[-1].name if stack else "",

@@ -56,8 +56,8 @@ def find_attention(
 ) -> Search:
     """Every attention that the model computes on these inputs; modes, buffers and random numbers are as before.
 
-    On the meta device, layouts are inferred and proven on copies with random weights as elsewhere, but layers alike together,
-    and nothing is checked on the whole model.
+    On the meta device, layouts are inferred and proven on copies with random weights as elsewhere, but one of several layers
+    alike stands for all, and nothing is checked on the whole model.
 
     Args:
         model: The model.

@@ -20,7 +20,6 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from lightning_muonclip.qk_clip.describe.trace import Call, Product, Trace, tracing
 
-
 #: Elements of parameters without values that are drawn at most: 4 GB of single precision.
 MOST_WITHOUT_VALUES = 2**30
 
@@ -134,7 +133,6 @@ class Isolated:
             leaf = self._numbers(leaf) if leaf.is_meta else leaf
             return leaf.detach().to(self.dtype, copy=True) if leaf.is_floating_point() else leaf.clone()
         return leaf if isinstance(leaf, nn.Module) else _cast(copy.deepcopy(leaf), self.dtype)
-
 
     def _numbers(self, stand_in: Tensor) -> Tensor:
         """Random numbers for a tensor that has none, the same for each of its uses; a mask hides nothing."""
