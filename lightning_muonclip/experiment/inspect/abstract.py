@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 _META, _CPU = torch.device("meta"), torch.device("cpu")
 
 #: Elements of the largest tensor that gets numbers. Tables of rotations and masks are smaller, stacks of experts larger.
-_LARGEST = 2**22
+_LARGEST = 2**20
 
 #: What a forward raises that needs numbers where there are none.
 FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, NotImplementedError, AssertionError)

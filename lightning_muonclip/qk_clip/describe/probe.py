@@ -133,6 +133,7 @@ class Probe:
                     both = before + digit * _BASE**place
                     digit = torch.where((before < 0) | (digit < 0), torch.minimum(before, digit), both)
                 found[key] = digit
+            del weighted  # of the size of the weights
             if all(bool((own < 0).all()) for own in found.values()):
                 break  # no channel feeds one coordinate alone
         return {key: torch.where(own >= count, MIXED, own) for key, own in found.items()}
