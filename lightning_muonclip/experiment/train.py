@@ -170,10 +170,11 @@ def run_command(name: str, command: Callable[[], Any]) -> None:
     except KeyboardInterrupt:
         sys.exit(f"{name}: interrupted")
     except (ConfigError, HydraException, OmegaConfBaseException) as error:
-        sys.exit(f"{name}: {_explain(error)}")
+        sys.exit(f"{name}: {explain(error)}")
 
 
-def _explain(error: Exception) -> str:
+def explain(error: Exception) -> str:
+    """What is wrong with a configuration, with the nearest known key."""
     if isinstance(error, InstantiationException) and error.__cause__ is not None:
         is_absent = isinstance(error.__cause__, ImportError) and "pip install" not in str(error.__cause__)
         return str(error.__cause__) + ("; pip install 'lightning-muonclip[train]'" if is_absent else "")

@@ -166,6 +166,15 @@ class Muon(Optimizer):
             for dtype in self._matrix_step.working_dtypes(p, group, parts)
         }
 
+    def flops(self) -> dict[Tensor, float]:
+        """Floating-point operations that orthogonalize each weight in one step."""
+        return {
+            p: self._matrix_step.flops(p, group, parts)
+            for number, group in enumerate(self.param_groups)
+            if group["algorithm"] == "muon"
+            for p, parts in self._placed_parts.of(self.param_groups, number)
+        }
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; ``algorithm`` is ``"muon"`` (default) or ``"adamw"`` (any shape), ``kind`` one of :data:`KINDS`."""
         algorithm = param_group.setdefault("algorithm", "muon")
@@ -331,15 +340,10 @@ class Muon(Optimizer):
         if self._shared is not None and self._are_replaced():
             self._shared = None
         if self._shared is None:
-            costs: dict[Tensor, float] = {}
-            local_costs: dict[Tensor, float] = {}
-            for number, group in enumerate(self.param_groups):
-                if group["algorithm"] != "muon":
-                    continue
-                for p, parts in self._placed_parts.of(self.param_groups, number):
-                    if share_key(p, self.process_group) is not None:
-                        own = local_costs if has_whole_matrices(p, group["kind"]) else costs
-                        own[p] = self._matrix_step.flops(p, group, parts)
+            shared = {p: cost for p, cost in self.flops().items() if share_key(p, self.process_group) is not None}
+            kinds = {p: group["kind"] for group in self.param_groups for p in group["params"]}
+            local_costs = {p: cost for p, cost in shared.items() if has_whole_matrices(p, kinds[p])}
+            costs = {p: cost for p, cost in shared.items() if p not in local_costs}
             check_models(self.param_groups, list(costs), self.process_group, self.working_dtypes())
             self._shared = SharedWeights(costs, local_costs, self.process_group)
             self._known = frozenset(p for group in self.param_groups for p in group["params"])

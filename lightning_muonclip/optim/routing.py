@@ -169,26 +169,47 @@ def routes_under(optimizer: Optimizer, routes: Iterable[Route]) -> list[Route]:
     return named
 
 
-def routing_table(routes: Iterable[Route], parts: MatrixParts | None = None) -> str:
-    """A printable table of routes. The same parameter of repeated blocks is one row, with ``*`` for the index.
+@dataclass(frozen=True)
+class RouteRow:
+    """The routes of one parameter in repeated blocks, which is called ``name``, with ``*`` for the index."""
+
+    algorithm: str
+    name: str
+    shape: tuple[int, ...]
+    reason: str
+    routes: list[Route]
+
+    @property
+    def elements(self) -> int:
+        """Of all of them."""
+        return sum(route.param.numel() for route in self.routes)
+
+
+def routing_rows(routes: Iterable[Route], parts: MatrixParts | None = None) -> list[RouteRow]:
+    """Routes that are alike in repeated blocks together: those of Muon first, frozen ones last.
 
     Args:
         routes: The routes.
         parts: The matrices inside of fused weights.
     """
-    rows: dict[tuple[str, ...], list[Route]] = {}
+    rows: dict[tuple[str, str, tuple[int, ...], str], list[Route]] = {}
     for route in routes:
         pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", route.name)
-        shape = "x".join(map(str, route.param.shape)) or "scalar"
         is_split = parts is not None and route.param in parts and route.algorithm == "muon"
         text = parts_text(parts[route.param]) if parts is not None and is_split else ""
         reason = ", ".join(filter(None, (route.reason, text)))
-        rows.setdefault((route.algorithm, pattern, shape, reason), []).append(route)
+        rows.setdefault((route.algorithm, pattern, tuple(route.param.shape), reason), []).append(route)
     order = {"muon": 0, "frozen": 2}  # all others in between
+    found = [RouteRow(*row, members) for row, members in rows.items()]
+    return sorted(found, key=lambda row: order.get(row.algorithm, 1))
+
+
+def routing_table(routes: Iterable[Route], parts: MatrixParts | None = None) -> str:
+    """A printable table of routes; see :func:`routing_rows`."""
     cells = [("goes to", "parameter", "shape", "count", "elements", "why")]
-    for (algorithm, pattern, shape, reason), members in sorted(rows.items(), key=lambda row: order.get(row[0][0], 1)):
-        elements = sum(route.param.numel() for route in members)
-        cells.append((algorithm, pattern, shape, str(len(members)), f"{elements:,}", reason))
+    for row in routing_rows(routes, parts):
+        shape = "x".join(map(str, row.shape)) or "scalar"
+        cells.append((row.algorithm, row.name, shape, str(len(row.routes)), f"{row.elements:,}", row.reason))
     return table(cells, right=(3, 4))
 
 

@@ -18,7 +18,14 @@ def summary_table(observer: Observer, sides: Sequence[str]) -> str:
     rows = [("layer", "class", "heads", "layout", "logits from", "clip scales")]
     for (name, (module, spec)), recorder, side in zip(observer.attention.items(), observer.recorders, sides):
         rows.append(
-            (name or "(model)", type(module).__name__, _heads(spec), _layout(spec), recorder.source or "not seen", side)
+            (
+                name or "(model)",
+                type(module).__name__,
+                _heads(spec),
+                layouts_text(spec),
+                recorder.source or "not seen",
+                side,
+            )
         )
     rows += [
         (name or "(model)", "", "", "", "nowhere", f"nothing: {reason}")
@@ -32,7 +39,8 @@ def _heads(spec: AttentionSpec) -> str:
     return str(spec.num_heads) if groups == spec.num_heads else f"{spec.num_heads} / {groups}"
 
 
-def _layout(spec: AttentionSpec) -> str:
+def layouts_text(spec: AttentionSpec) -> str:
+    """The layout of every weight that a spec names, such as ``"q_proj.weight: q(H 64)"``."""
     layouts = [
         f"{p.name}: {_text(p, spec)}" + (f" dim={p.dim}" if p.dim else "") for p in (*spec.projections, *spec.gains)
     ]

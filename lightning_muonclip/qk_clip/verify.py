@@ -12,7 +12,7 @@ from lightning_muonclip.kernels.context_parallel import without_context_parallel
 from lightning_muonclip.qk_clip.describe.count import Frame
 from lightning_muonclip.qk_clip.describe.declared import AttentionModules
 from lightning_muonclip.qk_clip.describe.describe import FAILURES, Found, run_alone
-from lightning_muonclip.qk_clip.describe.gate import gate
+from lightning_muonclip.qk_clip.describe.gate import gate, refuse_ties
 from lightning_muonclip.qk_clip.describe.infer import Layout, Table, channels_that_double
 from lightning_muonclip.qk_clip.describe.isolate import Isolated, Run
 from lightning_muonclip.qk_clip.describe.layout import KINDS, spread
@@ -22,6 +22,7 @@ from lightning_muonclip.qk_clip.describe.trace import flex_attention_traced
 from lightning_muonclip.qk_clip.describe.weights import UnscalableError, Weight
 from lightning_muonclip.qk_clip.plan import clipped_weights
 from lightning_muonclip.tables import table
+from lightning_muonclip.values import has_values
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,10 @@ def verify_attention(
         failures += [f"{name or '(model)'}: {line}" for line in wrong]
         if not wrong:
             proven.append(Found(name, module, layout=layout))
-    gate(root, proven)
+    if has_values(list(root.module.parameters())):
+        gate(root, proven)
+    else:
+        refuse_ties(root.module, proven)
     for own in proven:
         notes = [own.reason] if own.layout is None else own.layout.notes
         failures += [f"{own.name or '(model)'}: {note}" for note in notes]

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 
+from lightning_muonclip.qk_clip.describe.alike import Likeness
 from lightning_muonclip.qk_clip.describe.count import Frame, has_matrix
 from lightning_muonclip.qk_clip.describe.infer import Heads, Layout, Unclear
-from lightning_muonclip.qk_clip.describe.isolate import Isolated, Run
+from lightning_muonclip.qk_clip.describe.isolate import Isolated, Run, numel_without_values
 from lightning_muonclip.qk_clip.describe.locate import locate
 from lightning_muonclip.qk_clip.describe.prove import proven
 from lightning_muonclip.qk_clip.describe.spec import Softmax
 
 #: What a module that cannot be run alone may raise.
 FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, NotImplementedError, AssertionError)
+
+
+#: Elements of parameters without values that are drawn in double precision at most.
+_MOST_IN_DOUBLE = 2**24
 
 
 @dataclass(eq=False)
@@ -33,6 +39,7 @@ class Found:
         softmaxes: Where it has its logits, if it calls no attention function.
         is_measurable: Whether its logits can be measured.
         elsewhere: Whether a module around it may tell.
+        like: The name of the module that was described in its place, without values, because both are alike.
     """
 
     name: str
@@ -43,6 +50,45 @@ class Found:
     softmaxes: tuple[Softmax, ...] = ()
     is_measurable: bool = False
     elsewhere: bool = False
+    like: str | None = None
+
+
+class _Analyses:
+    """What is known of modules in their forward.
+
+    Without values, one of several layers alike stands for all: nothing but the values tells them apart.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[Frame, list[Found]] = {}
+        self._without_values: list[tuple[Likeness, list[Found]]] = []
+
+    def of(self, frame: Frame, count: int) -> list[Found]:
+        """One for each of the ``count`` attention calls in a forward."""
+        if frame not in self._known:
+            has_no_values = numel_without_values(frame.module) > 0
+            self._known[frame] = self._of_layers_alike(frame, count) if has_no_values else _analyse(frame, count)
+        return self._known[frame]
+
+    def _of_layers_alike(self, frame: Frame, count: int) -> list[Found]:
+        likeness = Likeness(frame)
+        for other, found in self._without_values:
+            if len(found) == count and likeness.is_of(other):
+                return _copied(found, frame)
+        found = _analyse(frame, count)
+        self._without_values.append((likeness, found))
+        return found
+
+
+def _copied(found: Sequence[Found], frame: Frame) -> list[Found]:
+    """What was found of a module, for another that is alike."""
+    copies = {
+        id(own): replace(
+            own, name=frame.name, module=frame.module, calls=[], layout=copy.deepcopy(own.layout), like=own.name
+        )
+        for own in found
+    }
+    return [copies[id(own)] for own in found]
 
 
 def describe(calls: Sequence[Sequence[Frame]]) -> list[Found]:
@@ -55,10 +101,10 @@ def describe(calls: Sequence[Sequence[Frame]]) -> list[Found]:
     for number, stack in enumerate(calls):
         for frame in stack:
             inside.setdefault(frame, []).append(number)
-    known: dict[Frame, list[Found]] = {}
+    analyses = _Analyses()
     found: list[Found] = []
     for number, stack in enumerate(calls):
-        own = _of_call(number, stack, inside, known)
+        own = _of_call(number, stack, inside, analyses)
         own = next((other for other in found if other is own or _is_again(other, own)), own)
         if own not in found:
             found.append(own)
@@ -92,9 +138,7 @@ def _is_again(known: Found, own: Found) -> bool:
     return True
 
 
-def _of_call(
-    number: int, stack: Sequence[Frame], inside: dict[Frame, list[int]], known: dict[Frame, list[Found]]
-) -> Found:
+def _of_call(number: int, stack: Sequence[Frame], inside: dict[Frame, list[int]], analyses: _Analyses) -> Found:
     frames = [frame for frame in reversed(stack) if any(p.is_floating_point() for p in frame.module.parameters())]
     best = Found(
         stack[-1].name if stack else "",
@@ -102,9 +146,7 @@ def _of_call(
         reason="no module around it has parameters",
     )
     for frame in frames:
-        if frame not in known:
-            known[frame] = _analyse(frame, len(inside[frame]))
-        own = known[frame][inside[frame].index(number)]
+        own = analyses.of(frame, len(inside[frame]))[inside[frame].index(number)]
         if own.layout is not None and not own.layout.lacks_keys:
             return own
         is_of_several = len(inside[frame]) > len(inside[frames[0]])
@@ -120,12 +162,16 @@ def _of_call(
 
 
 def run_alone(frame: Frame, sums: bool = True) -> tuple[Isolated, Run]:
-    """Runs a module alone, in double precision unless some of its code wants single: it fails, or numbers overflow."""
-    with suppress(RuntimeError, TypeError):
-        isolated = Isolated(frame.module, frame.args, frame.kwargs, sums=sums)
-        run = isolated.run()
-        if not any(tensor.isnan().any() for tensor in run.rest):
-            return isolated, run
+    """Runs a module alone, in double precision unless some of its code wants single: it fails, or numbers overflow.
+
+    In single precision too if there are no values and drawing them takes too much memory in double.
+    """
+    if numel_without_values(frame.module) <= _MOST_IN_DOUBLE:
+        with suppress(RuntimeError, TypeError):
+            isolated = Isolated(frame.module, frame.args, frame.kwargs, sums=sums)
+            run = isolated.run()
+            if not any(tensor.isnan().any() for tensor in run.rest):
+                return isolated, run
     isolated = Isolated(frame.module, frame.args, frame.kwargs, torch.float32, sums)
     return isolated, isolated.run()
 

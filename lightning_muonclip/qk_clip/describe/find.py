@@ -14,13 +14,14 @@ from lightning_muonclip.parallel.shards import on_all_ranks
 from lightning_muonclip.qk_clip.describe.count import Frame, has_matrix
 from lightning_muonclip.qk_clip.describe.describe import FAILURES, Found, describe, softmaxes_of
 from lightning_muonclip.qk_clip.describe.fused import FusedWeights
-from lightning_muonclip.qk_clip.describe.gate import gate
+from lightning_muonclip.qk_clip.describe.gate import gate, refuse_ties
 from lightning_muonclip.qk_clip.describe.infer import Table
 from lightning_muonclip.qk_clip.describe.isolate import apart
 from lightning_muonclip.qk_clip.describe.layout import ChannelMap
 from lightning_muonclip.qk_clip.describe.spec import AttentionSpec, HeadAxis, Projection, Softmax
 from lightning_muonclip.qk_clip.describe.survey import Prepares, Survey, run_watched
 from lightning_muonclip.qk_clip.describe.trace import flex_attention_traced
+from lightning_muonclip.values import has_values
 
 #: How many samples of a batch are tried before all of it.
 _SAMPLES = 2
@@ -56,6 +57,9 @@ def find_attention(
     name: str = "",
 ) -> Search:
     """Every attention that the model computes on these inputs; modes, buffers and random numbers are as before.
+
+    On the meta device, layouts are inferred and proven on copies with random weights as elsewhere, but one of several layers
+    alike stands for all, and nothing is checked on the whole model.
 
     Args:
         model: The model.
@@ -102,8 +106,10 @@ def _search(
         unknown = [stack for stack in calls if not any(frame.module in of_described for frame in stack)]
         with flex_attention_traced(survey.calls_flex_attention):
             found = describe(unknown)
-            if found:
+            if found and has_values(list(model.parameters())):
                 gate(Frame("", model, *example), found)
+            elif found:
+                refuse_ties(model, found)
             softmaxes = {module: softmaxes_of(frame) for module, frame in of_described.items()}
         found += _opaque(survey, calls, {*alone, *described})
     known = {own.module for own in found} | {*described, *alone}

@@ -242,7 +242,7 @@ class Channels(TorchDispatchMode):
         matrix = source.mT if is_left != is_linear else source  # (..., in, out)
         numbers = self._weights[name].outputs(matrix)
         if numbers is not None:
-            numbers = numbers.to(out.device)
+            numbers = numbers.to(_device(out))
             self._set_tags(out, {name: _Tag((numbers[:, None] if is_left else numbers).expand(out.shape))})
         return True
 
@@ -260,7 +260,7 @@ class Channels(TorchDispatchMode):
             name, source = self._sources[weight]
             numbers = self._weights[name].outputs(source.flatten(1).mT) if source.is_contiguous() else None
             if numbers is not None:
-                shaped = numbers.to(out.device).view(-1, *[1] * (out.ndim - 2))
+                shaped = numbers.to(_device(out)).view(-1, *[1] * (out.ndim - 2))
                 self._set_tags(out, {name: _Tag(shaped.expand(out.shape))})
 
     def _move(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
@@ -271,7 +271,7 @@ class Channels(TorchDispatchMode):
         for name in own:
             tags = [self._tags_of(x).get(name) for x in tensors_in(args[:1])]
             numbers = [
-                torch.zeros((), dtype=torch.int32, device=x.device).expand(x.shape) if tag is None else tag.numbers
+                torch.zeros((), dtype=torch.int32, device=_device(x)).expand(x.shape) if tag is None else tag.numbers
                 for x, tag in zip(tensors_in(args[:1]), tags)
             ]
             given = numbers[0] if isinstance(args[0], Tensor) else numbers
@@ -332,6 +332,11 @@ class Channels(TorchDispatchMode):
     def _set_tags(self, x: Tensor, tags: dict[str, _Tag]) -> None:
         if tags or x in self._tags:
             self._tags[x] = tags
+
+
+def _device(x: Tensor) -> torch.device:
+    """Where the numbers of an activation's channels are: they are known, even if the activation only stands for one."""
+    return torch.device("cpu") if x.is_meta else x.device
 
 
 def _distinct(numbers: Tensor) -> Tensor:

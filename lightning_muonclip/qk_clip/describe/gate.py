@@ -35,7 +35,7 @@ def gate(root: Frame, found: Sequence[Found]) -> None:
         root: The model and its inputs, the first frame of a survey.
         found: What was described.
     """
-    _refuse_ties(root.module, found)
+    refuse_ties(root.module, found)
     with undisturbed(root.module), _rounded_gains(found):
         trials = _Trials(root)
         for own in trials.noticed([own for own in _described(found) if _takes_both(own.layout)]):
@@ -143,7 +143,7 @@ def _rounded_gains(found: Sequence[Found]) -> Iterator[None]:
             _write(param, shard)
 
 
-def _refuse_ties(model: nn.Module, found: Sequence[Found]) -> None:
+def refuse_ties(model: nn.Module, found: Sequence[Found]) -> None:
     """Refuses weights that something else uses too; several attentions may, if they use them alike."""
     owners: dict[Tensor, list[str]] = {}
     names: dict[nn.Module, list[str]] = {}

@@ -77,6 +77,7 @@ class Layout:
         own_channels: Channels of the keys that are each head's own, where others are shared by all heads (latent attention).
         notes: Why one side is left alone.
         set_by: Parameters that set the logits behind the product of queries and keys.
+        error: Of its proof, the largest deviation of an element, relative to the largest.
     """
 
     calls: list[int]
@@ -91,6 +92,7 @@ class Layout:
     head_axes: tuple[HeadAxis, ...] = ()
     notes: list[str] = field(default_factory=list)
     set_by: tuple[str, ...] = ()
+    error: float = 0.0
 
     @property
     def lacks_keys(self) -> bool:

@@ -20,6 +20,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from lightning_muonclip.qk_clip.describe.trace import Call, Product, Trace, tracing
 
+#: Elements of parameters without values that are drawn at most: 4 GB of single precision.
+MOST_WITHOUT_VALUES = 2**30
+
 
 @dataclass
 class Run:
@@ -41,7 +44,8 @@ class Run:
 class Isolated:
     """A copy of a module whose parameters are random, so that none is zero or like another.
 
-    Whole weights of the global shape are drawn for sharded ones; none is read.
+    Whole weights of the global shape are drawn for sharded ones; none is read. Where a module on the meta device or its
+    inputs only stand for numbers, random ones are drawn for them too, on the CPU.
 
     Args:
         module: The module.
@@ -49,13 +53,19 @@ class Isolated:
         kwargs: The same by name.
         dtype: Of the copy.
         sums: Whether its logits may be sums of products.
+
+    Raises:
+        RuntimeError: If a module on the meta device is too large to draw numbers for it.
     """
 
     def __init__(
         self, module: nn.Module, args: Any, kwargs: Any, dtype: torch.dtype = torch.float64, sums: bool = True
     ) -> None:
+        if (size := numel_without_values(module)) > MOST_WITHOUT_VALUES:
+            raise RuntimeError(f"its {size:,} parameters have no values, and are too many to draw random ones")
         self.dtype, self.sums = dtype, sums
         self._inputs = args, kwargs
+        self._drawn: dict[int, tuple[Tensor, Tensor]] = {}  # by id, with what it belongs to
         # The module's own hooks have acted on the inputs already; those of shards, and their state, have nothing to do here.
         memo: dict[int, Any] = {}
         for child in module.modules():
@@ -72,9 +82,11 @@ class Isolated:
         generator = torch.Generator().manual_seed(0)
         for param in module.parameters():
             if _is_real(param):
-                noise = torch.randn(param.shape, generator=generator).to(param.device, dtype)
+                device = torch.device("cpu") if param.is_meta else param.device
+                noise = torch.randn(param.shape, generator=generator).to(device, dtype)
                 fan_in = max(noise[0].numel(), 1) if param.ndim > 1 else 1
-                memo[id(param)] = nn.Parameter(1 + noise / 2 if param.ndim < 2 else noise * fan_in**-0.5)
+                memo[id(param)] = nn.Parameter(1 + noise / 2 if param.ndim < 2 else noise.mul_(fan_in**-0.5))
+        memo |= {id(buffer): self._numbers(buffer) for buffer in module.buffers() if buffer.is_meta}
         with DetachedCopies(), _without_fsdp(module):
             self.module = copy.deepcopy(module, memo).to(dtype)
         _normalize_by_batch(self.module)
@@ -101,7 +113,8 @@ class Isolated:
             for name, factor in factors.items():
                 offset = offsets.get(name, 0.0)
                 # Other memory, for queries may be views of a parameter; by .data, which leaves an earlier graph valid.
-                self.params[name].data = (before[name] + offset) * factor.to(before[name]) - offset
+                scaled = (before[name] + offset if offset else before[name]) * factor.to(before[name])
+                self.params[name].data = scaled - offset if offset else scaled
             yield
         finally:
             for name, value in before.items():
@@ -117,8 +130,26 @@ class Isolated:
 
     def _copied(self, leaf: Any) -> Any:
         if isinstance(leaf, Tensor):
+            leaf = self._numbers(leaf) if leaf.is_meta else leaf
             return leaf.detach().to(self.dtype, copy=True) if leaf.is_floating_point() else leaf.clone()
         return leaf if isinstance(leaf, nn.Module) else _cast(copy.deepcopy(leaf), self.dtype)
+
+    def _numbers(self, stand_in: Tensor) -> Tensor:
+        """Random numbers for a tensor that has none, the same for each of its uses; a mask hides nothing."""
+        if id(stand_in) not in self._drawn:
+            generator = torch.Generator().manual_seed(4 + len(self._drawn))
+            shape, dtype = stand_in.shape, stand_in.dtype
+            if dtype.is_floating_point or dtype.is_complex:
+                numbers = torch.randn(shape, generator=generator).to(dtype)
+            else:
+                numbers = torch.full(shape, dtype is torch.bool, dtype=dtype)
+            self._drawn[id(stand_in)] = numbers, stand_in
+        return self._drawn[id(stand_in)][0]
+
+
+def numel_without_values(module: nn.Module) -> int:
+    """The number of elements of parameters on the meta device."""
+    return sum(param.numel() for param in module.parameters() if param.is_meta)
 
 
 def _normalize_by_batch(model: nn.Module) -> list[nn.Module]:

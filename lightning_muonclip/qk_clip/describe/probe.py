@@ -133,6 +133,7 @@ class Probe:
                     both = before + digit * _BASE**place
                     digit = torch.where((before < 0) | (digit < 0), torch.minimum(before, digit), both)
                 found[key] = digit
+            del weighted  # of the size of the weights
             if all(bool((own < 0).all()) for own in found.values()):
                 break  # no channel feeds one coordinate alone
         return {key: torch.where(own >= count, MIXED, own) for key, own in found.items()}
@@ -158,8 +159,12 @@ class Probe:
         return {name: grad for name, grad in zip(self.params, found) if grad is not None}
 
     def _shares(self, gradients: dict[str, Tensor]) -> dict[Key, Tensor]:
-        products = {name: gradient * self.params[name].detach() for name, gradient in gradients.items()}
-        return {key: _summed(products[key[0]], key[1]).cpu() for key in self.keys if key[0] in products}
+        shares: dict[Key, Tensor] = {}
+        for name, keys in itertools.groupby(self.keys, key=lambda key: key[0]):
+            if name in gradients:  # of one parameter at a time, for the sake of memory
+                product = gradients[name] * self.params[name].detach()
+                shares |= {key: _summed(product, key[1]).cpu() for key in keys}
+        return shares
 
     def _projected(self, gradients: dict[str, Tensor]) -> dict[Key, Tensor]:
         """Two random projections of every channel: with one, some of thousands seem to feed one coordinate by chance."""

@@ -169,6 +169,7 @@ def proven(isolated: Isolated, run: Run, layouts: Iterable[Sequence[Layout]]) ->
                 best, trial = layout, other
         if holds(trial):
             if holds(outcomes(isolated, run, best, LARGE)):
+                best.error = _error(trial)
                 return best
             is_bounded = True
         least = min(least, _error(trial))

@@ -63,6 +63,7 @@ class Capture:
         if self.root is None:
             device = device_of(module).type
             self.root = frame
-            self.autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+            has_autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+            self.autocast = torch.get_autocast_dtype(device) if has_autocast else None
         if name is not None and is_new:
             self.frames[name] = frame

@@ -84,6 +84,8 @@ class Discovery:
         self._alone: set[nn.Module] = set()
         #: Weights that hold several matrices, by display name; another dictionary whenever one is found.
         self.fused: FusedWeights = {}
+        #: What surveys have found, by display name.
+        self.found: dict[str, Found] = {}
         self.has_surveyed = False
         self._is_surveying = False
         self._forwards: dict[nn.Module, Any] = {}
@@ -263,6 +265,7 @@ class Discovery:
         refused: dict[str, Found] = {}
         for own in found:
             name = self.names.get(own.module, own.name)
+            self.found[name] = own
             if name in new or name in refused:
                 new.pop(name, None)
                 own.layout, own.reason = None, "it computes several attentions, each with heads of its own"

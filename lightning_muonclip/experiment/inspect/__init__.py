@@ -1,0 +1,1 @@
+"""``muonclip-inspect``: what a run would do with a model, before it trains."""
