@@ -320,10 +320,10 @@ def test_no_line_is_wider_than_the_terminal(width):
 
 
 def test_the_command_writes_one_document(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import torch\n\ndef make():\n    return torch.nn.MultiheadAttention(16, 2), 3 * (torch.ones(2, 3, 16),), {}\n"
+    )
     done = subprocess.run(
-        [sys.executable, "-m", command.__name__, own("two_inputs"), "--json"],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent,
+        [sys.executable, "-m", command.__name__, "mine:make", "--json"], capture_output=True, text=True, cwd=tmp_path
     )
     assert json.loads(done.stdout)["schema"] == 1, done.stderr

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
 
@@ -98,8 +98,7 @@ def _of_application(overrides: Sequence[str], with_values: bool) -> Target:
         raise ConfigError("this configuration trains without MuonClip; use optimizer=muonclip, or muon")
     data = instantiate(config.data, _convert_="all")
     try:
-        vocab_size = config.model.get("vocab_size") or data.vocab_size
-        model, note = _built(lambda: build_model(config.model, vocab_size), with_values)
+        model, note = _built(lambda: build_model(config.model, data), with_values)
     except (ValueError, OSError, ImportError) as error:
         raise ConfigError(str(error)) from error
     options: Any = OmegaConf.to_container(config.muonclip, resolve=True)
@@ -109,8 +108,8 @@ def _of_application(overrides: Sequence[str], with_values: bool) -> Target:
     strategy = next((kind for word, kind in kinds.items() if word in str(name)), None)
     has_tensor_parallel = OmegaConf.select(config, "trainer.strategy.tensor_parallel_size", default=1) not in (1, None)
     ranks = devices * (trainer.get("num_nodes") or 1) if strategy and isinstance(devices, int) and devices > 0 else None
-    batch, length = config.data.get("batch_size"), config.data.get("block_size")
-    tokens = batch * length * (trainer.get("accumulate_grad_batches") or 1) * (ranks or 1)
+    inputs, source, length = _inputs_of(config, data)
+    samples = config.data.batch_size * (trainer.get("accumulate_grad_batches") or 1) * (ranks or 1)
     notes = [
         note,
         "muP, which base_hidden_size asks for, is not part of this look." * bool(config.base_hidden_size),
@@ -119,14 +118,23 @@ def _of_application(overrides: Sequence[str], with_values: bool) -> Target:
     return Target(
         f"muonclip-train {' '.join(overrides)}".rstrip(),
         model,
-        ((_tokens(vocab_size),), {}),
-        f"tokens of shape ({_BATCH}, {_LENGTH})",
+        ((inputs,), {}),
+        source,
         _checked({key: value for key, value in options.items() if key != "_target_"}),
         strategy,
         ranks,
-        tokens,
+        samples * length if length else TOKENS,
         tuple(filter(None, notes)),
     )
+
+
+def _inputs_of(config: DictConfig, data: Any) -> tuple[Tensor, str, int | None]:
+    """Example inputs of the application's model, what they are, and the tokens of a sample if it has some."""
+    if hasattr(data, "img_size"):
+        shape = (_BATCH, data.in_chans, data.img_size, data.img_size)
+        return torch.randn(shape), f"images of shape {shape}", None
+    vocab_size = config.model.get("vocab_size") or data.vocab_size
+    return _tokens(vocab_size), f"tokens of shape ({_BATCH}, {_LENGTH})", config.data.block_size
 
 
 def _options(overrides: Sequence[str]) -> dict[str, Any]:
