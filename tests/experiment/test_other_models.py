@@ -31,6 +31,15 @@ BYTES = SimpleNamespace(vocab_size=256)
 
 
 @pytest.fixture
+def datasets() -> None:
+    """Skips a test where Hugging Face's datasets cannot be imported, as with the newest pyarrow beside an old NumPy."""
+    try:
+        import datasets  # noqa: F401
+    except ImportError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
 def train(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """Runs the command in this process, in an empty folder, on a model that is not this package's."""
     monkeypatch.chdir(tmp_path)
@@ -125,6 +134,7 @@ STORY_DATA = ["model.pretrained=pretrained", "data.path=json", "data.data_files=
 
 
 @pytest.mark.parametrize("experiment", ["finetune", "finetune_lora"])
+@pytest.mark.usefixtures("datasets")
 def test_a_pretrained_model_is_finetuned_with_its_own_tokenizer(train: Any, pretrained: Path, experiment: str) -> None:
     before = LlamaForCausalLM.from_pretrained(pretrained).state_dict()
     out = train(f"experiment={experiment}", *STORY_DATA, "optimizer.lr=0.01", "muonclip.threshold=1e-4")
@@ -139,6 +149,7 @@ def test_a_pretrained_model_is_finetuned_with_its_own_tokenizer(train: Any, pret
     assert max(column(out, "muonclip/clipped_heads")) == (0 if frozen else 2)  # lora=monitor by default
 
 
+@pytest.mark.usefixtures("datasets")
 def test_a_folder_without_a_tokenizer_says_so(tmp_path: Path) -> None:
     LlamaForCausalLM(LlamaConfig(vocab_size=30, **SIZES)).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"has no tokenizer; set data\.tokenizer .* null for bytes"):
