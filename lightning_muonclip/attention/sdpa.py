@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_muonclip.attention.masks import AttentionMask
 from lightning_muonclip.attention.score_mods import ScoreMod
 from lightning_muonclip.attention.tracking import measure
-from lightning_muonclip.kernels.context_parallel import ContextParallelError, is_context_parallel
+from lightning_muonclip.kernels.context_parallel import ContextParallelError, is_context_parallel, is_split
 from lightning_muonclip.kernels.log_sum_exp import attention_with_log_sum_exp, bounds_of_logits
 
 
@@ -46,7 +46,7 @@ def attend(
     patched, original = getattr(function, "watches", (None, None))
     if patched is function:
         function = original
-    if track is not None and is_context_parallel():
+    if track is not None and (is_context_parallel() or is_split(query)):
         raise ContextParallelError(
             "the attention modules of this package do not measure logits under context_parallel: they do not know which"
             " positions a rank has. Use a module that calls scaled_dot_product_attention itself, or leave them alone with"

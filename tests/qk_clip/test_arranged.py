@@ -130,6 +130,11 @@ def added_in_place(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return logits.view(*query.shape[:3], -1).softmax(-1) @ value
 
 
+def added_by_keywords(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    logits = torch.add(input=query @ key.mT, other=torch.arange(key.shape[2]), alpha=3)
+    return (logits / 2).softmax(-1) @ value
+
+
 def subtracted(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return (torch.arange(key.shape[2]) - (-query @ key.mT) / 2).softmax(-1) @ value
 
@@ -155,7 +160,7 @@ def beside_others(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 WAYS: list[Attend] = [
     *(batch_inside, heads_last, permuted, rows_together, one_key_at_a_time, sample_by_sample, chunks_of_queries),
     *(chunks_of_logits, joined_chunks, put_into_a_buffer, padded, in_place, overwritten, grouped, beside_others),
-    *(put_back, joined_sums, added_in_place, subtracted, subtracted_with_a_factor),
+    *(put_back, joined_sums, added_in_place, added_by_keywords, subtracted, subtracted_with_a_factor),
 ]
 
 
@@ -222,6 +227,25 @@ def test_a_product_that_is_added_to_another_is_a_summand() -> None:
         expected = model.logits(x).view(2, HEADS, -1).amax((0, 2))
         torch.testing.assert_close(qk_clip.max_logits[0], expected, rtol=1e-5, atol=1e-6)
         assert "value.weight: k(G 4)" in str(qk_clip.summary())
+
+
+def test_a_table_of_the_shape_of_the_logits_does_not_stand_in_for_the_keys() -> None:
+    class Table(Attends):
+        def __init__(self) -> None:
+            super().__init__(heads_last)
+            self.table = nn.Parameter(torch.randn(HEADS, 6, DIM))
+
+        def forward(self, x: Tensor) -> Tensor:
+            query, key, value = self.parts(x)
+            positions = (query @ self.table.mT).flatten(0, 1)
+            logits = torch.baddbmm(positions, query.flatten(0, 1), key.flatten(0, 1).mT, alpha=0.5)
+            return (logits.unflatten(0, (-1, HEADS)).softmax(-1) @ value).transpose(1, 2).flatten(2)
+
+    model, x = Table(), inputs(2, 6)
+    with QKClip(model, 1e9) as qk_clip:
+        model(x)
+        torch.testing.assert_close(qk_clip.max_logits[0], model.expected(x), rtol=1e-5, atol=1e-6)
+        assert qk_clip.sides == {"": "k"}
 
 
 def test_another_way_than_the_one_that_was_read_is_an_error() -> None:

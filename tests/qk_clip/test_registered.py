@@ -299,6 +299,16 @@ def test_kernel_of_half_precision(registered: Any) -> None:
         assert qk_clip.sides == {"": "q and k"}
 
 
+@pytest.mark.parametrize("given", [7, 11])
+def test_options_that_lower_the_bound_of_flash_attention_come_by_keyword(given: int) -> None:
+    tensors = [torch.ones(1)] * (3 if given == 7 else 5)
+    args = [*tensors, *(0.0 for _ in range(given - len(tensors)))]
+    out = None, torch.ones(1, 2, 3), None
+    readers.flash_attention(out, *args)
+    with pytest.raises(ValueError, match="softcap or alibi_slopes; pass these by keyword"):
+        readers.flash_attention(out, *args, 30.0)
+
+
 def test_empty_rows_of_flash_attention() -> None:
     log_sum_exp = torch.tensor([[[1.0, math.inf, 2.0]]])
     assert readers.flash_attention((None, log_sum_exp, None)).tolist() == [[2.0]]

@@ -112,6 +112,7 @@ def _of_application(overrides: Sequence[str], with_values: bool) -> Target:
     samples = config.data.batch_size * (trainer.get("accumulate_grad_batches") or 1) * (ranks or 1)
     notes = [
         note,
+        "How many tokens an image is, is not known here: give those of a step with --tokens." * (length is None),
         "muP, which base_hidden_size asks for, is not part of this look." * bool(config.base_hidden_size),
         "Tensor parallelism is counted as if all ranks were FSDP2's." * has_tensor_parallel,
     ]

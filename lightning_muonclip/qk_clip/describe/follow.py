@@ -384,12 +384,13 @@ def _by(func: Any, args: Any, kwargs: Any, x: Tensor) -> Any:
 
 def _weight(func: Any, args: Any, kwargs: Any, x: Tensor) -> float:
     """What a sum multiplies a summand ``x`` by; 1 for any other function."""
+    is_first = x is (args[0] if args else kwargs.get("input"))
+    weight: float = kwargs.get("alpha", 1.0)
     if func in _SUBTRACT_FROM:
-        return 1.0 if x is not args[0] else -kwargs.get("alpha", 1.0)
-    if func not in _ADD and func not in _SUBTRACT:
+        return -weight if is_first else 1.0
+    if is_first or not (func in _ADD or func in _SUBTRACT):
         return 1.0
-    weight: float = 1.0 if x is args[0] else kwargs.get("alpha", 1.0)
-    return -weight if func in _SUBTRACT and x is not args[0] else weight
+    return -weight if func in _SUBTRACT else weight
 
 
 def _is_number(factor: Any) -> bool:

@@ -254,7 +254,8 @@ class Trace(TorchFunctionMode):
         products = [p for p in products if p.query.requires_grad or p.key.requires_grad] or products
         call = Call(func.__name__, [], rest=[logits], problem=obstacle, is_by_hand=True)
         # Products of another arrangement, such as those of a table of positions, are part of the rest.
-        main = next((p for p in products if p.out.shape == logits.shape == (*p.lead, *p.out.shape[-2:])), products[0])
+        own = [p for p in products if p.is_of_activations] or products
+        main = next((p for p in own if p.out.shape == logits.shape == (*p.lead, *p.out.shape[-2:])), own[0])
         for product in (p for p in products if p.lead == main.lead) if self._sums else [main]:
             rows, columns = product.out.shape[-2:]
             if not product.is_logits and (dim % logits.ndim == logits.ndim - 2 or columns != logits.shape[dim] == rows):

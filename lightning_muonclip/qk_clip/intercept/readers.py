@@ -25,7 +25,8 @@ def transformer_engine(out: Any, *args: Any, **kwargs: Any) -> Tensor:
 
     Source: NVIDIA/TransformerEngine, transformer_engine/pytorch/attention/dot_product_attention/dot_product_attention.py.
     """
-    _refuse("a bias", kwargs, core_attention_bias_type="no_bias", core_attention_bias=None, score_mod=None)
+    own = {"core_attention_bias_type": "no_bias", "core_attention_bias": None, "score_mod": None}
+    _refuse("a bias", args, 5, kwargs, own)  # the module, queries, keys, values, a mask
     return _returned(out, 1, "DotProductAttention", "create it with return_max_logit=True")
 
 
@@ -61,7 +62,7 @@ def magi_attention(out: Any, *args: Any, **kwargs: Any) -> Tensor:
 
     Source: SandAI-org/MagiAttention, magi_attention/functional/flex_flash_attn.py and magi_attention/api.
     """
-    _refuse("a soft-cap", kwargs, softcap=0.0)
+    _refuse("a soft-cap", args, 6, kwargs, {"softcap": 0.0})
     meta = out[1] if isinstance(out, tuple) else None
     maxima = (out, getattr(meta, "max_logits", None))
     return _returned(maxima, 1, "MagiAttention", "call it with return_max_logits=True")
@@ -83,7 +84,8 @@ def flash_attention(out: Any, *args: Any, **kwargs: Any) -> Tensor:
 
     Source: Dao-AILab/flash-attention, flash_attn/flash_attn_interface.py.
     """
-    _refuse("a soft-cap or ALiBi", kwargs, softcap=0.0, alibi_slopes=None)
+    is_packed = len(args) > 3 and isinstance(args[3], Tensor)  # bounds of sequences come before the options
+    _refuse("a soft-cap or ALiBi", args, 11 if is_packed else 7, kwargs, {"softcap": 0.0, "alibi_slopes": None})
     log_sum_exp = _returned(out, 1, "flash-attention", "call it with return_attn_probs=True")
     # It is +inf for a query that sees nothing.
     return log_sum_exp.masked_fill(log_sum_exp == float("inf"), float("-inf")).amax(-1)
@@ -96,7 +98,21 @@ def _returned(out: Any, place: int, name: str, how: str) -> Tensor:
     return told
 
 
-def _refuse(what: str, kwargs: Mapping[str, Any], **defaults: Any) -> None:
+def _refuse(what: str, args: Any, most: int, kwargs: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Refuses calls with options that change what the kernel tells.
+
+    Args:
+        what: Such options, in words.
+        args: The positional arguments of the call.
+        most: How many of them surely come before these options.
+        kwargs: The other arguments of the call.
+        defaults: The options, and what they are if they are not used.
+    """
+    if len(args) > most:
+        raise ValueError(
+            f"the kernel was given {len(args)} positional arguments, among which may be {' or '.join(defaults)}; pass these"
+            " by keyword"
+        )
     for name, default in defaults.items():
         value = kwargs.get(name, default)
         if value is not default and not (isinstance(value, (str, float, int)) and value == default):

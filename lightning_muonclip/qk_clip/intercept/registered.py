@@ -163,7 +163,9 @@ def register_max_logits(
 
     It is replaced under every name that an imported file has for it, in Hugging Face's table of attention functions, and,
     once a model is observed, in the attributes, the classes and the closures of its modules. A reference that is kept
-    elsewhere, as in a list or a ``functools.partial``, is not found: register what the model calls.
+    elsewhere, as in a list or a ``functools.partial``, is not found: register what the model calls. Register it before the
+    model is built and before its first forward. A model that was built meanwhile goes on calling the function after
+    ``remove()`` through a wrapper that does nothing else.
 
     Args:
         fn: The function that a model calls, or its dotted path: ``"package.module.function"``, or

@@ -107,6 +107,7 @@ class Discovery:
         declared = declared_attention(self._root, {name: spec for name, spec in self._specs.items() if name in own})
         described = {name: (module, spec) for name, (module, spec) in declared.items() if module not in before}
         self._take_up(described)
+        self.found = {name: own for name, own in self.found.items() if own.module in self.names}
         torch.compiler.reset()  # code compiled meanwhile would not call their hooks
         eager.acquire(self)
         self._add(described, None)

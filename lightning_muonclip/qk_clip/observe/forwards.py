@@ -83,7 +83,12 @@ class _Leave:
             run_under_modes(watch, module)
             watch.is_under_modes = True
             if any(isinstance(child, FSDPModule) for child in module.modules() if child is not module):
-                return  # its weights can be gathered only if all ranks run it again; the next forward tells
+                warnings.warn(  # its weights can be gathered only if all ranks run it again
+                    f"this forward of attention {watch.recorders[0].name!r} ({type(module).__name__}) was not measured: it"
+                    " attends where no patch is, and FSDP2 shards modules inside of it; the next forward is measured",
+                    stacklevel=2,
+                )
+                return
             _run_again(watch, module, args, kwargs)
         if watch.called:
             return
