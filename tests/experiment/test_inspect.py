@@ -247,6 +247,21 @@ def test_usage_errors_are_one_line_and_exit_code_2(capsys, arguments, said):
     assert code == 2 and not out and said in err and len(err.strip().splitlines()) == 1
 
 
+def leaves():
+    sys.exit(0)
+
+
+def unlike_inputs():
+    return nn.MultiheadAttention(16, 2), 3 * (torch.ones(2, 3, 5),), {}
+
+
+@pytest.mark.parametrize(("factory", "said"), [("leaves", "raised SystemExit"), ("unlike_inputs", "inputs do not fit")])
+def test_a_factory_that_gives_nothing_to_look_at_is_exit_code_2(capsys, factory, said):
+    with pytest.raises(SystemExit) as ended:
+        command.main([own(factory)])
+    assert ended.value.code == 2 and said in capsys.readouterr().err
+
+
 def test_a_file_that_is_no_config_is_refused(tmp_path, capsys):
     for content in ("{}", "[", '{"model_type": "lama"}'):
         (tmp_path / "config.json").write_text(content)
@@ -334,7 +349,8 @@ def test_no_line_is_wider_than_the_terminal(width):
 
 def test_the_command_writes_one_document(tmp_path):
     (tmp_path / "mine.py").write_text(
-        "import torch\n\ndef make():\n    return torch.nn.MultiheadAttention(16, 2), 3 * (torch.ones(2, 3, 16),), {}\n"
+        "import os\nimport torch\n\ndef make():\n    os.write(1, b'what an extension says')\n"
+        "    return torch.nn.MultiheadAttention(16, 2), 3 * (torch.ones(2, 3, 16),), {}\n"
     )
     done = subprocess.run(
         [sys.executable, "-m", command.__name__, "mine:make", "--json"], capture_output=True, text=True, cwd=tmp_path

@@ -229,6 +229,30 @@ def test_a_product_that_is_added_to_another_is_a_summand() -> None:
         assert "value.weight: k(G 4)" in str(qk_clip.summary())
 
 
+def head_by_head(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    logits = [query[:, h] @ key[:, h].mT / 2 for h in range(HEADS)]
+    return torch.stack(logits, 1).softmax(-1) @ value
+
+
+def halves_of_heads(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    logits = [q @ k.mT / 2 + i for i, (q, k) in enumerate(zip(query.chunk(2, 1), key.chunk(2, 1)))]
+    return torch.cat(logits, 1).softmax(-1) @ value
+
+
+def heads_in_a_buffer(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    logits = query.new_zeros(*query.shape[:3], key.shape[2])
+    logits[:, ::2] = query[:, :2] @ key[:, :2].mT / 2
+    logits[:, 1::2] = query[:, 2:] @ key[:, 2:].mT / 2
+    return logits.softmax(-1) @ value
+
+
+@pytest.mark.parametrize("attend", [head_by_head, halves_of_heads, heads_in_a_buffer])
+def test_heads_with_a_product_each_are_not_taken_for_one(attend: Attend) -> None:
+    model = Attends(attend)
+    with QKClip(model, 1.0), pytest.raises(ValueError, match="several products, whose heads are different channels"):
+        model(inputs(3, 6))
+
+
 def test_a_table_of_the_shape_of_the_logits_does_not_stand_in_for_the_keys() -> None:
     class Table(Attends):
         def __init__(self) -> None:

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NoReturn
 
@@ -19,7 +19,7 @@ from lightning_muonclip.experiment.config import ConfigError
 from lightning_muonclip.experiment.inspect.costs import STRATEGIES
 from lightning_muonclip.experiment.inspect.document import document
 from lightning_muonclip.experiment.inspect.look import Look, look_at
-from lightning_muonclip.experiment.inspect.target import target_of
+from lightning_muonclip.experiment.inspect.target import GIVEN, target_of
 from lightning_muonclip.experiment.inspect.text import text
 from lightning_muonclip.experiment.train import explain
 
@@ -91,15 +91,31 @@ def inspect(arguments: Sequence[str]) -> tuple[Look, bool]:
     size = sum(param.numel() for param in target.model.parameters())
     if look.cannot_run_without_values and size <= _MOST_WITH_VALUES:
         again = look_at(target_of(name, overrides, True), strategy, ranks, given.tokens)
+        if again.attention is None and again.refusal is None and target.inputs == GIVEN:
+            raise ConfigError(f"{name}: the model and its example inputs do not fit. {' '.join(again.notes)}")
         look = replace(again, notes=[*look.notes, "So it was built with values.", *again.notes])
     return look, given.json
+
+
+@contextlib.contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """Also for what writes to the file descriptor, such as an extension or another process."""
+    sys.stdout.flush()
+    own = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(own, 1)
+        os.close(own)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Entry point."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # raise errors instead of printing them
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # what models print is not part of the document
+        with _stdout_to_stderr():  # what models print is not part of the document
             look, as_json = inspect(sys.argv[1:] if arguments is None else arguments)
     except (ConfigError, HydraException, OmegaConfBaseException) as error:
         message = " ".join(explain(error).split())

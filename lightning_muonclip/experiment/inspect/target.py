@@ -30,6 +30,9 @@ Example = tuple[Sequence[Any], Mapping[str, Any]]
 #: Tokens per step where nothing says how many.
 TOKENS = 2**19
 
+#: Where example inputs are from that must work.
+GIVEN = "given by the factory"
+
 #: Sequences of example inputs, and their lengths.
 _BATCH, _LENGTH = 2, 16
 
@@ -265,7 +268,7 @@ def _of_factory(name: str, with_values: bool) -> Target:
         _refuse_arguments(name, factory)
         try:
             made, note = _built(factory, with_values)
-        except Exception as error:  # of code that is not ours
+        except (Exception, SystemExit) as error:  # of code that is not ours
             raise ConfigError(f"{name}() raised {type(error).__name__}: {_line(error)}") from error
     example: Example | None = None
     inputs = ""
@@ -276,7 +279,7 @@ def _of_factory(name: str, with_values: bool) -> Target:
             raise ConfigError(
                 f"{name}() returned {len(made)} values; return the module, or (module, args, kwargs) with a tuple and a dict"
             )
-        example, inputs = (tuple(made[1]), made[2]), "given by the factory"
+        example, inputs = (tuple(made[1]), made[2]), GIVEN
     if not isinstance(model, nn.Module):
         raise ConfigError(f"{name} gives a {type(model).__name__}; it must return an nn.Module")
     if example is None:
@@ -289,7 +292,7 @@ def _imported(name: str) -> Any:
     sys.path.insert(0, str(Path.cwd()))
     try:
         found: Any = importlib.import_module(path)
-    except Exception as error:  # of code that is not ours
+    except (Exception, SystemExit) as error:  # of code that is not ours
         raise ConfigError(f"cannot import {path!r}: {type(error).__name__}: {_line(error)}") from error
     finally:
         sys.path.remove(str(Path.cwd()))
@@ -300,7 +303,7 @@ def _imported(name: str) -> Any:
             raise ConfigError(f"{path!r} has no {part!r}{hint}")
         found = getattr(found, part)
     if not callable(found):
-        raise ConfigError(f"{name} is a {type(found).__name__}; give a function or a class that returns a module")
+        raise ConfigError(f"{name} is of type {type(found).__name__}; give a function or a class that returns a module")
     return found
 
 

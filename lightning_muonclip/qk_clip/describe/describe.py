@@ -197,7 +197,8 @@ def _analyse(frame: Frame, count: int, sums: bool = True) -> list[Found]:
                 own.softmaxes = _softmaxes(isolated, run, own.layout)
                 heads.enter_others(own.layout)
             except Unclear as unclear:
-                if sums and any(len(call.pairs) > 1 or call.factors for call in run.calls):
+                is_sum = any(len(call.pairs) > 1 or call.factors for call in run.calls)
+                if sums and is_sum and not unclear.final:
                     return _analyse(frame, count, sums=False)
                 own.layout = None
                 own.reason, own.elsewhere = unclear.reason, unclear.elsewhere

@@ -22,11 +22,17 @@ _OTHER_ORDER = "its query heads share key heads in another order than one after 
 
 
 class Unclear(Exception):  # noqa: N818
-    """Why the heads of an attention cannot be told; ``elsewhere`` if a module around it may tell."""
+    """Why the heads of an attention cannot be told.
 
-    def __init__(self, reason: str, elsewhere: bool = False) -> None:
+    Args:
+        reason: In words.
+        elsewhere: Whether a module around it may tell.
+        final: Whether it stays so if all but one of several products are taken for a bias.
+    """
+
+    def __init__(self, reason: str, elsewhere: bool = False, final: bool = False) -> None:
         super().__init__(reason)
-        self.reason, self.elsewhere = reason, elsewhere
+        self.reason, self.elsewhere, self.final = reason, elsewhere, final
 
 
 @dataclass(eq=False)

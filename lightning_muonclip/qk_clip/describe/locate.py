@@ -63,6 +63,9 @@ def locate(isolated: Isolated, layout: Layout) -> tuple[Softmax, ...]:
                 if not _follows(change, zero, one, a > HIDDEN):
                     whole.add(number)
     for number, own in found.items():
+        joined = [product for product in own if len(base.part(number, product).numbers) > 1]
+        if len(joined) > 1 and layout.sides and not _share_channels(isolated, layout, base, joined):
+            raise Unclear("its softmax is over several products, whose heads are different channels", final=True)
         if len({base.place(number, product) for product in own}) > 1 or number in whole:
             more = {product: base.products[product] + base.pure[product] for product in own}
             doubled = _run(isolated, more, base.probabilities)
@@ -86,15 +89,33 @@ def _run(isolated: Isolated, answers: Mapping[int, Tensor], probabilities: Seque
 
 def _logits(isolated: Isolated, layout: Layout, base: _Numbered) -> list[int]:
     """The products that follow when one side of the heads is doubled; all, if only what is behind them scales."""
-    heads = torch.full((max(layout.num_heads, layout.num_key_value_heads),), 2.0)
-    of = dict.fromkeys(QUERY_KINDS if "q" in layout.sides else KEY_KINDS, heads)
     factor = 4 if layout.is_tied else 2
-    offsets = {name: table.offset for name, table in layout.tables}
-    with isolated.scaled(factors(layout, of, isolated.params), offsets):
+    with isolated.scaled(_doubled(isolated, layout), _offsets(layout)):
         after = _run(isolated, {}, base.probabilities)  # nothing behind a softmax may change
     limit = 1e-6 if isolated.dtype is torch.float64 else 1e-3
     follows = [deviation(factor * a, b) < limit for a, b in zip(base.pure, after.pure)]
     return [number for number, is_logits in enumerate(follows) if is_logits or not any(follows)]
+
+
+def _share_channels(isolated: Isolated, layout: Layout, base: _Numbered, products: Sequence[int]) -> bool:
+    """Whether one channel is in all products or in none, as in chunks of queries or of keys, but not of heads."""
+    name, factor = next(iter(_doubled(isolated, layout).items()))
+    is_scaled = (factor != 1).flatten()
+    is_first = (is_scaled & (is_scaled.cumsum(0) == 1)).view(factor.shape)
+    with isolated.scaled({name: torch.where(is_first, factor, 1.0)}, _offsets(layout)):
+        after = _run(isolated, {}, base.probabilities)
+    return len({base.differs(after, product) for product in products}) < 2
+
+
+def _doubled(isolated: Isolated, layout: Layout) -> dict[str, Tensor]:
+    """What doubles one side of the heads."""
+    heads = torch.full((max(layout.num_heads, layout.num_key_value_heads),), 2.0)
+    of = dict.fromkeys(QUERY_KINDS if "q" in layout.sides else KEY_KINDS, heads)
+    return factors(layout, of, isolated.params)
+
+
+def _offsets(layout: Layout) -> dict[str, float]:
+    return {name: table.offset for name, table in layout.tables}
 
 
 def _is_double(once: Tensor, twice: Tensor) -> bool:
