@@ -10,8 +10,7 @@ cd "$(dirname "$0")/.."
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-logs=${OUT:-$work}/logs
-mkdir -p "$logs" "$work/done" "$work/site"
+mkdir -p "$work/done" "$work/site"
 
 # The package as it is installed, with its configs.
 cp -r lightning_muonclip "$work/site/"
@@ -21,17 +20,20 @@ export PYTHONPATH="$work/site${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 if [ "${1:-}" = --dry ]; then
     export BENCHMARK_DRY=1 BENCHMARK_RESULTS=$work/results OMP_NUM_THREADS=1 OUT=
     total=${SECONDS_IN_ALL:-3600} patience=600 at_once=${AT_ONCE:-1}
-    accelerator=cpu gpu=(trainer=cpu trainer.precision=bf16-mixed) workers=0
+    accelerator=cpu gpu=(trainer=cpu trainer.precision=bf16-mixed) compile=false workers=()
     tiny=(trainer.max_steps=2 trainer.val_check_interval=1 data.max_bytes=200000 data.val_batches=1 data.block_size=32
         data.batch_size=2 model.num_hidden_layers=1 model.hidden_size=16)
 else
     total=${SECONDS_IN_ALL:-330} patience=0 at_once=16
-    accelerator=gpu gpu=(trainer=gpu) workers=6 tiny=()
+    accelerator=gpu gpu=(trainer=gpu) compile=true workers=(-n 6 --dist load) tiny=()
     if ! python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
         echo "torch sees no GPU here; bash benchmarks/gpu.sh --dry rehearses on a CPU" >&2
         exit 2
     fi
 fi
+
+logs=${OUT:-$work}/logs
+mkdir -p "$logs"
 
 part() { # seconds, name, command...: runs it into a log, within its time and that of all
     local limit=$(($1 > patience ? $1 : patience)) name=$2 left=$((total - SECONDS)) start=$SECONDS status=0
@@ -62,40 +64,27 @@ alone() { # as part, and shows all of its table
     cat "$logs/$2.log" 2>/dev/null
 }
 
-train() { # name, overrides...: muonclip-train, in a folder of its own: what Python finds in this one has no configs
-    local name=$1
-    shift
-    mkdir -p "$work/$name"
-    (cd "$work/$name" && python -m lightning_muonclip.experiment.train hydra.run.dir=. "$@" "${tiny[@]}") || return
-    [ -z "${OUT:-}" ] || cp "$work/$name/metrics.csv" "$OUT/$name.csv"
-}
-export -f train
-trained() { # seconds, name, overrides...: the command of a part
+train() { # seconds, name, overrides...: muonclip-train; away from this folder, whose package has no configs
     local limit=$1 name=$2
     shift 2
-    beside "$limit" "$name" bash -c "work='$work'; tiny=(${tiny[*]}); train \"\$@\"" - "$name" "$@"
+    mkdir -p "$work/$name"
+    beside "$limit" "$name" env -C "$work/$name" python -m lightning_muonclip.experiment.train \
+        "hydra.run.dir=$work/$name" "logger.csv.save_dir=${OUT:-$work}/$name" "$@" "${tiny[@]}"
 }
 
 # First the checks, and what fills the compilers' caches.
-threads=$(python -c 'import os; print(os.environ.get("OMP_NUM_THREADS", 2))')
 mapfile -t tested < <(grep -rlE 'mark\.gpu' tests --include='test_*.py')
-export TORCHINDUCTOR_COMPILE_THREADS=4
 (
-    export OMP_NUM_THREADS=$threads
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} TORCHINDUCTOR_COMPILE_THREADS=4
     rehearsed=(env BENCHMARK_ROUNDS=1 "BENCHMARK_RESULTS=$work/warm" OUT=)
     beside 130 warm_train_step python benchmarks/train_step.py --warm
-    distribute=()
-    [ "$workers" -eq 0 ] || distribute=(-n "$workers" --dist load)
-    beside 130 tests python -m pytest -m gpu -q -p no:cacheprovider "${distribute[@]}" "${tested[@]}"
+    beside 130 tests python -m pytest -m gpu -q -p no:cacheprovider "${workers[@]}" "${tested[@]}"
     beside 110 gpu_sync python benchmarks/gpu_sync.py
     beside 120 gpu_families python benchmarks/gpu_families.py
     beside 110 warm_max_logits "${rehearsed[@]}" python benchmarks/max_logits.py
     beside 80 warm_muon_step "${rehearsed[@]}" python benchmarks/muon_step.py --heads
-    if [ "$accelerator" = cpu ]; then
-        beside 80 gpu_kernels env TRITON_INTERPRET=1 python benchmarks/gpu_kernels.py
-    else
-        beside 80 gpu_kernels python benchmarks/gpu_kernels.py
-    fi
+    # Triton compiles for any value but 1.
+    beside 80 gpu_kernels env "TRITON_INTERPRET=${BENCHMARK_DRY:-0}" python benchmarks/gpu_kernels.py
     sanitizer=$(PATH=$PATH:/usr/local/cuda/bin command -v compute-sanitizer)
     if [ -n "$sanitizer" ] && [ "$accelerator" = gpu ]; then
         # Without torch's cache, an access past the end of a tensor is one past the end of an allocation.
@@ -104,13 +93,11 @@ export TORCHINDUCTOR_COMPILE_THREADS=4
     else
         echo "skipped: no compute-sanitizer here" >"$work/done/memcheck"
     fi
-    one=(trainer.devices=1 "trainer.accelerator=$accelerator" trainer.max_steps=60 trainer.val_check_interval=30)
-    trained 120 train_ddp trainer=ddp "${one[@]}"
-    trained 120 train_fsdp2 trainer=fsdp2 "${one[@]}"
-    trained 120 train_compiled "${gpu[@]}" lit.compile="$([ "$accelerator" = gpu ] && echo true || echo false)" \
-        trainer.max_steps=60 trainer.val_check_interval=30
-    trained 120 train_float16 "${gpu[@]}" "trainer.precision=$([ "$accelerator" = gpu ] && echo 16-mixed || echo 32-true)" \
-        trainer.max_steps=60 trainer.val_check_interval=30
+    short=(trainer.max_steps=60 trainer.val_check_interval=30)
+    train 120 train_ddp trainer=ddp trainer.devices=1 "trainer.accelerator=$accelerator" "${short[@]}"
+    train 120 train_fsdp2 trainer=fsdp2 trainer.devices=1 "trainer.accelerator=$accelerator" "${short[@]}"
+    train 120 train_compiled "${gpu[@]}" "lit.compile=$compile" "${short[@]}"
+    train 120 train_float16 "${gpu[@]}" trainer.precision=16-mixed "${short[@]}"
     wait
 )
 
@@ -121,9 +108,9 @@ alone 40 max_logits python benchmarks/max_logits.py
 alone 30 orthogonalize python benchmarks/orthogonalize.py
 
 # And whole trainings for what time is left.
-trained 60 demo "${gpu[@]}"
-trained 60 explosion "${gpu[@]}" experiment=explosion muonclip.threshold=null
-trained 60 explosion_clipped "${gpu[@]}" experiment=explosion
+train 60 demo "${gpu[@]}"
+train 60 explosion "${gpu[@]}" experiment=explosion muonclip.threshold=null
+train 60 explosion_clipped "${gpu[@]}" experiment=explosion
 wait
 
 echo

@@ -1,4 +1,4 @@
-"""Whole training steps, and the share of Muon and QK-Clip: the project's GPT and, on a GPU, a Llama of Hugging Face as it is.
+"""Whole training steps, and the share of Muon and QK-Clip: the project's GPT and, on a GPU, a plain Hugging Face Llama.
 
 python benchmarks/train_step.py
 python benchmarks/train_step.py --warm    # only a step or two of each, which fills the compilers' caches
