@@ -169,7 +169,7 @@ def replayed(step: Callable[[], Any], times: int) -> None:
 
 
 def compare_replayed(make: Callable[[], tuple[list[Tensor], Callable[[], Any]]]) -> dict[str, Any]:
-    """The same weights after three steps, with and without a graph.
+    """The same weights after three steps, with and without a graph, up to the order of sums in bfloat16.
 
     Args:
         make: Returns weights, the same at every call, and a step that changes them.
@@ -182,7 +182,7 @@ def compare_replayed(make: Callable[[], tuple[list[Tensor], Callable[[], Any]]])
     changes = torch.stack([(e - b).norm() for e, b in zip(expected, before)])
     errors = torch.stack([(w - e).norm() for w, e in zip(weights, expected)])
     worst = float((errors / changes.clamp_min(1e-12)).max())
-    return {"error over change": worst} | ({} if worst < 1e-3 and changes.any() else {"failed": "a replay is no step"})
+    return {"error over change": worst} | ({} if worst < 1e-2 and changes.any() else {"failed": "a replay is no step"})
 
 
 def clips() -> tuple[list[Tensor], Callable[[], Any]]:

@@ -157,6 +157,15 @@ def attempt(function: Callable[[], Any]) -> Any:
         return {"failed": reason, "at": places}
 
 
+def those_that_work(
+    functions: Mapping[str, Callable[[], Any]],
+) -> tuple[dict[str, Callable[[], Any]], dict[str, Any]]:
+    """Calls every function once; returns those that work, and what :func:`attempt` says of the others."""
+    called = {name: attempt(function) for name, function in functions.items()}
+    failures = {name: result for name, result in called.items() if exit_status(result)}
+    return {name: function for name, function in functions.items() if name not in failures}, failures
+
+
 def exit_status(results: Any) -> int:
     """1 if a case of some results failed, at any depth."""
     if not isinstance(results, Mapping):
