@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,7 +23,13 @@ import torch
 
 from lightning_muonclip.kernels.costs import bfloat16_hardware
 
-RESULTS = Path(__file__).parent / "results"
+#: Rehearses a benchmark: tiny sizes, a round or two, and nothing compiled. The numbers mean nothing.
+DRY = os.environ.get("BENCHMARK_DRY") == "1"
+
+#: At most so many rounds; one fills the compilers' caches.
+MOST_ROUNDS = int(os.environ.get("BENCHMARK_ROUNDS") or (2 if DRY else 10**9))
+
+RESULTS = Path(os.environ.get("BENCHMARK_RESULTS") or Path(__file__).parent / "results")
 
 #: A function takes no more turns after this many seconds.
 PATIENCE = 60.0
@@ -54,6 +61,16 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def size_key() -> str:
+    """The key of the sizes to measure: ``"dry"``, or the type of the device."""
+    return "dry" if DRY else device().type
+
+
+def compiler() -> str:
+    """The backend of torch.compile; a dry run only traces."""
+    return "eager" if DRY else "inductor"
+
+
 def without_bf16_hardware() -> None:
     """Runs this command again, held to AVX2, unless it is already."""
     if any(os.environ.get(key) != value for key, value in AVX2.items()):
@@ -67,6 +84,7 @@ def side_by_side(
 
     A function too slow for its warm-up is measured from its first call.
     """
+    rounds, warm_up = min(rounds, MOST_ROUNDS), min(warm_up, MOST_ROUNDS - 1)
     _keep_freed_memory()
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     spent = dict.fromkeys(functions, 0.0)
@@ -114,12 +132,45 @@ def report(
 
 
 def save(benchmark: str, **content: Any) -> dict[str, Any]:
-    """Writes JSON, one file for each benchmark and kind of device."""
+    """Writes JSON, one file for each benchmark and kind of device; to ``$OUT`` too, if that is set.
+
+    A benchmark of many cases saves after each, so that one that is stopped keeps what it has.
+    """
     result = {"benchmark": benchmark, "machine": machine(), "rates": _rates()} | content
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{benchmark}_{device().type}.json"
-    path.write_text(json.dumps(result, indent=2, default=str) + "\n")
+    text = json.dumps(result, indent=2, default=str) + "\n"
+    for folder in {RESULTS, Path(os.environ.get("OUT") or RESULTS)}:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{benchmark}_{device().type}.json").write_text(text)
     return result
+
+
+def attempt(function: Callable[[], Any]) -> Any:
+    """What a function returns, or ``{"failed": ...}`` with its error and the last lines of code that led to it."""
+    try:
+        result = function()
+        _wait()
+        return result
+    except Exception as error:  # one case may fail in any way, and the next is to run
+        places = [f"{Path(own.filename).name}:{own.lineno}" for own in traceback.extract_tb(error.__traceback__)[-5:]]
+        reason = f"{type(error).__name__}: {str(error)[:300]}"
+        print(f"failed: {reason} ({' < '.join(reversed(places))})", flush=True)
+        return {"failed": reason, "at": places}
+
+
+def those_that_work(
+    functions: Mapping[str, Callable[[], Any]],
+) -> tuple[dict[str, Callable[[], Any]], dict[str, Any]]:
+    """Calls every function once; returns those that work, and what :func:`attempt` says of the others."""
+    called = {name: attempt(function) for name, function in functions.items()}
+    failures = {name: result for name, result in called.items() if exit_status(result)}
+    return {name: function for name, function in functions.items() if name not in failures}, failures
+
+
+def exit_status(results: Any) -> int:
+    """1 if a case of some results failed, at any depth."""
+    if not isinstance(results, Mapping):
+        return 0
+    return int("failed" in results or any(map(exit_status, results.values())))
 
 
 def skip_failing(functions: Mapping[str, Callable[[], Any]]) -> dict[str, Callable[[], Any]]:
@@ -139,7 +190,7 @@ def skip_failing(functions: Mapping[str, Callable[[], Any]]) -> dict[str, Callab
 def matmul_rate(dtype: torch.dtype) -> float:
     """FLOPs per second of a large square product on this device."""
     if dtype not in _MATMUL_RATES:
-        n = 8192 if device().type == "cuda" else 1024
+        n = {"cuda": 8192, "cpu": 1024, "dry": 128}[size_key()]
         a, b = (torch.randn(n, n, device=device()).to(dtype) for _ in range(2))
         # Without a fast path for the dtype, one of the two can be several times slower.
         _MATMUL_RATES[dtype] = 2 * n**3 / min(_best(lambda: a @ b), _best(lambda: a @ b.mT))
@@ -149,7 +200,7 @@ def matmul_rate(dtype: torch.dtype) -> float:
 @functools.cache
 def copy_rate() -> float:
     """Bytes per second, read and written, of a copy larger than any cache."""
-    source = torch.zeros(2**28 if device().type == "cuda" else 2**25, device=device())
+    source = torch.zeros({"cuda": 2**28, "cpu": 2**25, "dry": 2**16}[size_key()], device=device())
     target = torch.zeros_like(source)
     return 2 * source.nbytes / _best(lambda: target.copy_(source))
 
@@ -163,7 +214,10 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "clock": "process" if _clock() is time.process_time else "wall",
         "torch": torch.__version__,
+        "cuda": torch.version.cuda,
         "triton": _version_of("triton"),
+        "lightning": _version_of("lightning"),
+        "transformers": _version_of("transformers"),
         "python": platform.python_version(),
     }
 

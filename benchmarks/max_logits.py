@@ -8,7 +8,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from demo import Demo
-from harness import compare, report, save, side_by_side
+from harness import (
+    DRY,
+    attempt,
+    compare,
+    compiler,
+    device,
+    exit_status,
+    report,
+    save,
+    side_by_side,
+    size_key,
+    those_that_work,
+)
 from torch import Tensor
 
 from lightning_muonclip.attention.core import attention
@@ -19,6 +31,10 @@ from lightning_muonclip.kernels.max_logits import max_logits
 
 PEER = "SDPA forward + backward"
 HEADS, DIM = 8, 64
+
+#: Lengths on a GPU, the most telling first; with the tokens, heads, channels and dtype of all.
+LENGTHS = {"cuda": (4096, 1024, 16384, 2048, 8192), "dry": (64,)}
+SHAPES = {"cuda": (2**15, 16, 128, torch.bfloat16), "dry": (2**7, 2, 16, torch.float32)}
 
 Qk = tuple[Tensor, Tensor]
 
@@ -109,12 +125,14 @@ def whole_steps(steps: int = 400, after: int = 100) -> None:
     report("watched_steps", seconds, "unwatched", steps=steps, after=after)
 
 
-def on_a_gpu(batch: int, heads: int, length: int, dim: int, dtype: torch.dtype, name: str) -> None:
+def on_a_gpu(length: int, tokens: int, heads: int, dim: int, dtype: torch.dtype) -> int:
     """The pass for causal attention, and for masks that hide more, against SDPA's causal forward and backward."""
+    batch = tokens // length
     shape = batch, heads, length, dim
-    query, key, value, slope = (torch.randn(shape, dtype=dtype, device="cuda") for _ in range(4))
+    query, key, value, slope = (torch.randn(shape, dtype=dtype, device=device()) for _ in range(4))
+    query *= 2.5  # so that a few keys stand out of each query, as in a trained model
     leaves = [x.requires_grad_() for x in (query, key, value)]
-    documents = (torch.arange(length, device="cuda") // (length // 8)).expand(batch, length)
+    documents = (torch.arange(length, device=device()) // (length // 8)).expand(batch, length)
     scale = dim**-0.5
 
     def attend(function: Callable[..., Tensor]) -> Callable[[], None]:
@@ -128,21 +146,46 @@ def on_a_gpu(batch: int, heads: int, length: int, dim: int, dtype: torch.dtype, 
         "max_logits, causal": largest(),
         "max_logits, window of 1/8": largest(window=length // 8),
         "max_logits, 8 documents": largest(documents=documents),
-    } | flex(attend, dim)
-    fused = torch.compile(bounded_max_logits, dynamic=False)
-    for backend in (torch.nn.attention.SDPBackend.FLASH_ATTENTION, *OTHERS):
+    }
+    if DRY:
+        print("skipped without CUDA: the backward of FlexAttention, and SDPA's kernels other than flash attention")
+    else:
+        functions |= flex(attend, dim)
+    fused = torch.compile(bounded_max_logits, dynamic=False, backend=compiler())
+    exact = max_logits(query, key, scale=scale, is_causal=True).detach()
+    certified = {}
+    for backend in BACKENDS[:1] if DRY else BACKENDS:
         with torch.nn.attention.sdpa_kernel(backend):
-            _, bounds = attention_with_log_sum_exp(SDPA, *leaves, is_causal=True)
-        if bounds is None:
+            called = attempt(lambda: attention_with_log_sum_exp(SDPA, *leaves, is_causal=True))
+        if exit_status(called) or called[1] is None:  # not every kernel takes every shape, and not every one tells
             continue
+        bounds = called[1]
+        certified[backend.name] = certificates(query, key, bounds, exact, scale)
         for kind, function in (("", bounded_max_logits), (", compiled", fused)):
             functions[f"lse of {backend.name}{kind}"] = lambda f=function, bounds=bounds: f(  # type: ignore[misc]
                 query, key, bounds, scale=scale, is_causal=True
             )
-    report(name, side_by_side(functions), PEER, batch=batch, heads=heads, length=length, dim=dim, dtype=str(dtype))
+    setting = {"batch": batch, "heads": heads, "length": length, "dim": dim, "dtype": str(dtype)}
+    able, failures = those_that_work(functions)
+    report(f"max_logits_{length}", side_by_side(able), PEER, **setting, certified=certified, failures=failures)
+    return exit_status(failures)
 
 
-OTHERS = (torch.nn.attention.SDPBackend.EFFICIENT_ATTENTION, torch.nn.attention.SDPBackend.CUDNN_ATTENTION)
+BACKENDS = (
+    torch.nn.attention.SDPBackend.FLASH_ATTENTION,
+    torch.nn.attention.SDPBackend.EFFICIENT_ATTENTION,
+    torch.nn.attention.SDPBackend.CUDNN_ATTENTION,
+)
+
+
+def certificates(query: Tensor, key: Tensor, bounds: Tensor, exact: Tensor, scale: float) -> dict[str, float]:
+    """By the number of rows: the share of heads whose maximum they prove, and their largest relative error."""
+    shares = {}
+    for count in (1, 4, 8):
+        found, upper = top_rows(query, key, bounds, scale, True, None, None, None, count=count)
+        shares[f"{count} rows prove"] = float((found >= upper).float().mean())
+        shares[f"{count} rows err by"] = float(((found - exact) / exact).abs().max())
+    return shares
 
 
 def flex(attend: Callable[..., Callable[[], None]], dim: int) -> dict[str, Callable[[], Any]]:
@@ -161,9 +204,9 @@ def flex(attend: Callable[..., Callable[[], None]], dim: int) -> dict[str, Calla
 
 
 if __name__ == "__main__":
-    if torch.cuda.is_available():
-        for length in (1024, 2048, 4096, 8192, 16384):
-            on_a_gpu(2**15 // length, 16, length, 128, torch.bfloat16, f"max_logits_{length}")
+    if size_key() in LENGTHS:
+        statuses = [on_a_gpu(length, *SHAPES[size_key()]) for length in LENGTHS[size_key()]]
+        raise SystemExit(max(statuses))
     else:
         on_a_cpu()
         whole_steps()

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from harness import AVX2, Work, compare, device, save, side_by_side, skip_failing, without_bf16_hardware
+from harness import AVX2, Work, compare, device, save, side_by_side, size_key, skip_failing, without_bf16_hardware
 from parameter_sets import PARAMETER_SETS, ParameterSet, Shape
 from peers import PlainMuon, optimizers
 from torch import Tensor
@@ -36,12 +36,17 @@ LR = 1e-6  # keeps parameters nearly constant over repeated steps
 SETS = {
     "cpu": ("tiny", "gpt2_small", "moe_small"),
     "cuda": ("tiny", "gpt2_small", "gpt2_medium", "llama_1b", "moe"),
+    "dry": ("dry",),
 }
 
 #: On a CPU, larger sets are measured by one layer.
 MOST_ON_CPU = 2**24
 #: Heads, their channels and the width of one layer's attention.
-HEADS = {"cpu": {"gpt2_small": (12, 64, 768)}, "cuda": {"gpt2_small": (12, 64, 768), "wide": (32, 128, 4096)}}
+HEADS = {
+    "cpu": {"gpt2_small": (12, 64, 768)},
+    "cuda": {"gpt2_small": (12, 64, 768), "wide": (32, 128, 4096)},
+    "dry": {"dry": (2, 8, 16)},
+}
 
 
 def parameters(shapes: Sequence[Shape]) -> list[Parameter]:
@@ -189,7 +194,7 @@ def heads_case(name: str, heads: int, head_dim: int, width: int, rounds: int) ->
 
 def main() -> None:
     """The command line."""
-    kind = device().type
+    kind = size_key()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sets", nargs="*", choices=PARAMETER_SETS, default=SETS[kind])
     parser.add_argument("--layers", type=int, help="how many layers of each set; all of them on a GPU")
@@ -200,18 +205,23 @@ def main() -> None:
     given = parser.parse_args()
     if given.no_bf16_hardware:
         without_bf16_hardware()
-    cases, shapes = [], []
+    environment = AVX2 if given.no_bf16_hardware else {}
+    results: dict[str, list[Any]] = {"cases": [], "shapes": [], "heads": []}
+
+    def keep(kind: str, result: dict[str, Any]) -> None:
+        results[kind].append(result)
+        save("muon_step_no_bf16" if given.no_bf16_hardware else "muon_step", environment=environment, **results)
+
+    for name, heads in HEADS[kind].items() if given.heads else ():
+        keep("heads", heads_case(name, *heads, given.rounds))
     for name in given.sets:
         own = PARAMETER_SETS[name]
         numel = sum(torch.Size(shape).numel() for shape in own.layer) * own.layers
         layers = given.layers or (1 if kind == "cpu" and numel > MOST_ON_CPU else own.layers)
-        cases.append(case(name, own, min(layers, own.layers), given.rounds))
-        if given.by_shape:
-            shapes += [shape_case(shape, given.rounds) for shape in dict.fromkeys(own.layer) if len(shape) == 2]
-    heads = [heads_case(name, *own, given.rounds) for name, own in HEADS[kind].items()] if given.heads else []
-    environment = AVX2 if given.no_bf16_hardware else {}
-    benchmark = "muon_step_no_bf16" if given.no_bf16_hardware else "muon_step"
-    save(benchmark, environment=environment, cases=cases, shapes=shapes, heads=heads)
+        keep("cases", case(name, own, min(layers, own.layers), given.rounds))
+        for shape in dict.fromkeys(own.layer) if given.by_shape else ():
+            if len(shape) == 2:
+                keep("shapes", shape_case(shape, given.rounds))
 
 
 def _deferred(make: Callable[[list[Parameter]], Optimizer], params: list[Parameter]) -> Callable[[], Any]:

@@ -15,7 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import AVX2, RESULTS, Work, compare, device, save, side_by_side, skip_failing, without_bf16_hardware
+from harness import (
+    AVX2,
+    RESULTS,
+    Work,
+    compare,
+    device,
+    save,
+    side_by_side,
+    size_key,
+    skip_failing,
+    without_bf16_hardware,
+)
 from peers import each, newton_schulz, orthogonalizers
 
 from lightning_muonclip import orthogonalize
@@ -26,14 +37,15 @@ from lightning_muonclip.optim.restarts import best_restarts, flops
 PEER = "ours"
 PICTURE = Path(__file__).parents[1] / "docs" / "orthogonalize_time.png"
 
-SIZES = {"cpu": (64, 128, 256, 512, 768, 1024, 2048), "cuda": (64, 128, 256, 512, 768, 1024, 2048, 4096)}
+SIZES = {"cpu": (64, 128, 256, 512, 768, 1024, 2048), "cuda": (64, 128, 256, 512, 768, 1024, 2048, 4096), "dry": (16,)}
 RATIOS = (1, 2, 4, 8)
 #: Most elements of a single matrix.
-MOST = {"cpu": 2**22, "cuda": 2**26}
+MOST = {"cpu": 2**22, "cuda": 2**26, "dry": 2**9}
 #: Typical batches: attention matrices of all layers, stacks of experts, and large matrices.
 BATCHES = {
     "cpu": ((12, 64, 64), (24, 128, 128), (8, 352, 512), (4, 768, 3072)),
     "cuda": ((48, 768, 768), (96, 1024, 1024), (64, 1408, 2048)),
+    "dry": ((2, 16, 24),),
 }
 
 #: Ours by name: the schedule, the form and the working dtype.
@@ -117,7 +129,7 @@ def draw(kind: str) -> None:
 
 def main() -> None:
     """The command line."""
-    kind = device().type
+    kind = size_key()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plot", action="store_true", help="only draw what is in the results")
     parser.add_argument("--sizes", nargs="*", type=int, default=SIZES[kind])
@@ -130,10 +142,15 @@ def main() -> None:
     if given.no_bf16_hardware:
         without_bf16_hardware()
     peers = orthogonalizers()
-    shapes = [(1, n, n * ratio) for n in given.sizes for ratio in given.ratios if n * n * ratio <= MOST[kind]]
-    cases = [case(*shape, given.rounds, peers) for shape in (*shapes, *BATCHES[kind])]
     environment = AVX2 if given.no_bf16_hardware else {}
-    save("orthogonalize_no_bf16" if given.no_bf16_hardware else "orthogonalize", environment=environment, cases=cases)
+    benchmark = "orthogonalize_no_bf16" if given.no_bf16_hardware else "orthogonalize"
+    cases = []
+    for shape in (
+        *((1, n, n * ratio) for ratio in given.ratios for n in given.sizes if n * n * ratio <= MOST[kind]),
+        *BATCHES[kind],
+    ):
+        cases.append(case(*shape, given.rounds, peers))
+        save(benchmark, environment=environment, cases=cases)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ def gpt(width: int, layers: int, fused: bool = True) -> ParameterSet:
 
 
 PARAMETER_SETS = {
+    # For a rehearsal, with a stack of experts.
+    "dry": ParameterSet((*gpt(16, 1).layer, (2, 16, 32)), 1),
     "tiny": gpt(128, 4),
     "gpt2_small": gpt(768, 12),
     "gpt2_small_split": gpt(768, 12, fused=False),
