@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from harness import compare, device, save, side_by_side
 from torch import Tensor, nn
-from train_step import SIZES, Size, training_step
+from train_step import SIZES, Size, Training
 
 from lightning_muonclip import MuonClip, QKClip
 from lightning_muonclip.qk_clip.describe.find import find_attention
@@ -47,23 +47,23 @@ def layers() -> dict[str, Callable[[], object]]:
     return {name: lambda module=module: find_attention(module, ((x,), {})) for name, module in made.items()}  # type: ignore[misc]
 
 
-def survey(size: Size, kind: str) -> dict[str, Callable[[], object]]:
+def survey(size: Size) -> dict[str, Callable[[], object]]:
     """The whole search in a model, beside one of its training steps."""
-    model, tokens = size.model(kind), size.tokens(kind)
+    model, tokens = size.gpt("sdpa"), size.tokens()
     example = (tokens[:, :-1],), {}
 
     def search() -> None:
         QKClip(model, example=example).close()
 
-    plain = size.model(kind)
+    plain = size.gpt("sdpa")
     for layer in plain.layers:  # type: ignore[union-attr]
-        layer.self_attn = PlainAttention(size.hidden, size.heads).to(kind)
+        layer.self_attn = PlainAttention(size.hidden, size.heads).to(device())
 
     def search_unknown() -> None:
         QKClip(plain, example=example).close()
 
     return {
-        "training step": training_step(size, kind, MuonClip),
+        "training step": Training(size.gpt("sdpa"), MuonClip, tokens),
         "survey, attention of this package": search,
         "survey and inference, other attention": search_unknown,
     }
@@ -76,7 +76,7 @@ def main() -> None:
     cases = {"layers": compare(side_by_side(layers(), rounds=5, warm_up=1), "")}
     torch.set_num_threads(threads)
     name, size = next(iter(SIZES[device().type].items()))
-    cases[name] = compare(side_by_side(survey(size, device().type), rounds=5, warm_up=1), "training step")
+    cases[name] = compare(side_by_side(survey(size), rounds=5, warm_up=1), "training step")
     save("infer", cases=cases)
 
 
