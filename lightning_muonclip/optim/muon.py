@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from lightning_muonclip.optim.options import (
     for_torch,
     from_torch,
 )
-from lightning_muonclip.optim.parts import KINDS, PlacedParts, intern_parts, named_parts
+from lightning_muonclip.optim.parts import KINDS, Parts, PlacedParts, intern_parts, named_parts
 from lightning_muonclip.optim.schedules import GroupSchedules, Schedule
 from lightning_muonclip.optim.states import has_whole_matrices, momentum_buffer, restore_dtypes, second_moment
 from lightning_muonclip.optim.stats import Heads, Stats, Tracker
@@ -158,22 +158,18 @@ class Muon(Optimizer):
 
     def working_dtypes(self) -> set[torch.dtype]:
         """The dtypes in which the matrices are orthogonalized."""
-        return {
-            dtype
-            for number, group in enumerate(self.param_groups)
-            if group["algorithm"] == "muon"
-            for p, parts in self._placed_parts.of(self.param_groups, number)
-            for dtype in self._matrix_step.working_dtypes(p, group, parts)
-        }
+        return {dtype for own in self._orthogonalized() for dtype in self._matrix_step.working_dtypes(*own)}
 
     def flops(self) -> dict[Tensor, float]:
         """Floating-point operations that orthogonalize each weight in one step."""
-        return {
-            p: self._matrix_step.flops(p, group, parts)
-            for number, group in enumerate(self.param_groups)
-            if group["algorithm"] == "muon"
-            for p, parts in self._placed_parts.of(self.param_groups, number)
-        }
+        return {p: self._matrix_step.flops(p, group, parts) for p, group, parts in self._orthogonalized()}
+
+    def _orthogonalized(self) -> Iterator[tuple[Tensor, dict[str, Any], Parts | None]]:
+        """The weights of Muon, with their groups and parts."""
+        for number, group in enumerate(self.param_groups):
+            if group["algorithm"] == "muon":
+                for p, parts in self._placed_parts.of(self.param_groups, number):
+                    yield p, group, parts
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; ``algorithm`` is ``"muon"`` (default) or ``"adamw"`` (any shape), ``kind`` one of :data:`KINDS`."""

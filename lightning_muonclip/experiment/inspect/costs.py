@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -148,13 +148,3 @@ def _share_of_experts(model: nn.Module, route: Route) -> tuple[float, str]:
             if isinstance(taken, int) and 0 < taken <= count:
                 return taken / count, f"{taken} of {count} experts for each token"
     return 1.0, f"all {count} experts for each token, since the model does not say how many it takes"
-
-
-def as_dict(own: StateBytes) -> Mapping[str, int]:
-    """For a document."""
-    return {
-        "momentum": own.momentum,
-        "second_moment": own.second_moment,
-        "adamw": own.adamw,
-        "total": own.total,
-    }

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor
 from torch.utils._pytree import tree_flatten_with_path
 
-from lightning_muonclip.experiment.inspect.costs import as_dict
 from lightning_muonclip.experiment.inspect.look import WAYS_OUT, Attention, Look
 from lightning_muonclip.optim.orthogonalize import working_dtype
 
@@ -77,7 +77,7 @@ def _state(look: Look) -> dict[str, Any]:
     return {
         "strategy": look.strategy,
         "ranks": look.ranks.count,
-        "bytes": [dict(as_dict(own)) for own in ranks],
+        "bytes": [asdict(own) | {"total": own.total} for own in ranks],
         "adamw_alone_bytes": adamw_alone(look),
     }
 
